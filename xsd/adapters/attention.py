@@ -1,0 +1,56 @@
+"""L4: a transformer block over the drafter's states, mixed into them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from xsd.adapters.base import Adapter, StepInputs
+from xsd.adapters.block import Block
+from xsd.adapters.config import AdapterConfig
+
+
+class AttentionAdapter(Adapter):
+    """``h + alpha * (o - h)``, where ``o`` is the block's output after LayerNorm and Linear."""
+
+    activation: ClassVar[type[nn.Module]] = nn.GELU
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        width = config.d_verifier
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
+            Block(
+                width,
+                config.num_heads,
+                config.ffn_dim,
+                config.dropout,
+                activation=self.activation(),
+                cross=self.memory is not None,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.project = identity_linear(width)
+        self.alpha = nn.Parameter(torch.tensor(0.1))
+
+    def embed(
+        self, rows: StepInputs, start: int
+    ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
+        h = self.enter(rows.drafter)
+        return h, h
+
+    def finish(
+        self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
+    ) -> Float[Tensor, "B R Dv"]:
+        return torch.lerp(residual, self.project(self.norm_out(x)), self.alpha)
+
+
+def identity_linear(width: int) -> nn.Linear:
+    """A square linear layer that starts as the identity."""
+    layer = nn.Linear(width, width)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

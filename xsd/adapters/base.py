@@ -1,0 +1,224 @@
+"""What every adapter is: rows in, verifier-space states out, in parallel or step by step.
+
+One definition serves three uses that must agree to rounding (tests/adapters hold it):
+
+- ``forward``: all positions of a padded batch at once, teacher-forced;
+- ``unroll``: from every position at once, several steps on the adapter's own predictions
+  (the training-time test of EAGLE-3, arXiv:2503.01840);
+- ``step``: live, a few rows at a time into a preallocated cache.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from xsd.adapters.block import Block
+from xsd.adapters.cache import AdapterCache, Chain, Past
+from xsd.adapters.catalog import Level, level
+from xsd.adapters.config import AdapterConfig
+from xsd.adapters.live import bind
+from xsd.errors import XsdError
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What an adapter may look at, teacher-forced over a padded batch.
+
+    Real positions come first in every row; whatever stands at padded positions is ignored.
+    """
+
+    drafter: Float[Tensor, "B T Dd"] | None
+    """e: the drafter's states, having read the verifier's answer."""
+    verifier: Float[Tensor, "B T Dv"]
+    """v: the verifier's states; the target too."""
+    token: Float[Tensor, "B T Dv"] | None
+    """The verifier's input embeddings of ``ids``."""
+    visual: Float[Tensor, "B K Dv"] | None
+    """The clip's visual vectors, projected or prefilled, as the level's row says."""
+    ids: Int[Tensor, "B T"]
+    """y: the verifier's answer."""
+    mask: Bool[Tensor, "B T"]
+    """Real positions."""
+
+    def to(self, device: torch.device | str) -> Streams:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: x.to(device, non_blocking=True) for k, x in moved.items() if x is not None}
+        )
+
+    def require(self, row: Level) -> None:
+        """Raise XsdError unless every stream that ``row`` reads is here."""
+        needed = (*row.streams, *(("visual",) if row.visual else ()))
+        for name in needed:
+            if getattr(self, name) is None:
+                raise XsdError(f"level {row.name} reads the {name} stream, which this data lacks")
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The new rows of a cached step; a stream that the level does not read stays None.
+
+    Row ``r`` stands at answer position ``cache.length + r``. E2's drafter states run one position
+    ahead: rows at positions n..m need states e[n+1..m+1], and e[0] too when n is 0.
+    """
+
+    drafter: Float[Tensor, "B _ Dd"] | None = None
+    verifier: Float[Tensor, "B R Dv"] | None = None
+    token: Float[Tensor, "B R Dv"] | None = None
+
+
+class Adapter(nn.Module, ABC):
+    """Base of all levels: ``embed`` rows, run the blocks over them, ``finish``.
+
+    Subclasses without attention leave ``blocks`` empty.
+    """
+
+    memory: ClassVar[Literal["visual", "drafter"] | None] = None
+    """What cross-attention looks at."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.row: Level = level(config.level)
+        # Widths are bridged once, at the entrance; equal widths need nothing.
+        bridged = "drafter" in self.row.streams and config.d_drafter != config.d_verifier
+        self.enter: nn.Module = (
+            nn.Linear(config.d_drafter, config.d_verifier, bias=False) if bridged else nn.Identity()
+        )
+        self.blocks: Sequence[Block] = ()
+
+    @abstractmethod
+    def embed(
+        self, rows: StepInputs, start: int
+    ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
+        """Input of the first block, and what ``finish`` mixes back in; ``start`` is row 0's
+        answer position."""
+
+    def finish(
+        self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
+    ) -> Float[Tensor, "B R Dv"]:
+        return x
+
+    @property
+    def deployable(self) -> bool:
+        """False where training looked at what live drafting cannot know."""
+        return self.config.attention == "causal"
+
+    def forward(self, streams: Streams) -> Float[Tensor, "B T Dv"]:
+        """``out[:, t]`` predicts ``v[:, t + shift]``; rows at padded positions mean nothing."""
+        return self.unroll(streams, 1)[0]
+
+    def unroll(self, streams: Streams, num_steps: int) -> list[Float[Tensor, "B T Dv"]]:
+        """Draft ``num_steps`` states from every position at once.
+
+        Element ``k`` at ``[:, t]`` predicts ``v[:, t + shift + k]`` from true inputs up to ``t``
+        and, after ``t``, the true tokens and drafter states but the adapter's own predictions in
+        place of the verifier's states. Where ``t + shift + k`` passes the end it means nothing.
+        """
+        streams.require(self.row)
+        self._check_length(streams.ids.shape[1])
+        chain = self._chain(streams)
+        if not self.row.feedback:
+            out = self._run(_rows(streams, streams.verifier, 0), 0, chain)
+            return [advance(out, k) for k in range(num_steps)]
+        outputs: list[Tensor] = []
+        for k in range(num_steps):
+            chain.begin(k)
+            states = outputs[-1] if outputs else streams.verifier
+            outputs.append(self._run(_rows(streams, states, k), k, chain))
+        return outputs
+
+    @torch.no_grad()
+    def new_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        visual: Float[Tensor, "B K Dv"] | None = None,
+    ) -> AdapterCache:
+        """Room for ``max_length`` rows; a clip's visual vectors are projected here, once.
+
+        Raises:
+            XsdError: bidirectional attention, no visual vectors where the level attends to them,
+                or more rows than learned positions.
+        """
+        if not self.deployable:
+            raise XsdError("bidirectional attention sees the future: it cannot draft live")
+        if self.memory == "visual" and visual is None:
+            raise XsdError(
+                f"level {self.row.name} needs the clip's {self.row.visual} visual states"
+            )
+        self._check_length(max_length)
+        cache = AdapterCache(
+            bind(self),
+            num_layers=len(self.blocks),
+            batch_size=batch_size,
+            num_heads=self.config.num_heads,
+            head_dim=self.config.d_verifier // self.config.num_heads,
+            max_length=max_length,
+            like=next(self.parameters()),
+        )
+        if self.memory == "visual":
+            if visual is None:
+                raise XsdError(f"level {self.row.name} needs {self.row.visual} visual states")
+            cache.memory = [block.project_memory(visual) for block in self.blocks]
+        elif self.memory == "drafter":
+            cache.reserve_memory()
+        return cache
+
+    def step(self, rows: StepInputs, cache: AdapterCache) -> Float[Tensor, "B R Dv"]:
+        """Append rows to the cache and return their outputs.
+
+        Rolling back is ``cache.length = n``: the next rows overwrite what was beyond.
+        """
+        start = cache.length
+        read = rows.drafter if rows.verifier is None else rows.verifier
+        assert read is not None, f"level {self.row.name} was given no rows"
+        cache.begin(read.shape[1], ahead=self.memory == "drafter")
+        twin: Adapter = cache.twin
+        if self.memory == "drafter":
+            states = twin.enter(rows.drafter)
+            for layer, block in enumerate(twin.blocks):
+                cache.extend_memory(layer, block.project_memory(states))
+        out = twin._run(rows, start, cache)
+        cache.length = start + read.shape[1]
+        return out
+
+    def _run(self, rows: StepInputs, start: int, past: Past) -> Tensor:
+        x, residual = self.embed(rows, start)
+        for layer, block in enumerate(self.blocks):
+            x = block.run(x, past, layer)
+        return self.finish(x, residual)
+
+    def _chain(self, streams: Streams) -> Chain:
+        visible = streams.mask if self.config.attention == "bidirectional" else None
+        source = streams.visual if self.memory == "visual" else None
+        if self.memory == "drafter":
+            source = self.enter(streams.drafter)
+        memory = [] if source is None else [block.project_memory(source) for block in self.blocks]
+        length, device = streams.ids.shape[1], streams.ids.device
+        return Chain(length, device, visible, memory, ahead=self.memory == "drafter")
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_positions:
+            raise XsdError(
+                f"{length} answer positions exceed max_positions={self.config.max_positions}; "
+                "raise it and train again"
+            )
+
+
+def advance(x: Float[Tensor, "B T D"], k: int) -> Float[Tensor, "B T D"]:
+    """``out[:, t] = x[:, t + k]``, zero beyond the end."""
+    return x if k == 0 else pad(x[:, k:], (0, 0, 0, min(k, x.shape[1])))
+
+
+def _rows(streams: Streams, verifier: Tensor, k: int) -> StepInputs:
+    drafter, token = (x if x is None else advance(x, k) for x in (streams.drafter, streams.token))
+    return StepInputs(drafter, verifier, token)

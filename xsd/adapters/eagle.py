@@ -1,0 +1,86 @@
+"""Heads that predict the verifier's next state: L5, B1, E1 and E2.
+
+L5 and B1 follow EAGLE's feature regression (arXiv:2401.15077) without its token input, as the seed
+did; E1 is EAGLE with it, trained on its own outputs as in EAGLE-3 (arXiv:2503.01840).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from xsd.adapters.attention import AttentionAdapter
+from xsd.adapters.base import StepInputs
+from xsd.adapters.config import AdapterConfig
+
+
+class EagleAdapter(AttentionAdapter):
+    """L5: LayerNorm and learned positions before the L4 core; reads the drafter."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        self.norm_in = nn.LayerNorm(config.d_verifier)
+        self.positions = learned_positions(config)
+
+    def embed(
+        self, rows: StepInputs, start: int
+    ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
+        h = self.source(rows)
+        return self.norm_in(h) + self.positions[start : start + h.shape[1]], h
+
+    def source(self, rows: StepInputs) -> Float[Tensor, "B R Dv"]:
+        states: Tensor = self.enter(rows.drafter)
+        return states
+
+
+class VerifierEagleAdapter(EagleAdapter):
+    """B1: L5 on the verifier's own states."""
+
+    def source(self, rows: StepInputs) -> Float[Tensor, "B R Dv"]:
+        assert rows.verifier is not None, "B1 reads verifier states"
+        return rows.verifier
+
+
+class TokenHead(AttentionAdapter):
+    """E1: the block runs over a fusion of verifier state and embedding of the chosen token.
+
+    Both are normalised first, for states and embeddings differ in scale by a factor of fifty. The
+    output is free of the input state, which says little about the next one. SiLU: a CPU takes
+    several times as long for GELU.
+    """
+
+    activation = nn.SiLU
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        del self.alpha
+        width = config.d_verifier
+        self.norm_state = nn.LayerNorm(width)
+        self.norm_token = nn.LayerNorm(width)
+        self.fuse = nn.Linear(2 * width, width)
+        self.positions = learned_positions(config)
+
+    def embed(
+        self, rows: StepInputs, start: int
+    ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
+        both = torch.cat((self.norm_state(rows.verifier), self.norm_token(rows.token)), dim=-1)
+        x = self.fuse(both) + self.positions[start : start + both.shape[1]]
+        return x, x
+
+    def finish(
+        self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
+    ) -> Float[Tensor, "B R Dv"]:
+        out: Tensor = self.project(self.norm_out(x))
+        return out
+
+
+class DrafterTokenHead(TokenHead):
+    """E2: E1 that attends to the drafter's states, which have read the chosen token too."""
+
+    memory = "drafter"
+
+
+def learned_positions(config: AdapterConfig) -> nn.Parameter:
+    """[max_positions, Dv]; position 0 is the answer's first."""
+    return nn.Parameter(0.02 * torch.randn(config.max_positions, config.d_verifier))

@@ -1,0 +1,30 @@
+"""L5F: the L5 core on a gated fusion of drafter and verifier states."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from xsd.adapters.base import StepInputs
+from xsd.adapters.config import AdapterConfig
+from xsd.adapters.eagle import EagleAdapter
+
+
+class FusedEagleAdapter(EagleAdapter):
+    """``g = sigmoid(W[e;v])``; ``x = LN(g*e + (1-g)*v + P[e;v])``; ``v + alpha * (o - v)``."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        width = config.d_verifier
+        self.gate = nn.Linear(2 * width, width)
+        self.mix = nn.Linear(2 * width, width)
+
+    def embed(
+        self, rows: StepInputs, start: int
+    ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
+        e, v = self.enter(rows.drafter), rows.verifier
+        assert v is not None, "L5F reads verifier states"
+        both = torch.cat((e, v), dim=-1)
+        fused = torch.lerp(v, e, torch.sigmoid(self.gate(both))) + self.mix(both)
+        return self.norm_in(fused) + self.positions[start : start + v.shape[1]], v

@@ -1,0 +1,158 @@
+"""The drafting party of one strategy, as the engine calls it; here in the engine's own process.
+
+``overlap.ProcessSpeculator`` is the same party with its drafter in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xsd.adapters.base import Adapter
+from xsd.clock import Stopwatch
+from xsd.decoding.draft import (
+    DrafterReader,
+    HeadDrafter,
+    VerifierTables,
+    adapt_free,
+    coupled_drafts,
+    free_tokens,
+)
+from xsd.decoding.strategies import adapter_names, needs_drafter
+from xsd.errors import XsdError
+from xsd.pairs.base import Decoder, Media
+from xsd.types import Span, Strategy
+
+
+class Speculator(Protocol):
+    """What the engine asks of whoever drafts, in this order, once a sample."""
+
+    wants_projected: bool
+    wants_prefilled: bool
+
+    def start(self, media: Media, question: str, watch: Stopwatch) -> None:
+        """A sample begins; ``watch`` is its clock."""
+
+    def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None:
+        """The verifier's visual tokens exist; its prefill has yet to run."""
+
+    def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None:
+        """The verifier has read them."""
+
+    def gap_drafts(self) -> list[int]:
+        """Stop drafting in the gap and hand over what is ready, from answer position 0."""
+
+    def propose(
+        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> list[int]:
+        """Draft what follows ``tokens``; ``states`` are the verifier's of its last m."""
+
+    def finish(self) -> list[Span]:
+        """The answer is complete; what the drafter did, and when."""
+
+
+class LocalSpeculator:
+    """All drafting in this process, one thing after another: its time counts in full."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        drafter: Decoder,
+        tables: VerifierTables,
+        adapters: Mapping[str, Adapter],
+        templates: Mapping[str, Sequence[int]],
+        *,
+        max_new_tokens: int,
+        max_prompt: int,
+        max_gap_drafts: int,
+    ) -> None:
+        """
+        Args:
+            adapters: by name, see ``strategies.adapter_names``.
+            templates: a fixed answer for every question (control ``template``).
+        """
+        missing = [name for name in adapter_names(strategy) if name not in adapters]
+        if missing:
+            raise XsdError(f"config {strategy.name}: no adapter {missing[0]}; train or name it")
+        self.strategy = strategy
+        self.tables = tables
+        self.templates = templates
+        self.max_gap_drafts = min(max_gap_drafts, max_new_tokens)
+        self.reader = (
+            DrafterReader(drafter, max_new_tokens, max_prompt) if needs_drafter(strategy) else None
+        )
+        free = strategy.gap_mode == "free"
+        gap_name = f"{strategy.gap}:free" if free else strategy.gap
+        self.gap_adapter = adapters.get(gap_name) if gap_name is not None else None
+        head = adapters[strategy.head] if strategy.head else None
+        self.head = None if head is None else HeadDrafter(head, tables, max_new_tokens)
+        self.wants_projected = (
+            self.gap_adapter is not None and self.gap_adapter.row.visual == "projected"
+        )
+        self.wants_prefilled = head is not None and head.row.visual == "prefilled"
+
+    def start(self, media: Media, question: str, watch: Stopwatch) -> None:
+        self._question = question
+        self._watch = watch
+        self._spans: list[Span] = []
+        self._projected: Tensor | None = None
+        self._prefilled: Tensor | None = None
+        self._head_began = False
+        if self.reader is not None:
+            begin_ms = watch.ms()
+            self.reader.begin(media, question)
+            self._spans.append(Span("drafter", "prefill", begin_ms, watch.ms()))
+
+    def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None:
+        self._projected = visual
+
+    def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None:
+        self._prefilled = visual
+
+    def gap_tokens(self) -> Iterator[int]:
+        """Tokens as the drafter finds them (``finish_gap`` turns them into drafts)."""
+        gap = self.strategy.gap
+        if gap is None:
+            return iter(())
+        if gap == "template":
+            return iter(self.templates.get(self._question, ())[: self.max_gap_drafts])
+        assert self.reader is not None
+        if self.strategy.gap_mode == "free":
+            return free_tokens(self.reader, self.max_gap_drafts)
+        assert self.gap_adapter is not None
+        return coupled_drafts(
+            self.reader, self.gap_adapter, self.tables, self._projected, self.max_gap_drafts
+        )
+
+    def finish_gap(self, tokens: list[int]) -> list[int]:
+        if self.strategy.gap_mode == "free" and self.gap_adapter is not None:
+            assert self.reader is not None
+            return adapt_free(self.reader, tokens, self.gap_adapter, self.tables)
+        return tokens
+
+    @torch.inference_mode()
+    def gap_drafts(self) -> list[int]:
+        if self.strategy.gap is None:
+            return []
+        begin_ms = self._watch.ms()
+        drafts = self.finish_gap(list(islice(self.gap_tokens(), self.max_gap_drafts)))
+        self._spans.append(Span("drafter", "draft", begin_ms, self._watch.ms()))
+        return drafts
+
+    def propose(
+        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> list[int]:
+        if self.head is None:
+            return []
+        if not self._head_began:
+            self.head.begin(self._prefilled, self.reader)
+            self._head_began = True
+        return self.head.propose(tokens, states, gamma)
+
+    def finish(self) -> list[Span]:
+        return self._spans

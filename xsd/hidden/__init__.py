@@ -1,0 +1,1 @@
+"""Room 3, paired hidden states: extracting them and keeping them."""

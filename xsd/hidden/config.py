@@ -1,0 +1,52 @@
+"""What can be asked of the extraction stage; torch-free, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from xsd.errors import XsdError
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Which answers are given, how the two models are paired on them, and what is kept."""
+
+    dataset_dir: str | None = None
+    """Scenes: a folder, or a runs:/ URI; null: the newest scenes run, made if there is none."""
+    output_dir: Path | None = None
+    """Where the chunks go; null: a folder of its own below outputs/extract."""
+    split: Literal["all", "train", "test"] = "all"
+    """'train' holds the train and the val recordings, each sample tagged with its own."""
+    conditioning: Literal["teacher_forced", "free_running"] = "teacher_forced"
+    """teacher_forced: the drafter is fed the verifier's answer; free_running: its own text."""
+    max_samples: int = -1
+    """Clips of a split, spread evenly over it; -1: all."""
+    max_questions: int = 10
+    """Questions asked about a clip."""
+    max_new_tokens: int = 50
+    """Longest answer."""
+    chunk_size: int = 1000
+    """Answers in a chunk; rounded down to whole clips."""
+    chunk_format: Literal["safetensors", "pt"] = "safetensors"
+    """pt: the padded float32 chunks of the published pipeline, without ids and visual states."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the stored states."""
+    batch_clips: int | None = None
+    """Clips that are answered together; null: as many as their caches fit into 1 GiB, up to 16."""
+    max_visual: int = 128
+    """Visual vectors kept of a clip: means of neighbouring ones."""
+    max_failures: float = 0.02
+    """Share of answers that may fail before the stage does."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_questions", "max_new_tokens", "chunk_size", "max_visual"):
+            if getattr(self, name) < 1:
+                raise XsdError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.batch_clips is not None and self.batch_clips < 1:
+            raise XsdError(f"batch_clips={self.batch_clips}: must be at least 1")
+        if self.max_samples < 1 and self.max_samples != -1:
+            raise XsdError(f"max_samples={self.max_samples}: must be at least 1, or -1 for all")
+        if not 0.0 <= self.max_failures <= 1.0:
+            raise XsdError(f"max_failures={self.max_failures}: must be a share between 0 and 1")

@@ -1,0 +1,1 @@
+"""Room 2, tensors to tokens and states: the model pairs, their caches and cached steps."""

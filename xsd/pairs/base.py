@@ -1,0 +1,131 @@
+"""What a pair is made of: two multimodal decoders with one interface.
+
+A third pair is one module that builds two ``Decoder`` objects: everything after this room works
+with the names below and knows no model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from xsd.pairs.cache import KVCache
+from xsd.pairs.step import DecoderStack
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A scene in host memory: where the clock of every measurement starts."""
+
+    event_images: Sequence[UInt8[np.ndarray, "_H _W 3"]]
+    """The events, rendered in equal shares; sizes may differ from part to part."""
+    frames: UInt8[np.ndarray, "N H W 3"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids around one visual placeholder: ``before``, the visual tokens, ``after``."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+class Decoder(ABC):
+    """A multimodal decoder: media and a question in, hidden states and logits out.
+
+    Attributes:
+        stack: the cached language model.
+        width: size of its hidden states.
+        vocab_size: rows of its LM head.
+        eos_ids: ids that end an answer.
+    """
+
+    stack: DecoderStack
+    tokenizer: Any
+    width: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+    embedding: Float[Tensor, "V D"]
+    lm_head: Any
+    """Module from states to logits: a plain linear, or a quantised one."""
+
+    def __init__(self, language_model: Any, lm_head: Any, tokenizer: Any, generation: Any) -> None:
+        """``language_model``: a transformers ``LlamaModel``, in eval mode and on its device.
+
+        ``generation``: its ``GenerationConfig``, for the ids that end an answer.
+        """
+        self.stack = DecoderStack(language_model)
+        self.tokenizer = tokenizer
+        self.width = self.stack.width
+        self.embedding = language_model.embed_tokens.weight.detach()
+        self.lm_head = lm_head
+        self.vocab_size = int(lm_head.out_features)
+        eos = generation.eos_token_id
+        if eos is None:
+            eos = language_model.config.eos_token_id
+        self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
+
+    @abstractmethod
+    def prompt(self, question: str) -> Prompt:
+        """The one place where a question becomes this model's prompt."""
+
+    @abstractmethod
+    def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
+        """The model's image processor on its own half of the media (host work)."""
+
+    @abstractmethod
+    def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
+        """Vision tower and projector: the embeddings that replace the placeholder."""
+
+    def embed(self, ids: Int[Tensor, "B R"]) -> Float[Tensor, "B R D"]:
+        return self.embedding[ids]
+
+    def embed_prompt(
+        self, prompt: Prompt, visual: Float[Tensor, "visual D"]
+    ) -> Float[Tensor, "1 P D"]:
+        before, after = (self._embed_ids(ids) for ids in (prompt.before, prompt.after))
+        return torch.cat([before, visual.to(before.dtype), after])[None]
+
+    def prompt_embeddings(self, media: Media, question: str) -> Float[Tensor, "1 P D"]:
+        """Media and question to the language model's input rows (everything before prefill)."""
+        return self.embed_prompt(self.prompt(question), self.visual_tokens(self.pixels(media)))
+
+    def forward(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
+        """R rows behind the cache; states after the final norm."""
+        return self.stack.forward(x, cache)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return self.stack.new_cache(batch, max_length)
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode([i for i in ids if i not in self.eos_ids])
+        return str(text).strip()
+
+    def _embed_ids(self, ids: tuple[int, ...]) -> Float[Tensor, "R D"]:
+        return self.embedding[torch.tensor(ids, dtype=torch.long, device=self.embedding.device)]
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A drafter and a verifier that share a tokenizer."""
+
+    name: str
+    drafter: Decoder
+    verifier: Decoder
+    num_event_images: int
+    num_frames: int
+    quant: str
+    provenance: dict[str, str]
+    """Digest or hub revision of each model's weights: part of every stage's key."""

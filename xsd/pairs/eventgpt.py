@@ -1,0 +1,189 @@
+"""EventGPT: event images and a question in, text out. The drafter of both pairs.
+
+A Llama decoder behind a CLIP tower, two projections, and a pooling that keeps time and space
+apart. Tensor names, prompt and arithmetic are those of the published 7B release.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.configuration_utils import SubConfigSpec
+
+from xsd.errors import XsdError
+from xsd.files import read_json, write_json
+from xsd.pairs.base import Decoder, Media, Prompt
+from xsd.pairs.checkpoint import load_config, load_weights, staged
+from xsd.pairs.processing import ImageProcessing, prompt_around
+from xsd.pairs.vision import clip_features
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+PLACEHOLDER = "<event>"
+PLACEHOLDER_ID = -200
+"""How the published code marks the visual tokens' place in a row of ids."""
+MAX_SEQUENCE = 2048
+"""Where a multimodal prompt is cut unless the configuration says otherwise."""
+PUBLISHED_TOWER = "clip-vit-large-patch14-336"
+TOWER_FOLDER = "clip"
+
+
+class EventGPTConfig(LlamaConfig):  # type: ignore[misc]
+    """A Llama configuration with a CLIP tower; without ``vision_config`` it is ViT-L/14-336."""
+
+    model_type = "EventChat_llama"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "vision_config": SubConfigSpec(
+            config_class=CLIPVisionConfig,
+            init_kwargs={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+            },
+        )
+    }
+
+    vision_config: dict[str, Any] | CLIPVisionConfig | None = None
+    mm_visual_tower: str = TOWER_FOLDER
+    event_feature_adaptor: bool | str | None = None
+    """Any value: the model has a feature adaptor."""
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    tokenizer_model_max_length: int | None = None
+
+
+class EventGPT(LlamaForCausalLM):  # type: ignore[misc]
+    """Llama with a visual front end under the published tensor names."""
+
+    config_class = EventGPTConfig
+
+    def __init__(self, config: EventGPTConfig) -> None:
+        super().__init__(config)
+        vision: Any = config.vision_config
+        width = config.hidden_size
+        # The published names nest the tower twice.
+        self.model.visual_tower = nn.ModuleDict({"visual_tower": CLIPVisionModel(vision)})
+        self.model.visual_projector = nn.Sequential(
+            nn.Linear(vision.hidden_size, width), nn.GELU(), nn.Linear(width, width)
+        )
+        has_adaptor = config.event_feature_adaptor not in (None, False)
+        self.model.feature_adaptor = nn.Linear(width, width) if has_adaptor else nn.Identity()
+        self.post_init()
+
+    def visual_tokens(
+        self, pixels: Float[Tensor, "*batch T 3 H W"]
+    ) -> Float[Tensor, "*batch visual D"]:
+        """T event images to T temporal tokens (means over space), then the spatial ones.
+
+        The projector's second map and the adaptor are affine, so they come after the means, on
+        T + 577 rows instead of T x 577.
+        """
+        tower = self.model.visual_tower["visual_tower"]
+        features = clip_features(tower, pixels.flatten(0, -4).to(self.dtype), layer=-1)
+        into, activation, out_of = self.model.visual_projector
+        features = activation(into(features)).unflatten(0, pixels.shape[:-3])
+        pooled = torch.cat([features.mean(-2), features.mean(-3)], dim=-2)
+        tokens: Tensor = self.model.feature_adaptor(out_of(pooled))
+        return tokens
+
+
+def load(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tower: Path | None = None,
+) -> tuple[EventGPT, ImageProcessing]:
+    """A published or an own checkpoint, and the image processor of its tower.
+
+    Args:
+        folder: ``config.json`` and weights (safetensors or ``.bin``, sharded or not).
+        dtype: None keeps the checkpoint's.
+        tower: folder with the CLIP tower's ``config.json`` and ``preprocessor_config.json``;
+            None takes the folder the configuration names.
+
+    Raises:
+        XsdError: a file is missing or unreadable, or the tensors are not exactly the model's.
+    """
+    config = load_config(EventGPTConfig, folder)
+    config.vision_config, processing = _tower(folder, config, tower)
+    model = load_weights(EventGPT, config, folder, dtype=dtype, device=device)
+    return model, processing
+
+
+def save(model: EventGPT, processing: ImageProcessing, folder: Path) -> None:
+    """Write the published layout: the tower's configuration apart, in a folder of its own."""
+    with staged(folder) as staging:
+        model.save_pretrained(staging)
+        config = read_json(staging / "config.json")
+        vision = config.pop("vision_config")
+        write_json(staging / "config.json", config | {"mm_visual_tower": TOWER_FOLDER})
+        write_json(staging / TOWER_FOLDER / "config.json", vision)
+        processing.save(staging / TOWER_FOLDER)
+
+
+def _tower(
+    folder: Path, config: EventGPTConfig, override: Path | None
+) -> tuple[CLIPVisionConfig, ImageProcessing]:
+    """The tower's configuration and processor; its weights are in the checkpoint."""
+    tower = override or folder / config.mm_visual_tower
+    if (tower / "config.json").is_file():
+        return _tower_config(tower), ImageProcessing.load(tower)
+    if override is None and Path(config.mm_visual_tower).name == PUBLISHED_TOWER:
+        published: Any = EventGPTConfig().vision_config
+        return published, ImageProcessing.square(published.image_size)
+    raise XsdError(
+        f"{tower}: no config.json of the CLIP tower that {folder / 'config.json'} names; "
+        "put the tower's two JSON files there or name their folder"
+    )
+
+
+def _tower_config(tower: Path) -> CLIPVisionConfig:
+    values = read_json(tower / "config.json")
+    # The hub's own file describes both of CLIP's towers.
+    values = values.get("vision_config", values)
+    config: CLIPVisionConfig = CLIPVisionConfig.from_dict(values)
+    return config
+
+
+class EventGPTDecoder(Decoder):
+    """EventGPT as a half of a pair. Takes the model over: its projections are fused."""
+
+    def __init__(self, model: EventGPT, tokenizer: Any, processing: ImageProcessing) -> None:
+        super().__init__(model.model, model.lm_head, tokenizer, model.generation_config)
+        self.model = model
+        self.processing = processing
+        self.max_sequence = model.config.tokenizer_model_max_length or MAX_SEQUENCE
+
+    def prompt(self, question: str) -> Prompt:
+        """Vicuna's first template around ``<ev_start>``, the events, ``<ev_end>``."""
+        if PLACEHOLDER in question:
+            raise XsdError(f"question {question!r}: it must not hold {PLACEHOLDER}; take it out")
+        return prompt_around(
+            self.tokenizer,
+            f"{SYSTEM} USER: <ev_start>",
+            f"<ev_end>\n{question} ASSISTANT:",
+        )
+
+    def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
+        return self.processing(media.event_images)
+
+    @torch.inference_mode()
+    def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
+        return self.model.visual_tokens(pixels.to(self.stack.device))
+
+    def embed_prompt(
+        self, prompt: Prompt, visual: Float[Tensor, "visual D"]
+    ) -> Float[Tensor, "1 P D"]:
+        return super().embed_prompt(prompt, visual)[:, : self.max_sequence]

@@ -1,0 +1,89 @@
+"""Video-LLaVA: video frames and a question in, text out. The verifier of both pairs.
+
+The model is transformers'; this is its place in a pair: prompt, frames, and a visual path that
+runs no layer whose output nobody reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+
+from xsd.errors import XsdError
+from xsd.pairs.base import Decoder, Media, Prompt
+from xsd.pairs.checkpoint import load_config, load_weights, staged
+from xsd.pairs.processing import ImageProcessing, prompt_split
+from xsd.pairs.vision import clip_features
+
+
+def load(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[VideoLlavaForConditionalGeneration, ImageProcessing]:
+    """A checkpoint in transformers' layout, of any release, and its image processor.
+
+    Raises:
+        XsdError: a file is missing or unreadable, or the tensors are not exactly the model's.
+    """
+    config = load_config(VideoLlavaConfig, folder)
+    layer, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not (isinstance(layer, int) and -num_layers <= layer + 1 <= num_layers + 1):
+        raise XsdError(f"{folder / 'config.json'}: vision_feature_layer {layer} is not one layer")
+    processing = ImageProcessing.load(folder)
+    model_class = VideoLlavaForConditionalGeneration
+    return load_weights(model_class, config, folder, dtype=dtype, device=device), processing
+
+
+def save(
+    model: VideoLlavaForConditionalGeneration, processing: ImageProcessing, folder: Path
+) -> None:
+    with staged(folder) as staging:
+        model.save_pretrained(staging)
+        processing.save(staging)
+
+
+def visual_tokens(
+    model: VideoLlavaForConditionalGeneration, pixels: Float[Tensor, "*batch N 3 H W"]
+) -> Float[Tensor, "*batch visual D"]:
+    """Frames to the projected tokens (CLS among them), frame after frame.
+
+    Equal to ``get_video_features``, without the tower's layers above the one that is read.
+    """
+    parts, layer = model.model, model.config.vision_feature_layer
+    features = clip_features(parts.video_tower, pixels.flatten(0, -4).to(model.dtype), layer)
+    projected: Tensor = parts.multi_modal_projector(features)
+    return projected.reshape(*pixels.shape[:-4], -1, projected.shape[-1])
+
+
+class VideoLlavaDecoder(Decoder):
+    """Video-LLaVA as a half of a pair. Takes the model over: its projections are fused."""
+
+    def __init__(
+        self,
+        model: VideoLlavaForConditionalGeneration,
+        tokenizer: Any,
+        processing: ImageProcessing,
+    ) -> None:
+        super().__init__(
+            model.model.language_model, model.lm_head, tokenizer, model.generation_config
+        )
+        self.model = model
+        self.processing = processing
+
+    def prompt(self, question: str) -> Prompt:
+        text = f"USER: <video>\n{question} ASSISTANT:"
+        return prompt_split(self.tokenizer, text, self.model.config.video_token_index)
+
+    def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
+        return self.processing(media.frames)
+
+    @torch.inference_mode()
+    def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
+        return visual_tokens(self.model, pixels.to(self.stack.device))

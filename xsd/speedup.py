@@ -1,0 +1,315 @@
+"""Traces become a measured speedup; costs and prefix hits become a modelled one.
+
+Pure: no clock, no models, no files. Times are in milliseconds and a speedup is plain time over
+speculative time. What is *measured* comes from traces alone, what is *modelled* from ``Costs``
+and counts alone, and no number is ever both.
+
+Measured. Both sides of a ratio are the same samples in the same repeats; a sample that one side
+lacks (it failed there) leaves both sides and is counted. Repeats become a median per sample first.
+The headline is the pooled ratio, sum over sum: it is what a user waits for, whereas the mean of
+per-sample ratios weighs a short answer as much as a long one.
+
+Modelled. A chain of drafts yields ``1 + sum_k P(first k drafts all match)`` tokens a verifier pass
+(the expectation of Leviathan et al., arXiv:2211.17192, without assuming independent drafts).
+Against plain decoding at ``t`` a token, ``gamma`` drafts and one pass of ``gamma + 1`` rows give
+
+    S = tau * t / (gamma * (t_d + a) + V(gamma + 1)).
+
+While the verifier prefills, the drafter may work for nothing: see ``Costs.num_free`` and
+``gap_ms``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from xsd.errors import XsdError
+from xsd.types import Trace
+
+BASELINE = "vl_baseline"
+_TIMES = ["prefill_ms", "decode_ms", "total_ms"]
+_BASELINE_TIMES = [f"baseline_{name}" for name in _TIMES]
+_COUNTS = ["num_tokens", "num_free", "drafted", "gap_accepted", "accepted", "num_cycles"]
+
+
+def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFrame:
+    """One row a strategy and sample that it shares with ``baseline``.
+
+    Columns: strategy, sample_key, times (median over shared repeats), ``baseline_`` times, ratio
+    (> 1: faster than plain decoding), counts (mean over repeats; ``accepted`` adds gap and decode,
+    ``num_cycles`` counts verifier calls of decode), differs and excused (by a near tie).
+
+    Raises:
+        XsdError: no traces of ``baseline``.
+    """
+    frame = pd.DataFrame([_row(trace) for trace in traces])
+    if frame.empty or baseline not in set(frame["strategy"]):
+        raise XsdError(f"no traces of {baseline!r}; add it to the configs, every ratio needs it")
+    keys = ["sample_key", "repeat"]
+    plain = frame.loc[frame["strategy"] == baseline, [*keys, *_TIMES]]
+    both = frame.merge(
+        plain.rename(columns=dict(zip(_TIMES, _BASELINE_TIMES, strict=True))), on=keys
+    )
+    how: dict[str, str] = dict.fromkeys((*_TIMES, *_BASELINE_TIMES), "median")
+    how |= dict.fromkeys(_COUNTS, "mean")
+    # A sample is excused only if every repeat that differs is.
+    how |= {"differs": "max", "excused": "min"}
+    rows = both.groupby(["strategy", "sample_key"], sort=False).agg(how).reset_index()
+    rows["ratio"] = rows["baseline_total_ms"] / rows["total_ms"]
+    return rows
+
+
+def measured(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFrame:
+    """One row a strategy, in the order of their first traces.
+
+    Columns: strategy, num_samples, num_failed, prefill_ms, decode_ms, total_ms (means),
+    num_tokens, tokens_accepted and gap_accepted (a sample), accept_rate (of what was drafted),
+    tau (tokens a verifier call of decode), num_free, speedup and decode_speedup (pooled),
+    ratio_mean, ratio_std, ratio_p5, ratio_p95, share_slower, lossless, num_different,
+    num_near_ties. What a strategy does not have (drafts, decode calls) is NaN.
+    """
+    kept = list(traces)
+    rows = per_sample(kept, baseline)
+    num_samples = len({trace.sample_key for trace in kept})
+    names = dict.fromkeys(trace.strategy for trace in kept)
+    return pd.DataFrame(
+        [_summary(name, rows[rows["strategy"] == name], num_samples) for name in names]
+    )
+
+
+def _row(trace: Trace) -> dict[str, object]:
+    return {
+        "strategy": trace.strategy,
+        "sample_key": trace.sample_key,
+        "repeat": trace.repeat,
+        "prefill_ms": trace.prefill_ms,
+        "decode_ms": trace.decode_ms,
+        "total_ms": trace.total_ms,
+        "num_tokens": len(trace.token_ids),
+        "num_free": trace.num_free,
+        "drafted": trace.gap_drafted + sum(trace.cycle_drafted),
+        "gap_accepted": trace.gap_accepted,
+        "accepted": trace.gap_accepted + sum(trace.cycle_accepted),
+        "num_cycles": len(trace.cycle_accepted),
+        "differs": trace.first_difference is not None,
+        "excused": trace.lossless,
+    }
+
+
+def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, object]:
+    total = rows[[*_TIMES, *_BASELINE_TIMES, *_COUNTS]].sum()
+    mean = total / max(1, len(rows))
+    ratio = rows["ratio"]
+    decode_accepted = total["accepted"] - total["gap_accepted"]
+    num_excused = int((rows["differs"] & rows["excused"]).sum())
+    num_different = int(rows["differs"].sum())
+    return {
+        "strategy": strategy,
+        "num_samples": len(rows),
+        "num_failed": num_samples - len(rows),
+        **{name: mean[name] for name in _TIMES},
+        "num_tokens": mean["num_tokens"],
+        "tokens_accepted": mean["accepted"],
+        "gap_accepted": mean["gap_accepted"],
+        "accept_rate": _ratio(total["accepted"], total["drafted"]),
+        "tau": 1 + _ratio(decode_accepted, total["num_cycles"]),
+        "num_free": mean["num_free"],
+        "speedup": _ratio(total["baseline_total_ms"], total["total_ms"]),
+        "decode_speedup": _ratio(total["baseline_decode_ms"], total["decode_ms"]),
+        "ratio_mean": ratio.mean(),
+        "ratio_std": ratio.std(ddof=0),
+        "ratio_p5": ratio.quantile(0.05),
+        "ratio_p95": ratio.quantile(0.95),
+        "share_slower": (ratio < 1).mean(),
+        "lossless": num_different == num_excused,
+        "num_different": num_different,
+        "num_near_ties": num_excused,
+    }
+
+
+def _ratio(over: float, under: float) -> float:
+    return float(over) / float(under) if under else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What each piece of work costs on one machine, in milliseconds.
+
+    Args:
+        step_ms: ``t``, one verifier step of one row.
+        drafter_step_ms: ``t_d``, one drafter step.
+        adapter_ms: ``a``, adapter and LM head for one token.
+        verifier_prefill_ms, drafter_prefill_ms: ``P_v`` and ``P_d``, vision towers included.
+        pass_ms: ``V(r)`` for the row counts that were measured; empty means ``V(r) = t``.
+        verifier_slowdown, drafter_slowdown: ``kappa >= 1``, each side's while both run.
+        link_ms: to hand states or tokens from the drafter's place to the verifier's.
+    """
+
+    step_ms: float
+    drafter_step_ms: float
+    adapter_ms: float
+    verifier_prefill_ms: float
+    drafter_prefill_ms: float
+    pass_ms: Mapping[int, float] = field(default_factory=dict)
+    verifier_slowdown: float = 1.0
+    drafter_slowdown: float = 1.0
+    link_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        numbers = (self.step_ms, self.verifier_prefill_ms, *self.pass_ms.values())
+        if not all(math.isfinite(x) and x > 0 for x in numbers):
+            raise XsdError(f"costs: steps, prefill and passes must be positive, got {numbers}")
+        waits = (self.drafter_step_ms, self.adapter_ms, self.drafter_prefill_ms, self.link_ms)
+        if not all(math.isfinite(x) and x >= 0 for x in waits):
+            raise XsdError(f"costs: times of drafting must not be negative, got {waits}")
+        if min(self.verifier_slowdown, self.drafter_slowdown) < 1:
+            raise XsdError("costs: a slowdown is at least 1 (1: running together costs nothing)")
+
+    def verify_ms(self, num_rows: int) -> float:
+        """``V(r)``: linear between measured row counts, flat beyond the last."""
+        points = {1: self.step_ms, **self.pass_ms}
+        rows = sorted(points)
+        return float(np.interp(num_rows, rows, [points[r] for r in rows]))
+
+    def plain_ms(self, num_tokens: int) -> float:
+        """``T0 = P_v + (N - 1) t``: prefill yields the first token, every step one more."""
+        return self.verifier_prefill_ms + max(0, num_tokens - 1) * self.step_ms
+
+    def num_free(self, num_tokens: int, *, coupled: bool = True) -> int:
+        """Drafts that are ready when the verifier's prefill ends.
+
+        The drafter's prefill gives the first, and each further one takes ``kappa_d (t_d + a)`` of
+        what is left of ``kappa_v P_v - kappa_d P_d - link``. Free-running drafting maps all its
+        states at once and pays ``a`` once. Never more than the answer has tokens.
+        """
+        draft_ms = self.drafter_step_ms + (self.adapter_ms if coupled else 0.0)
+        gap_ms = (
+            self.verifier_slowdown * self.verifier_prefill_ms
+            - self.drafter_slowdown
+            * (self.drafter_prefill_ms + (0.0 if coupled else self.adapter_ms))
+            - self.link_ms
+        )
+        if gap_ms < 0 or num_tokens < 1:
+            # Not even the first draft is there; a floor of -1 or less says the same.
+            return 0
+        if draft_ms == 0:
+            return num_tokens
+        return min(num_tokens, 1 + math.floor(gap_ms / (self.drafter_slowdown * draft_ms)))
+
+    def gap_ms(
+        self, num_tokens: int, num_free: int, num_accepted: int, decode_speedup: float = 1.0
+    ) -> float:
+        """Time of a whole answer whose first ``num_free`` drafts were made during prefill.
+
+        Prefill yields token 0 and so checks draft 0 for nothing. If that one missed, plain
+        decoding follows (at ``decode_speedup``, if a head drafts there). If it held, the ``n``
+        other drafts go into one pass of ``n + 1`` rows, which yields its ``K`` matches and one
+        token more.
+
+        Args:
+            num_accepted: drafts that match before the first miss, draft 0 included.
+        """
+        prefill = self.verifier_slowdown * self.verifier_prefill_ms
+        step = self.step_ms / decode_speedup
+        accepted = min(num_accepted, num_free)
+        if accepted == 0 or num_tokens <= 1:
+            return prefill + max(0, num_tokens - 1) * step
+        # accepted = K + 1 and n + 1 = num_free
+        return prefill + self.verify_ms(num_free) + max(0, num_tokens - 1 - accepted) * step
+
+    def break_even(self, num_free: int, decode_speedup: float = 1.0) -> float:
+        """Matching drafts (``K + 1``) above which drafting in the gap pays.
+
+        They must save more steps than the long pass and the slowed prefill cost.
+        """
+        lost = (self.verifier_slowdown - 1) * self.verifier_prefill_ms
+        return (self.verify_ms(num_free) + lost) * decode_speedup / self.step_ms
+
+    def decode_speedup(self, tau: float, gamma: int, *, with_drafter: bool = False) -> float:
+        """``S``: a head drafts at ``a`` a token; a drafter model adds ``t_d`` to each."""
+        draft_ms = self.adapter_ms + (self.drafter_step_ms if with_drafter else 0.0)
+        return tau * self.step_ms / (gamma * draft_ms + self.verify_ms(gamma + 1))
+
+
+def chain_tau(prefix_hits: Sequence[float]) -> float:
+    """Tokens a verifier call: the bonus token and every draft whose predecessors matched too.
+
+    Args:
+        prefix_hits: element ``k - 1`` is the share of cycles whose first ``k`` drafts all matched.
+            These are joint: a product of marginal rates is another number, and most often too low.
+
+    Raises:
+        XsdError: shares outside 0..1, or growing ones, which joint hits cannot be.
+    """
+    shares = [1.0, *prefix_hits]
+    if any(not 0 <= after <= before + 1e-9 for before, after in pairwise(shares)):
+        raise XsdError("prefix hits must be shares that never grow: they are joint, not marginal")
+    return float(sum(shares))
+
+
+def decode_bound(alpha: float) -> float:
+    """Most that a chain can give at acceptance ``alpha`` when drafting is free and ``V = t``."""
+    return math.inf if alpha >= 1 else 1 / (1 - alpha)
+
+
+def modelled(
+    costs: Costs,
+    num_tokens: Int[np.ndarray, " S"],
+    *,
+    accepted_prefix: Int[np.ndarray, " S"] | None = None,
+    prefix_hits: Sequence[float] = (),
+    coupled: bool = True,
+    with_drafter: bool = False,
+) -> dict[str, float]:
+    """``modelled.*`` of an adapter in the gap, of one in decode, or of both together.
+
+    Args:
+        num_tokens: answer lengths.
+        accepted_prefix: of each answer, drafts that match before the first miss; None: the gap is
+            not used. Counted to a limit, it makes what lies beyond the limit a miss.
+        prefix_hits: joint hits of the drafts of a decode cycle (``chain_tau``), one a draft;
+            empty: plain decoding.
+        with_drafter: the drafter model steps in decode as well (L5, L5F, E2).
+
+    Returns:
+        Pooled over answers: ``modelled.speedup_e2e``, ``total_ms``, ``baseline_ms``, and where they
+        apply ``tau``, ``decode_speedup``, ``num_free``, ``gap_accepted``, ``break_even``,
+        ``bound_all_accepted`` (every free draft matches), ``bound_free_decode`` (prefill is all).
+    """
+    if len(num_tokens) == 0:
+        raise XsdError("no answers to model a speedup from; give a split that is not empty")
+    lengths = [int(n) for n in num_tokens]
+    plain_ms = sum(costs.plain_ms(n) for n in lengths)
+    prefill_ms = len(lengths) * costs.verifier_prefill_ms
+    values: dict[str, float] = {"bound_free_decode": plain_ms / prefill_ms}
+    speed = 1.0
+    if len(prefix_hits):
+        tau, gamma = chain_tau(prefix_hits), len(prefix_hits)
+        speed = costs.decode_speedup(tau, gamma, with_drafter=with_drafter)
+        values |= {"tau": tau, "decode_speedup": speed}
+    total_ms = prefill_ms + (plain_ms - prefill_ms) / speed
+    if accepted_prefix is not None:
+        free = [costs.num_free(n, coupled=coupled) for n in lengths]
+        kept = [min(int(a), f) for a, f in zip(accepted_prefix, free, strict=True)]
+        answers = list(zip(lengths, free, kept, strict=True))
+        total_ms = sum(costs.gap_ms(n, f, k, speed) for n, f, k in answers)
+        best_ms = sum(costs.gap_ms(n, f, f, speed) for n, f, _ in answers)
+        values |= {
+            "num_free": float(np.mean(free)),
+            "gap_accepted": float(np.mean(kept)),
+            "break_even": float(np.mean([costs.break_even(f, speed) for f in free])),
+            "bound_all_accepted": plain_ms / best_ms,
+        }
+    values |= {
+        "baseline_ms": plain_ms / len(lengths),
+        "total_ms": total_ms / len(lengths),
+        "speedup_e2e": plain_ms / total_ms,
+    }
+    return {f"modelled.{name}": value for name, value in values.items()}

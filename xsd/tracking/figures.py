@@ -1,0 +1,42 @@
+"""Plotly figures as files: HTML that needs no network, and PNG where a browser can draw it."""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from xsd.files import atomic_path
+
+
+class Figure(Protocol):
+    """What is used of ``plotly.graph_objects.Figure``."""
+
+    def write_html(self, file: Path, *, include_plotlyjs: bool) -> None: ...
+
+    def write_image(self, file: Path) -> None: ...
+
+
+def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write ``name.html`` and, where kaleido finds a browser, ``name.png`` into ``folder``."""
+    html = folder / f"{name}.html"
+    with atomic_path(html) as temporary:
+        figure.write_html(temporary, include_plotlyjs=True)
+    if not _browser_found():
+        return [html]
+    image = folder / f"{name}.png"
+    with atomic_path(image) as temporary:
+        figure.write_image(temporary)
+    return [html, image]
+
+
+@lru_cache(maxsize=1)
+def _browser_found() -> bool:
+    """Look once a process, and say once what its absence means."""
+    from choreographer.browsers.chromium import Chromium
+
+    if Chromium.find_browser(skip_local=False):
+        return True
+    print("plots: no browser for kaleido, so figures are HTML only", file=sys.stderr)
+    return False

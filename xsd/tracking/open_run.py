@@ -1,0 +1,234 @@
+"""The open run of a stage: what commands log through."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from xsd.errors import XsdError
+from xsd.files import sha256_file, sha256_json
+from xsd.tracking import store
+from xsd.tracking.artifacts import local_folder, place
+from xsd.tracking.figures import Figure, write_figure
+from xsd.tracking.products import MANIFEST
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+_FLUSH_SECONDS: Final = 5.0
+_BATCH: Final = 1000
+_PARAMS_BATCH: Final = 100
+_VALUE_LENGTH: Final = 6000
+_TAG_LENGTH: Final = 5000
+
+
+@dataclass
+class Run:
+    """The open run of a stage. Commands log through it and know nothing else of the store."""
+
+    client: MlflowClient
+    run_id: str
+    experiment_id: str
+    stage: str
+    pair: str
+    artifact_uri: str
+    manifest: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Artifact path -> sha256 and size; written as an artifact when the run ends well."""
+    _metrics: list[Metric] = field(default_factory=list)
+    _flushed: float = field(default_factory=time.monotonic)
+    _non_finite: set[str] = field(default_factory=set)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def uri(self) -> str:
+        return f"runs:/{self.run_id}"
+
+    @property
+    def folder(self) -> Path | None:
+        """The artifact folder, if it is one of this machine."""
+        return local_folder(self.artifact_uri)
+
+    def log(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
+        """Buffer metrics. ``accept@0.90`` becomes ``accept_90``; values that are not finite are
+        left out of the curve and named in the tag ``xsd.not_finite``."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        with self._lock:
+            for name, value in metrics.items():
+                key = re.sub(r"@0?\.", "_", name)
+                if math.isfinite(value):
+                    self._metrics.append(Metric(key, float(value), now_ms, step, model_id=model_id))
+                else:
+                    self._non_finite.add(key)
+            if len(self._metrics) >= _BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            for start in range(0, len(self._metrics), _BATCH):
+                self.client.log_batch(self.run_id, metrics=self._metrics[start : start + _BATCH])
+            self._metrics.clear()
+            self._flushed = time.monotonic()
+
+    def params(self, config: Mapping[str, object]) -> None:
+        """Log a resolved configuration under ``cfg.``: bare names are MLproject's raw values."""
+        from mlflow.entities import Param
+
+        entities = [
+            Param(f"cfg.{name}", str(value)[:_VALUE_LENGTH] or "''")
+            for name, value in config.items()
+        ]
+        for start in range(0, len(entities), _PARAMS_BATCH):
+            self.client.log_batch(self.run_id, params=entities[start : start + _PARAMS_BATCH])
+
+    def tag(self, tags: Mapping[str, object]) -> None:
+        """Set tags; None is left out."""
+        from mlflow.entities import RunTag
+
+        entities = [
+            RunTag(name, str(value)[:_TAG_LENGTH])
+            for name, value in tags.items()
+            if value is not None
+        ]
+        self.client.log_batch(self.run_id, tags=entities)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep one file; hard-linked where the store is local, so it takes no second space.
+
+        Raises:
+            XsdError: there is no such file.
+        """
+        if not path.is_file():
+            raise XsdError(f"{path}: no such file to keep as an artifact")
+        name = f"{folder}/{path.name}" if folder else path.name
+        if self.folder is None:
+            self.client.log_artifact(self.run_id, str(path), folder)
+        else:
+            place(path, self.folder / name)
+        self.manifest[name] = {"sha256": sha256_file(path), "num_bytes": path.stat().st_size}
+
+    def artifacts(self, root: Path, folder: str | None = None) -> None:
+        """Keep every file below ``root``, hidden ones excepted, under the same relative path."""
+        if not root.is_dir():
+            raise XsdError(f"{root}: no such folder to keep as artifacts")
+        for path in sorted(root.rglob("*")):
+            relative = path.relative_to(root)
+            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                below = (Path(folder or ".") / relative.parent).as_posix()
+                self.artifact(path, None if below == "." else below)
+
+    def figure(self, name: str, figure: Figure, output_dir: Path | None = None) -> list[Path]:
+        """Keep a plotly figure as ``figures/<name>.html`` (and .png where a browser is found).
+
+        Returns the files in ``output_dir``; empty if none was given.
+        """
+        if output_dir is not None:
+            written = write_figure(figure, output_dir, name)
+            for path in written:
+                self.artifact(path, "figures")
+            return written
+        with tempfile.TemporaryDirectory() as folder:
+            for path in write_figure(figure, Path(folder), name):
+                self.artifact(path, "figures")
+        return []
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """Keep a frame as ``tables/<name>.json``, which the UI shows and compares across runs."""
+        text = frame.to_json(orient="split", index=False, double_precision=6)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.json"
+            path.write_text(text, encoding="utf-8")
+            self.artifact(path, "tables")
+        tables = [key for key in self.manifest if key.startswith("tables/")]
+        logged = [{"path": path, "type": "table"} for path in tables]
+        self.tag({"mlflow.loggedArtifacts": json.dumps(logged)})
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        """Link a data set, by digest, as an input of the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        entity = Dataset(
+            name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source})
+        )
+        tags = [InputTag("mlflow.data.context", context)]
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(entity, tags)])
+
+    def log_model(
+        self,
+        name: str,
+        files: Sequence[Path],
+        *,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, object] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        step: int = 0,
+    ) -> str:
+        """Keep files (a checkpoint, its configuration) as a logged model.
+
+        The model carries the sha256 of every file as tag ``sha256.<file>``, by which
+        ``registry.load_uri`` refuses one that was altered.
+
+        Returns:
+            The id of the model, whose URI is ``models:/<id>``.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        digests = {f"sha256.{path.name}": sha256_file(path) for path in files}
+        model = self.client.create_logged_model(
+            self.experiment_id,
+            name=name,
+            source_run_id=self.run_id,
+            tags={key: str(value) for key, value in {**(tags or {}), **digests}.items()},
+            params={key: str(value)[:_VALUE_LENGTH] for key, value in (params or {}).items()},
+            model_type="adapter",
+        )
+        folder = local_folder(model.artifact_location)
+        for path in files:
+            if folder is None:
+                self.client.log_model_artifact(model.model_id, str(path))
+            else:
+                place(path, folder / path.name)
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
+        self.log(metrics or {}, step=step, model_id=model.model_id)
+        self.tag({"xsd.model_id": model.model_id})
+        return str(model.model_id)
+
+    def link(self) -> str:
+        """The page of this run in the UI."""
+        base = store.tracking_uri().rstrip("/")
+        if not base.startswith("http"):
+            base = "http://127.0.0.1:5000"
+        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{base}{page}?workflowType=machine_learning"
+
+    def end(self, status: str) -> None:
+        """Write what is buffered, and set the final status."""
+        self.flush()
+        if self._non_finite:
+            self.tag({"xsd.not_finite": ", ".join(sorted(self._non_finite))})
+        self.client.set_terminated(self.run_id, status)
+
+    def finish_manifest(self) -> None:
+        """Write the manifest, and tag the digest by which later stages know this product.
+
+        Figures are left out of the digest: the same curve is never the same file twice.
+        """
+        if self.manifest:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / MANIFEST
+                path.write_text(json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+                self.client.log_artifact(self.run_id, str(path))
+        kept = {name: at for name, at in self.manifest.items() if not name.startswith("figures/")}
+        self.tag({"xsd.digest": sha256_json(kept) if kept else None})

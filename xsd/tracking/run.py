@@ -1,0 +1,178 @@
+"""One stage, one run: begun, fed, and ended with the status that it deserves.
+
+``mlflow run`` begins a run before our code starts; the first stage of the process joins it. Every
+further stage becomes a child of the run that is active, or of the parent it is told.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from xsd.tracking import store
+from xsd.tracking.open_run import Run
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+    from xsd.tracking.products import Product
+
+__all__ = ["Run", "Terminated", "active", "reap", "stage_run"]
+
+_active: contextvars.ContextVar[Run | None] = contextvars.ContextVar("xsd_run", default=None)
+
+
+class Terminated(SystemExit):
+    """SIGTERM, as an exception, so that the run can be ended properly on the way out."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def active() -> Run | None:
+    """The innermost open run of this thread."""
+    return _active.get()
+
+
+@contextmanager
+def stage_run(
+    stage: str,
+    pair: str,
+    config: Mapping[str, object],
+    *,
+    inputs: Mapping[str, Product] | None = None,
+    tags: Mapping[str, object] | None = None,
+    name: str | None = None,
+    key: str | None = None,
+    parent: str | None = None,
+    killed_by: tuple[type[BaseException], ...] = (),
+) -> Iterator[Run]:
+    """Open the run of a stage in experiment ``xsd/<pair>``; on leaving, end it.
+
+    Args:
+        config: ``config.resolved(...)``; logged under ``cfg.``.
+        inputs: role -> what was read; tagged ``input.<role>`` and ``digest.<role>``, and linked.
+        key: the stage key (``reuse.stage_key``), by which a later run finds this one.
+        parent: run id of the parent; needed in threads, else the active run is taken.
+        killed_by: exceptions that end the run as KILLED, as a pruned trial does.
+
+    Status: FINISHED; FAILED on an exception; KILLED on Ctrl-C, SIGTERM, or ``killed_by``.
+
+    Raises:
+        XsdError: the tracking server does not answer.
+    """
+    run = _open(stage, pair, parent, name or _run_name(stage, tags))
+    token = _active.set(run)
+    status = "FAILED"
+    killing: tuple[type[BaseException], ...] = (
+        KeyboardInterrupt,
+        SystemExit,
+        GeneratorExit,
+        *killed_by,
+    )
+    try:
+        with _terminating():
+            run.params(config)
+            run.tag({**_context_tags(stage, pair), **_input_tags(inputs), **(tags or {})})
+            _link_models(run, inputs)
+            yield run
+            run.finish_manifest()
+        # Set last: a run found by its key is complete.
+        run.tag({"xsd.key": key})
+        status = "FINISHED"
+    except killing:
+        status = "KILLED"
+        raise
+    except BaseException as error:
+        run.tag({"xsd.error": " ".join(str(error).split())[:500]})
+        raise
+    finally:
+        _active.reset(token)
+        run.end(status)
+
+
+def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:
+    client = store.client()
+    joined = os.environ.pop("MLFLOW_RUN_ID", None)
+    outer = active()
+    if joined:
+        info = client.get_run(joined).info
+        client.set_tag(joined, "mlflow.runName", name)
+    else:
+        parent = parent or (outer.run_id if outer else None)
+        if outer and parent == outer.run_id:
+            experiment = outer.experiment_id
+        elif parent:
+            experiment = client.get_run(parent).info.experiment_id
+        else:
+            experiment = store.experiment_id(pair)
+            reap(client, experiment)
+        tags = {"mlflow.parentRunId": parent} if parent else {}
+        info = client.create_run(experiment, tags=tags, run_name=name).info
+    return Run(client, info.run_id, info.experiment_id, stage, pair, info.artifact_uri)
+
+
+def reap(client: MlflowClient, experiment_id: str) -> None:
+    """End, as KILLED, the runs of this host whose process is gone without having ended them."""
+    running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=200)
+    for run in running:
+        process = run.data.tags.get("xsd.process")
+        if process and store.is_gone(process):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _run_name(stage: str, tags: Mapping[str, object] | None) -> str:
+    level = (tags or {}).get("level")
+    return f"{stage} {level}" if level else stage
+
+
+def _context_tags(stage: str, pair: str) -> dict[str, object]:
+    return {
+        "stage": stage,
+        "pair": pair,
+        "mlflow.source.name": f"xsd {stage}",
+        "mlflow.source.git.commit": store.git_commit(),
+        "xsd.process": store.this_process(),
+    }
+
+
+def _input_tags(inputs: Mapping[str, Product] | None) -> dict[str, object]:
+    tags: dict[str, object] = {}
+    for role, product in (inputs or {}).items():
+        tags[f"input.{role}"] = product.uri
+        tags[f"digest.{role}"] = product.digest
+    return tags
+
+
+def _link_models(run: Run, inputs: Mapping[str, Product] | None) -> None:
+    from mlflow.entities import LoggedModelInput
+
+    models = [LoggedModelInput(item.model_id) for item in (inputs or {}).values() if item.model_id]
+    if models:
+        run.client.log_inputs(run.run_id, models=models)
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Turn SIGTERM into ``Terminated`` for the block, where nobody else handles it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def raise_terminated(signum: int, frame: FrameType | None) -> None:
+        print("terminated", file=sys.stderr)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

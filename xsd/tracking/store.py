@@ -1,0 +1,175 @@
+"""Where runs are kept: the project's own database unless ``MLFLOW_TRACKING_URI`` says otherwise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xsd.errors import XsdError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+EXPERIMENT_PREFIX = "xsd/"
+_PROBE_SECONDS = 8.0
+_LOCK_SECONDS = 120.0
+
+
+def project_root() -> Path:
+    """The nearest folder, from here upwards, that holds an ``MLproject``; else this folder."""
+    here = Path.cwd()
+    marked = (folder for folder in (here, *here.parents) if (folder / "MLproject").is_file())
+    return next(marked, here)
+
+
+def tracking_uri() -> str:
+    """``MLFLOW_TRACKING_URI``, or a database in the project whatever the current folder is."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+
+
+def client() -> MlflowClient:
+    """A client of the store, which is initialised if it is new.
+
+    Raises:
+        XsdError: the tracking server does not answer.
+    """
+    uri = tracking_uri()
+    opened = _client(uri)
+    import mlflow
+
+    # Artifact and model URIs are resolved by mlflow through its global setting.
+    if mlflow.get_tracking_uri() != uri:
+        mlflow.set_tracking_uri(uri)
+    return opened
+
+
+@lru_cache(maxsize=8)
+def _client(uri: str) -> MlflowClient:
+    _refuse_a_silent_server(uri)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    try:
+        # A fresh database, opened by several processes at once, fails in all but one of them.
+        with lock("store"):
+            opened = MlflowClient(tracking_uri=uri)
+            opened.search_experiments(max_results=1)
+    except MlflowException as error:
+        line = " ".join(str(error).split())
+        raise XsdError(f"tracking store {uri}: {line}; check MLFLOW_TRACKING_URI") from error
+    return opened
+
+
+def _refuse_a_silent_server(uri: str) -> None:
+    """Ask once, with a short patience: MLflow itself would retry for minutes."""
+    if urllib.parse.urlparse(uri).scheme not in ("http", "https"):
+        return
+    try:
+        urllib.request.urlopen(uri, timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answered; authentication is MLflow's business
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise XsdError(
+            f"tracking server {uri} does not answer ({reason});"
+            " start it, or unset MLFLOW_TRACKING_URI to use the project's own store"
+        ) from error
+
+
+@contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Hold a named lock against other processes that use the same store."""
+    from filelock import FileLock, Timeout
+
+    path = _lock_folder() / f".{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=_LOCK_SECONDS):
+            yield
+    except Timeout as error:
+        raise XsdError(f"{path}: held by another process for too long; end that one") from error
+
+
+def _lock_folder() -> Path:
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///"):
+        return Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns"
+    return project_root() / "mlruns"
+
+
+def experiment_id(pair: str) -> str:
+    """The id of experiment ``xsd/<pair>``, made on first use."""
+    from mlflow.exceptions import MlflowException
+
+    store = client()
+    name = EXPERIMENT_PREFIX + pair
+    with lock("experiment"):
+        found = store.get_experiment_by_name(name)
+        if found is not None and found.lifecycle_stage == "active":
+            return str(found.experiment_id)
+        if found is not None:
+            store.restore_experiment(found.experiment_id)
+            return str(found.experiment_id)
+        location = None
+        if tracking_uri().startswith("sqlite:///"):
+            location = (_lock_folder() / pair).as_uri()
+        try:
+            return str(store.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            line = " ".join(str(error).split())
+            raise XsdError(f"cannot make experiment {name!r}: {line}") from error
+
+
+def experiment_ids() -> list[str]:
+    """All experiments: runs are found by their tags, wherever ``mlflow run`` put them."""
+    return [str(found.experiment_id) for found in client().search_experiments()]
+
+
+@lru_cache(maxsize=1)
+def git_commit() -> str | None:
+    """The commit of the project, with ``-dirty`` appended where it applies; None outside git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=project_root(),
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def this_process() -> str:
+    """``host:pid:start``: tells whether the process that began a run still lives."""
+    import psutil
+
+    me = psutil.Process()
+    return f"{socket.gethostname()}:{me.pid}:{me.create_time():.0f}"
+
+
+def is_gone(process: str) -> bool:
+    """Whether a process of this host, as ``this_process`` wrote it, has ended."""
+    import psutil
+
+    host, pid, started = process.rsplit(":", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(int(pid)).create_time() - float(started)) > 2
+    except psutil.NoSuchProcess:
+        return True
