@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xsd.errors import XsdError
-from xsd.speedup import Costs, chain_tau, decode_bound, measured, modelled, per_sample
+from xsd.speedup import (
+    Costs,
+    chain_tau,
+    decode_bound,
+    measured,
+    modelled,
+    per_sample,
+    tokens_before_decode,
+)
 from xsd.types import Trace
 
 
@@ -59,7 +67,7 @@ class TestMeasured:
         assert list(frame["strategy"]) == ["vl_baseline", "E1"]
         assert frame["speedup"][0] == frame["ratio_mean"][0] == 1
         assert frame["share_slower"][1] == 0.5
-        assert math.isnan(frame["accept_rate"][0]) and math.isnan(frame["tau"][0])
+        assert math.isnan(frame["accept_rate"][0]) and frame["tau"][0] == 1
 
     def test_failed_sample_leaves_both_sides_and_is_counted(self) -> None:
         one = row([*PLAIN, trace("E1", "a", 50.0)], "E1")
@@ -82,6 +90,7 @@ class TestMeasured:
             "L4+E1",
             "a",
             80.0,
+            token_ids=tuple(range(13)),
             num_free=6,
             gap_drafted=5,
             gap_accepted=3,
@@ -91,8 +100,34 @@ class TestMeasured:
         got = row([PLAIN[0], head], "L4+E1")
         assert got["tokens_accepted"] == 9 and got["gap_accepted"] == 3
         assert got["accept_rate"] == pytest.approx(9 / 15)
-        assert got["tau"] == pytest.approx((5 + 1 + 3) / 3)
+        # 3 drafts and their pass's own token, then 9 of the 13 tokens in 3 calls
+        assert got["tau"] == pytest.approx(9 / 3)
         assert got["num_free"] == 6
+
+    @pytest.mark.parametrize(
+        ("changes", "early", "tau"),
+        [
+            # draft 0 missed: prefill's token stands alone
+            ({"gap_drafted": 5, "gap_accepted": 0}, 1, 1.0),
+            # it held and was the only one: no pass, plain steps
+            ({"gap_drafted": 1, "gap_accepted": 1}, 1, 1.0),
+            ({"gap_drafted": 5, "gap_accepted": 2}, 3, 1.0),
+            # the end of the answer was accepted: no token after it
+            ({"gap_drafted": 9, "gap_accepted": 8}, 8, math.nan),
+            ({"cycle_drafted": (4, 4), "cycle_accepted": (4, 2)}, 1, 3.5),
+            # one cycle, then plain steps where no draft had room
+            ({"cycle_drafted": (4,), "cycle_accepted": (4,)}, 1, 7 / 3),
+        ],
+    )
+    def test_tokens_a_verifier_call(
+        self, changes: dict[str, object], early: int, tau: float
+    ) -> None:
+        made = trace("X1+E3", "a", 80.0, token_ids=tuple(range(8)), **changes)
+        assert tokens_before_decode(made) == early
+        assert row([PLAIN[0], made], "X1+E3")["tau"] == pytest.approx(tau, nan_ok=True)
+
+    def test_samples_that_nobody_decoded_are_counted(self) -> None:
+        assert measured(PLAIN, num_attempted=5)["num_failed"].tolist() == [3]
 
     @pytest.mark.parametrize(
         ("differences", "lossless", "num_different", "num_near_ties"),
@@ -259,7 +294,7 @@ class TestCosts:
 
 class TestModelled:
     def test_head_by_hand(self) -> None:
-        got = modelled(COSTS, np.array([40, 20]), prefix_hits=[0.9, 0.6, 0.5, 0.2])
+        got = modelled(COSTS, np.array([40, 20]), tau=3.2, gamma=4)
         assert got["modelled.tau"] == pytest.approx(3.2)
         assert got["modelled.decode_speedup"] == pytest.approx(2.0)
         assert got["modelled.baseline_ms"] == pytest.approx((690 + 490) / 2)
@@ -278,9 +313,7 @@ class TestModelled:
         assert slow.break_even(31) == pytest.approx(2.2)
 
     def test_two_phases_multiply_in_decode_only(self) -> None:
-        both = modelled(
-            COSTS, np.array([40]), accepted_prefix=np.array([8]), prefix_hits=[0.9, 0.6, 0.5, 0.2]
-        )
+        both = modelled(COSTS, np.array([40]), accepted_prefix=np.array([8]), tau=3.2, gamma=4)
         assert both["modelled.total_ms"] == pytest.approx(300 + 22 + 155)
 
     def test_no_answers(self) -> None:

@@ -30,13 +30,21 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
+from xsd.decoding.config import BASELINE
 from xsd.errors import XsdError
 from xsd.types import Trace
 
-BASELINE = "vl_baseline"
 _TIMES = ["prefill_ms", "decode_ms", "total_ms"]
 _BASELINE_TIMES = [f"baseline_{name}" for name in _TIMES]
-_COUNTS = ["num_tokens", "num_free", "drafted", "gap_accepted", "accepted", "num_cycles"]
+_COUNTS = [
+    "num_tokens",
+    "num_free",
+    "drafted",
+    "gap_accepted",
+    "accepted",
+    "num_early",
+    "num_calls",
+]
 
 
 def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFrame:
@@ -44,7 +52,8 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
 
     Columns: strategy, sample_key, times (median over shared repeats), ``baseline_`` times, ratio
     (> 1: faster than plain decoding), counts (mean over repeats; ``accepted`` adds gap and decode,
-    ``num_cycles`` counts verifier calls of decode), differs and excused (by a near tie).
+    ``num_early`` tokens stood before decode began, ``num_calls`` verifier calls said the others),
+    differs and excused (by a near tie).
 
     Raises:
         XsdError: no traces of ``baseline``.
@@ -66,8 +75,13 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
     return rows
 
 
-def measured(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFrame:
+def measured(
+    traces: Iterable[Trace], baseline: str = BASELINE, *, num_attempted: int | None = None
+) -> pd.DataFrame:
     """One row a strategy, in the order of their first traces.
+
+    Args:
+        num_attempted: samples that the benchmark took up; None: those with any trace.
 
     Columns: strategy, num_samples, num_failed, prefill_ms, decode_ms, total_ms (means),
     num_tokens, tokens_accepted and gap_accepted (a sample), accept_rate (of what was drafted),
@@ -77,14 +91,29 @@ def measured(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFrame:
     """
     kept = list(traces)
     rows = per_sample(kept, baseline)
-    num_samples = len({trace.sample_key for trace in kept})
+    num_samples = num_attempted or len({trace.sample_key for trace in kept})
     names = dict.fromkeys(trace.strategy for trace in kept)
     return pd.DataFrame(
         [_summary(name, rows[rows["strategy"] == name], num_samples) for name in names]
     )
 
 
+def tokens_before_decode(trace: Trace) -> int:
+    """Tokens that prefill and the check of the gap's drafts yielded.
+
+    Prefill yields token 0 and so checks draft 0; if that one held and there are more, one pass
+    checks them and adds a token of the verifier's own.
+    """
+    has_own = trace.gap_accepted == 0 or trace.gap_drafted > 1
+    return min(len(trace.token_ids), trace.gap_accepted + has_own)
+
+
 def _row(trace: Trace) -> dict[str, object]:
+    num_early = tokens_before_decode(trace)
+    num_late = len(trace.token_ids) - num_early
+    # A last pass may accept the end of the answer, after which the verifier adds nothing.
+    num_cycles = len(trace.cycle_accepted)
+    num_steps = max(0, num_late - sum(trace.cycle_accepted) - num_cycles)
     return {
         "strategy": trace.strategy,
         "sample_key": trace.sample_key,
@@ -97,7 +126,8 @@ def _row(trace: Trace) -> dict[str, object]:
         "drafted": trace.gap_drafted + sum(trace.cycle_drafted),
         "gap_accepted": trace.gap_accepted,
         "accepted": trace.gap_accepted + sum(trace.cycle_accepted),
-        "num_cycles": len(trace.cycle_accepted),
+        "num_early": num_early,
+        "num_calls": num_cycles + num_steps,
         "differs": trace.first_difference is not None,
         "excused": trace.lossless,
     }
@@ -107,7 +137,6 @@ def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, o
     total = rows[[*_TIMES, *_BASELINE_TIMES, *_COUNTS]].sum()
     mean = total / max(1, len(rows))
     ratio = rows["ratio"]
-    decode_accepted = total["accepted"] - total["gap_accepted"]
     num_excused = int((rows["differs"] & rows["excused"]).sum())
     num_different = int(rows["differs"].sum())
     return {
@@ -119,7 +148,7 @@ def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, o
         "tokens_accepted": mean["accepted"],
         "gap_accepted": mean["gap_accepted"],
         "accept_rate": _ratio(total["accepted"], total["drafted"]),
-        "tau": 1 + _ratio(decode_accepted, total["num_cycles"]),
+        "tau": _ratio(total["num_tokens"] - total["num_early"], total["num_calls"]),
         "num_free": mean["num_free"],
         "speedup": _ratio(total["baseline_total_ms"], total["total_ms"]),
         "decode_speedup": _ratio(total["baseline_decode_ms"], total["decode_ms"]),
@@ -264,7 +293,8 @@ def modelled(
     num_tokens: Int[np.ndarray, " S"],
     *,
     accepted_prefix: Int[np.ndarray, " S"] | None = None,
-    prefix_hits: Sequence[float] = (),
+    tau: float | None = None,
+    gamma: int = 0,
     coupled: bool = True,
     with_drafter: bool = False,
 ) -> dict[str, float]:
@@ -274,8 +304,8 @@ def modelled(
         num_tokens: answer lengths.
         accepted_prefix: of each answer, drafts that match before the first miss; None: the gap is
             not used. Counted to a limit, it makes what lies beyond the limit a miss.
-        prefix_hits: joint hits of the drafts of a decode cycle (``chain_tau``), one a draft;
-            empty: plain decoding.
+        tau: tokens a verifier call with ``gamma`` drafts, counted or from ``chain_tau``; None:
+            plain decoding.
         with_drafter: the drafter model steps in decode as well (L5, L5F, E2).
 
     Returns:
@@ -290,8 +320,7 @@ def modelled(
     prefill_ms = len(lengths) * costs.verifier_prefill_ms
     values: dict[str, float] = {"bound_free_decode": plain_ms / prefill_ms}
     speed = 1.0
-    if len(prefix_hits):
-        tau, gamma = chain_tau(prefix_hits), len(prefix_hits)
+    if tau is not None:
         speed = costs.decode_speedup(tau, gamma, with_drafter=with_drafter)
         values |= {"tau": tau, "decode_speedup": speed}
     total_ms = prefill_ms + (plain_ms - prefill_ms) / speed

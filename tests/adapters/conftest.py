@@ -11,7 +11,7 @@ from xsd.adapters.config import AdapterSizes
 
 D_DRAFTER, D_VERIFIER = 24, 32
 SIZES = AdapterSizes(
-    bottleneck_dim=8, num_heads=4, ffn_dim=48, num_layers=2, max_positions=20, dropout=0.1
+    bottleneck_dim=8, num_heads=4, ffn_dim=48, num_layers=2, max_positions=24, dropout=0.1
 )
 
 

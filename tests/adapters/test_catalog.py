@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from xsd import config
 from xsd.adapters.catalog import LEVELS, configure, level, num_parameters
 from xsd.adapters.config import AdapterConfig, AdapterSizes
 from xsd.errors import XsdError
@@ -38,8 +39,12 @@ def test_levels_go_by_name_or_number(given: str | int, name: str) -> None:
 
 @pytest.mark.parametrize("given", ["L7", 7, 0, "None", ""])
 def test_unknown_level_lists_the_valid_ones(given: str | int) -> None:
-    with pytest.raises(XsdError, match="L1, L2, L3, L4, L5, B1, L5F, E1, E2, E3, X1"):
+    with pytest.raises(XsdError, match=", ".join(LEVELS)):
         level(given)
+
+
+def test_flags_know_the_same_levels() -> None:
+    assert tuple(LEVELS) == config.LEVELS
 
 
 def test_phase_and_selection_follow_the_shift() -> None:

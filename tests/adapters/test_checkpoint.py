@@ -29,12 +29,13 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 
 def test_two_names_share_a_folder(tmp_path: Path) -> None:
     adapter = make_adapter("L1")
-    checkpoint.save(adapter, tmp_path)
-    last = checkpoint.save(adapter, tmp_path, name="final_model")
+    folder = tmp_path / "run"
+    checkpoint.save(adapter, folder)
+    last = checkpoint.save(adapter, folder, name="final_model")
     assert last.name == "final_model.safetensors"
-    checkpoint.load(tmp_path)
+    checkpoint.load(folder)
     checkpoint.load(last)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
+    assert sorted(p.name for p in folder.iterdir()) == [
         "best_model.safetensors",
         "config.json",
         "final_model.safetensors",

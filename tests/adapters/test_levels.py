@@ -162,9 +162,9 @@ def test_missing_stream_is_named(row: Level, streams: Streams) -> None:
 @every_level
 def test_too_long_an_answer_is_refused(row: Level) -> None:
     with pytest.raises(XsdError, match="max_positions"):
-        make_adapter(row.name)(make_streams(length=21))
+        make_adapter(row.name)(make_streams(length=25))
     with pytest.raises(XsdError, match="max_positions"):
-        make_adapter(row.name).new_cache(1, 21, visual=torch.zeros(1, 5, D_VERIFIER))
+        make_adapter(row.name).new_cache(1, 25, visual=torch.zeros(1, 5, D_VERIFIER))
 
 
 def test_visual_levels_need_visual_states_to_draft() -> None:

@@ -44,24 +44,27 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path: Path, loss: str
     config = replace(CONFIG, loss=loss)
     whole, first, second = (make_adapter("E3") for _ in range(3))
     expected = list(fit(whole, batches, config, constant, lm_head=LM_HEAD))
-    state = tmp_path / "state.safetensors"
+    state = tmp_path / "run" / "state.safetensors"
     # The third epoch is trained but never taken in, as when the process is killed then.
     run = fit(first, batches, config, constant, lm_head=LM_HEAD, state=state)
     list(islice(run, 3))
     run.close()  # type: ignore[attr-defined]
     torch.rand(5)
     rest = list(fit(second, batches, config, constant, lm_head=LM_HEAD, state=state))
-    assert [replace(r, seconds=0) for r in rest] == [replace(r, seconds=0) for r in expected[2:]]
+    assert [replace(r, seconds=0.0) for r in rest] == [
+        replace(r, seconds=0.0) for r in expected[2:]
+    ]
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+    assert [p.name for p in state.parent.iterdir()] == ["state.safetensors"]
 
 
 def test_leaves_the_callers_random_numbers_alone() -> None:
+    adapter = make_adapter("B1")
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    list(fit(make_adapter("B1"), batches, CONFIG, constant, lm_head=LM_HEAD))
+    list(fit(adapter, batches, CONFIG, constant, lm_head=LM_HEAD))
     assert torch.equal(torch.rand(3), expected)
 
 

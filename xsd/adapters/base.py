@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -124,7 +124,7 @@ class Adapter(nn.Module, ABC):
         place of the verifier's states. Where ``t + shift + k`` passes the end it means nothing.
         """
         streams.require(self.row)
-        self._check_length(streams.ids.shape[1])
+        self._check_length(streams.ids.shape[1] + num_steps - 1)
         chain = self._chain(streams)
         if not self.row.feedback:
             out = self._run(_rows(streams, streams.verifier, 0), 0, chain)
@@ -214,9 +214,9 @@ class Adapter(nn.Module, ABC):
             )
 
 
-def advance(x: Float[Tensor, "B T D"], k: int) -> Float[Tensor, "B T D"]:
+def advance(x: Shaped[Tensor, "B T *rest"], k: int) -> Shaped[Tensor, "B T *rest"]:
     """``out[:, t] = x[:, t + k]``, zero beyond the end."""
-    return x if k == 0 else pad(x[:, k:], (0, 0, 0, min(k, x.shape[1])))
+    return pad(x[:, k:], (0, 0) * (x.ndim - 2) + (0, min(k, x.shape[1]))) if k else x
 
 
 def _rows(streams: Streams, verifier: Tensor, k: int) -> StepInputs:

@@ -73,9 +73,10 @@ class Engine:
             state = self._check_gap(speculator, state, result)
         while not self._finished(tokens):
             drafts: list[int] = []
-            if speculator is not None and gamma:
-                drafts = speculator.propose(tokens, state, gamma)
-                drafts = self._useful(drafts, tokens)
+            # The verifier's own token ends the answer: one draft less than there is room.
+            depth = min(gamma, self.max_new_tokens - len(tokens) - 1)
+            if speculator is not None and depth > 0:
+                drafts = self._useful(speculator.propose(tokens, state, depth), tokens)
             if drafts:
                 state, accepted = self._verify(tokens, drafts)
                 result.cycle_drafted.append(len(drafts))

@@ -35,13 +35,11 @@ class ExtractConfig:
     """Precision of the stored states."""
     batch_clips: int | None = None
     """Clips that are answered together; null: as many as their caches fit into 1 GiB, up to 16."""
-    max_visual: int = 128
-    """Visual vectors kept of a clip: means of neighbouring ones."""
     max_failures: float = 0.02
     """Share of answers that may fail before the stage does."""
 
     def __post_init__(self) -> None:
-        for name in ("max_questions", "max_new_tokens", "chunk_size", "max_visual"):
+        for name in ("max_questions", "max_new_tokens", "chunk_size"):
             if getattr(self, name) < 1:
                 raise XsdError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.batch_clips is not None and self.batch_clips < 1:

@@ -84,7 +84,9 @@ def token_loss(
     decay = STEP_DECAY ** torch.arange(len(chain), device=mask.device, dtype=target.dtype)
     weights = valid * (decay / valid.sum(dim=(1, 2)).clamp(min=1.0))[:, None, None]
     students = torch.stack(onto)[:, mask]
-    loss: Tensor = _HeadKL.apply(students, target[mask], weights[:, mask], lm_head)
+    loss: Tensor = _HeadKL.apply(  # type: ignore[no-untyped-call]
+        students, target[mask], weights[:, mask], lm_head
+    )
     return loss
 
 

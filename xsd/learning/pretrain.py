@@ -7,24 +7,27 @@ Several questions of a clip share its visual prefix in one row, kept apart by th
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, VideoLlavaForConditionalGeneration
 
 from xsd.learning.pretrain_config import PretrainConfig
-from xsd.pairs import tiny
-from xsd.pairs.base import Decoder, Media
+from xsd.pairs import eventgpt, tiny, video_llava
+from xsd.pairs.base import Decoder
+from xsd.pairs.eventgpt import EventGPT, EventGPTDecoder
+from xsd.pairs.video_llava import VideoLlavaDecoder
 from xsd.scenes import facts as f
 from xsd.scenes.facts import Facts
 from xsd.scenes.language import House, answer
@@ -352,3 +355,92 @@ def visual_table(visual: Visual, images: UInt8[np.ndarray, "clips N H W 3"]) -> 
     with torch.no_grad():
         parts = [visual(normalise(images[i : i + 64])) for i in range(0, len(images), 64)]
     return torch.cat(parts)
+
+
+# ---------------------------------------------------------------- the whole of it
+
+
+@dataclass(frozen=True)
+class TinyModels:
+    """The two models in training, and the tokenizer they share."""
+
+    drafter: EventGPT
+    verifier: VideoLlavaForConditionalGeneration
+    tokenizer: Any
+
+    @classmethod
+    def new(cls, config: PretrainConfig) -> TinyModels:
+        torch.manual_seed(config.seed)
+        drafter = EventGPT(tiny.drafter_config())
+        verifier = VideoLlavaForConditionalGeneration(tiny.verifier_config())
+        return cls(drafter, verifier, tiny.train_tokenizer(_texts(config)))
+
+    def save(self, folder: Path) -> None:
+        """Half precision on disk: the rounding is far below what training leaves open."""
+        processing = tiny.processing()
+        eventgpt.save(copy.deepcopy(self.drafter).half(), processing, folder / "drafter")
+        video_llava.save(copy.deepcopy(self.verifier).half(), processing, folder / "verifier")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _texts(config: PretrainConfig) -> Iterator[str]:
+    """What the tokenizer learns from: answers of both houses, and all prompts."""
+    rng = np.random.default_rng(config.seed)
+    for _ in range(2000):
+        facts = sample_facts(rng)
+        for question in range(len(QUESTIONS)):
+            for house in get_args(House):
+                yield answer(facts, question, house)
+    for question_text in QUESTIONS * 300:
+        yield f"{eventgpt.SYSTEM} USER: <ev_start><ev_end>\n{question_text} ASSISTANT:"
+
+
+def pretrain(config: PretrainConfig, corpus: Corpus, models: TinyModels) -> Iterator[PretrainReport]:
+    """Train both models in place: verifier first, each facts first and then language."""
+    verifier, drafter = models.verifier, models.drafter
+    yield from _pretrain_one(
+        "verifier",
+        verifier,
+        verifier.model.language_model,
+        [*verifier.model.video_tower.parameters(), *verifier.model.multi_modal_projector.parameters()],
+        lambda pixels: video_llava.visual_tokens(verifier, pixels),
+        VideoLlavaDecoder(copy.deepcopy(verifier), models.tokenizer, tiny.processing()),
+        corpus.frames,
+        corpus.facts,
+        config.language_minutes,
+        config,
+    )
+    yield from _pretrain_one(
+        "drafter",
+        drafter,
+        drafter.model,
+        [
+            *drafter.model.visual_tower.parameters(),
+            *drafter.model.visual_projector.parameters(),
+            *drafter.model.feature_adaptor.parameters(),
+        ],
+        drafter.visual_tokens,
+        EventGPTDecoder(copy.deepcopy(drafter), models.tokenizer, tiny.processing()),
+        corpus.events,
+        corpus.facts,
+        config.language_minutes / 4,
+        config,
+    )
+
+
+def _pretrain_one(
+    house: House,
+    model: Any,
+    language_model: Any,
+    visual_parameters: list[nn.Parameter],
+    visual: Visual,
+    prompts: Decoder,
+    images: UInt8[np.ndarray, "clips N H W 3"],
+    facts: Sequence[Facts],
+    minutes: float,
+    config: PretrainConfig,
+) -> Iterator[PretrainReport]:
+    slots = VERIFIER_SLOTS if house == "verifier" else DRAFTER_SLOTS
+    yield from teach_facts(visual, visual_parameters, images, facts, slots, config, house)
+    tokens = visual_table(visual, images)
+    yield from teach_language(prompts, model, language_model, tokens, facts, house, minutes, config)

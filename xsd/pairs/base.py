@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from xsd.pairs.cache import KVCache
 from xsd.pairs.step import DecoderStack
@@ -43,7 +43,7 @@ class Decoder(ABC):
     Attributes:
         stack: the cached language model.
         width: size of its hidden states.
-        vocab_size: rows of its LM head.
+        vocab_size: ids it chooses among: rows of its LM head, or fewer (``limit_vocab``).
         eos_ids: ids that end an answer.
     """
 
@@ -104,7 +104,15 @@ class Decoder(ABC):
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         logits: Tensor = self.lm_head(hidden)
-        return logits
+        return logits[..., : self.vocab_size]
+
+    def limit_vocab(self, num_rows: int) -> None:
+        """Choose among the first ``num_rows`` ids only: those that both models of a pair have."""
+        if num_rows < self.vocab_size and type(self.lm_head) is nn.Linear:
+            cut = nn.Linear(self.width, num_rows, bias=False, device="meta")
+            cut.weight = nn.Parameter(self.lm_head.weight.detach()[:num_rows], requires_grad=False)
+            self.lm_head = cut
+        self.vocab_size = min(self.vocab_size, num_rows)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.stack.new_cache(batch, max_length)
@@ -129,3 +137,13 @@ class ModelPair:
     quant: str
     provenance: dict[str, str]
     """Digest or hub revision of each model's weights: part of every stage's key."""
+
+    def __post_init__(self) -> None:
+        # A draft that one of the two cannot read would be no draft; checkpoints pad their heads.
+        for decoder in (self.drafter, self.verifier):
+            decoder.limit_vocab(self.vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that both models know."""
+        return min(self.drafter.vocab_size, self.verifier.vocab_size)

@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, VideoLlavaConfig
 
+from xsd.pairs.eventgpt import EventGPTConfig
 from xsd.pairs.processing import ImageProcessing
 
 NUM_EVENT_IMAGES = 5
@@ -84,9 +85,11 @@ def verifier_config() -> VideoLlavaConfig:
     )
 
 
-def drafter_config() -> tuple[dict[str, Any], CLIPVisionConfig]:
-    """Text fields of the drafter's configuration, and its vision tower's."""
-    return _text_config(2, VOCAB_SIZE), _vision_config(2)
+def drafter_config() -> EventGPTConfig:
+    """Two layers: shallow, as a drafter should be."""
+    return EventGPTConfig(
+        **_text_config(2, VOCAB_SIZE), vision_config=_vision_config(2), event_feature_adaptor=True
+    )
 
 
 def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:

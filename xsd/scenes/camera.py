@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 FPS = 20
 NUM_FRAMES = 20
@@ -24,7 +24,7 @@ BEND = {"straight": 0.0, "left_curve": -0.34, "right_curve": 0.34, "crossing": 0
 
 @dataclass(frozen=True)
 class Camera:
-    """Projection of road coordinates: x right, y up, z ahead, in metres; rows and columns in pixels."""
+    """Projects the road (x right, y up, z ahead, in metres) to rows and columns of pixels."""
 
     size: int
     road: str
@@ -52,25 +52,29 @@ class Camera:
         """Depth seen at the lower edge of the picture."""
         return self.focal * self.height / (self.size + MARGIN - self.horizon)
 
-    def bend(self, z: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def bend(self, z: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
         """Columns by which the road has turned away at depth z."""
         away = np.clip(1.0 - self.nearest / z, 0.0, None) ** 2
         return BEND[self.road] * self.size * away
 
-    def column(self, x: float | np.ndarray, z: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        return self.canvas / 2 + self.focal * x / z + self.bend(z)
+    def column(
+        self, x: float | Float[np.ndarray, "*any"], z: Float[np.ndarray, "*any"]
+    ) -> Float[np.ndarray, "*any"]:
+        return np.asarray(self.canvas / 2 + self.focal * x / z + self.bend(z))
 
-    def row(self, y: float, z: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def row(self, y: float, z: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
         return self.horizon + self.focal * (self.height - y) / z
 
-    def depth(self, row: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def depth(self, row: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
         """Depth of the ground at a row below the horizon; far away above it."""
         return self.focal * self.height / np.maximum(row - self.horizon, 0.3)
 
 
 def roadside_plane(
     camera: Camera, x: float, top: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[
+    Int[np.ndarray, " n"], Int[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]
+]:
     """Where the two upright planes at ``-x`` and ``+x`` are seen.
 
     Returns:

@@ -11,8 +11,8 @@ from typing import Literal
 class EventCameraConfig:
     """A sensor that reports changes of log intensity (see ``scenes.simulate``)."""
 
-    num_subframes: int = 64
-    """Luminance samples a second of scene is rendered at; between them intensity is linear in time."""
+    num_subframes: int = 50
+    """Instants a second of scene is rendered at; in between, log intensity is linear in time."""
     contrast_threshold: float = 0.24
     """Change of log intensity that makes an event."""
     threshold_spread: float = 0.03
@@ -40,7 +40,7 @@ class ScenesConfig:
     num_val: int = 40
     num_test: int = 60
     clips_per_recording: int = 10
-    """Clips of one recording share time of day, roadside and camera; splits never share a recording."""
+    """Clips of a recording share time of day, roadside and camera; splits share no recording."""
     size: int = 96
     """Height and width of frames and sensor, in pixels."""
     seed: int = 0

@@ -102,7 +102,7 @@ def make_scenes(config: ScenesConfig, answer: Answer | None = None) -> Iterator[
 def _plans(config: ScenesConfig) -> list[_Plan]:
     if config.source != "synthetic":
         raise XsdError(
-            f"source {config.source!r} makes no scenes; 'synthetic' does, and 'prepared' indexes a folder"
+            f"source {config.source!r} is not supported; choose 'synthetic' or 'prepared'"
         )
     per = config.clips_per_recording
     if per < 1 or config.size < 32 or config.size % 2:

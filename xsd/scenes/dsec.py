@@ -19,9 +19,7 @@ VAL_SHARE = 0.1
 _EDGE_BYTES = 1 << 16
 
 
-def load_index(
-    dataset_dir: Path, max_samples: int = -1, split: Split | None = None
-) -> list[Scene]:
+def load_index(dataset_dir: Path, max_samples: int = -1, split: Split | None = None) -> list[Scene]:
     """Scenes of a data set, in the order of its index.
 
     Where the index has no validation split, about a tenth of the training recordings become one, by
@@ -56,10 +54,10 @@ def samples(scenes: Sequence[Scene], max_questions: int = len(QUESTIONS)) -> Ite
 
 
 def dataset_digest(dataset_dir: Path) -> str:
-    """Hex sha256 that changes with the index, or with size, beginning or end of any file it names."""
-    digest = hashlib.sha256()
-    digest.update(sha256_file(dataset_dir / INDEX_NAME).encode())
-    for scene in load_index(dataset_dir):
+    """Hex sha256 that changes with the index, or with size, head or tail of any file it names."""
+    scenes = load_index(dataset_dir)
+    digest = hashlib.sha256(sha256_file(dataset_dir / INDEX_NAME).encode())
+    for scene in scenes:
         for path in _files(scene):
             digest.update(f"{path.name}:{path.stat().st_size}:".encode())
             digest.update(_edges(path))
@@ -103,10 +101,11 @@ def _scene(root: Path, entry: Mapping[str, Any], facts: Mapping[str, Any]) -> Sc
     if split not in ("train", "val", "test"):
         raise XsdError(f"{where}: split {split!r} is not train, val or test; recreate the index")
     events, mp4, folder = paths("event_data"), paths("mp4_data"), paths("video_data")
-    video = next((path for path in (*mp4, *folder) if path.exists()), next(iter(mp4 + folder), None))
-    if video is None:
+    videos = mp4 + folder
+    if not videos:
         raise XsdError(f"{where}: neither mp4_data nor video_data; recreate the index")
-    named = (events or (video,))[0]
+    video = next((path for path in videos if path.exists()), videos[0])
+    named = (events or videos)[0]
     recording, clip = named.parent.name, re.fullmatch(r"\d+", named.stem)
     if clip is None or not recording:
         raise XsdError(f"{where}: {named.name} is not named by its clip number; recreate the index")
@@ -126,7 +125,7 @@ def _with_validation(scenes: list[Scene]) -> list[Scene]:
     if any(scene.split == "val" for scene in scenes):
         return scenes
     recordings = {scene.recording for scene in scenes if scene.split == "train"}
-    # By hash, and not by chance: the same recordings whatever else is in the index.
+    # By hash, not by chance or by order: every stage finds the same recordings.
     ranked = sorted(recordings, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     held_out = set(ranked[: max(1, round(VAL_SHARE * len(ranked)))]) if len(ranked) > 1 else set()
     return [

@@ -5,19 +5,21 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8, UInt16
+from jaxtyping import Int64, Shaped, UInt8, UInt16
 
 from xsd.errors import XsdError
 from xsd.files import atomic_path
 
-BLUE, RED, WHITE = (0, 0, 255), (255, 0, 0), 255
+_PALETTE = np.array([(0, 0, 255), (255, 0, 0)], np.uint8)
+"""Blue for darker, red for brighter."""
 _MAX_COORDINATE = 1 << 14
+_INTEGERS = ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Events:
 
     x: UInt16[np.ndarray, " n"]
     y: UInt16[np.ndarray, " n"]
-    t: Int[np.ndarray, " n"] | Shaped[np.ndarray, " n"]
+    t: Int64[np.ndarray, " n"]
     """Microseconds."""
     p: UInt8[np.ndarray, " n"]
     """Polarity: 1 brighter, 0 darker."""
@@ -35,23 +37,53 @@ class Events:
         return len(self.x)
 
 
-class _NumpyOnly(pickle.Unpickler):
-    """Rebuilds plain arrays and dicts; anything else in the stream is refused before it is called."""
+class _Dtype:
+    """Stands in for a pickled dtype: its code, and after the state its byte order."""
+
+    def __init__(self, code: object, *_: object) -> None:
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """Stands in for a pickled array: inert parts, from which ``_numbers`` builds the real one."""
+
+    shape: object = None
+    dtype: object = None
+    data: object = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, self.dtype, _, self.data = state
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Rebuilds arrays as stand-ins, and plain values; refuses whatever else the stream names.
+
+    No function of numpy is called with arguments from the stream, let alone anyone else's.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return np._core.numeric._frombuffer  # type: ignore[attr-defined]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no event file needs")
+        known: dict[tuple[str, str], Any] = {
+            ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+            ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Dtype,
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no event file needs")
+        return known[module, name]
 
 
 def load_events(path: Path) -> Events:
-    """Read the ``.npy`` of an event clip: a dict of x, y, t, p in an object array, which is a pickle.
+    """Read an event clip: a dict of x, y, t, p in a 0-d object array, which numpy pickles.
 
-    The pickle is read by an unpickler that can only build numpy arrays.
+    The pickle is read by an unpickler that knows arrays of integers only.
 
     Raises:
         XsdError: not such a file, or its arrays are not one-dimensional integers of one length.
@@ -95,35 +127,43 @@ def _unpickle(handle: BinaryIO) -> Any:
     else:
         raise ValueError(f"npy format {version[0]}.{version[1]}")
     if shape != () or dtype != np.dtype(object):
-        raise ValueError(f"holds an array of {dtype} and shape {shape}, not a dict in a 0-d object array")
-    array = _NumpyOnly(io.BytesIO(handle.read())).load()
-    if not isinstance(array, np.ndarray) or array.shape != () or array.dtype != np.dtype(object):
+        raise ValueError(f"an array of {dtype} and shape {shape}, not a dict in a 0-d object array")
+    outer = _ArraysOnly(io.BytesIO(handle.read())).load()
+    if not isinstance(outer, _Array) or not isinstance(outer.data, list) or len(outer.data) != 1:
         raise ValueError("the pickle does not hold a 0-d object array")
-    return array.item()
+    return outer.data[0]
 
 
 def _checked(content: Any) -> Events:
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise ValueError("the array does not hold a dict with x, y, t, p")
     missing = [key for key in "xytp" if key not in content]
     if missing:
         raise ValueError(f"no {', '.join(missing)} among the keys {sorted(map(str, content))}")
-    arrays = {key: content[key] for key in "xytp"}
-    for key, array in arrays.items():
-        if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "uib":
-            raise ValueError(f"{key} is not a one-dimensional array of integers")
-    lengths = {key: len(array) for key, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"x, y, t, p differ in length: {list(lengths.values())}")
-    if not lengths["x"]:
+    x, y, t, p = (_numbers(key, content[key]) for key in "xytp")
+    if not len(x) == len(y) == len(t) == len(p):
+        raise ValueError(f"x, y, t, p differ in length: {[len(x), len(y), len(t), len(p)]}")
+    if not len(x):
         raise ValueError("it holds no events")
-    for key in "xy":
-        if arrays[key].min() < 0 or arrays[key].max() >= _MAX_COORDINATE:
-            raise ValueError(f"{key} leaves the range 0 to {_MAX_COORDINATE - 1}")
-    if not np.isin(arrays["p"], (0, 1)).all():
+    if min(x.min(), y.min()) < 0 or max(x.max(), y.max()) >= _MAX_COORDINATE:
+        raise ValueError(f"x or y leaves the range 0 to {_MAX_COORDINATE - 1}")
+    if not np.isin(p, (0, 1)).all():
         raise ValueError("p holds values other than 0 and 1")
-    x, y = (arrays[key].astype(np.uint16) for key in "xy")
-    return Events(x, y, arrays["t"], arrays["p"].astype(np.uint8))
+    return Events(x.astype(np.uint16), y.astype(np.uint16), t.astype(np.int64), p.astype(np.uint8))
+
+
+def _numbers(key: str, array: Any) -> Shaped[np.ndarray, " n"]:
+    """The real array of a stand-in, if it is a row of integers."""
+    kind = getattr(array, "dtype", None)
+    code, order = getattr(kind, "code", None), getattr(kind, "order", None)
+    if code not in _INTEGERS or order not in ("<", ">", "|", "="):
+        raise ValueError(f"{key} is not an array of integers")
+    dtype, data, shape = np.dtype(f"{order}{code}"), array.data, array.shape
+    if not isinstance(data, bytes) or shape != (len(data) // dtype.itemsize,):
+        raise ValueError(f"{key} is not a complete one-dimensional array")
+    if len(data) % dtype.itemsize:
+        raise ValueError(f"{key} is cut short")
+    return np.frombuffer(data, dtype)
 
 
 def save_events(path: Path, events: Events) -> None:
@@ -131,7 +171,7 @@ def save_events(path: Path, events: Events) -> None:
     content = {
         "x": events.x.astype(np.uint16),
         "y": events.y.astype(np.uint16),
-        "t": events.t,
+        "t": events.t.astype(np.uint32),
         "p": events.p.astype(np.uint8),
     }
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
@@ -151,15 +191,15 @@ def event_images(events: Events, num_images: int) -> list[UInt8[np.ndarray, "H W
         raise XsdError(f"{len(events)} events cannot fill {num_images} images; ask for fewer")
     share = len(events) // num_images
     bounds = [share * k for k in range(num_images)] + [len(events)]
-    return [_draw(events, slice(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [_draw(events, slice(first, end)) for first, end in pairwise(bounds)]
 
 
 def _draw(events: Events, part: slice) -> UInt8[np.ndarray, "H W 3"]:
     x, y, p = events.x[part].astype(np.intp), events.y[part].astype(np.intp), events.p[part]
     height, width = int(y.max()) + 1, int(x.max()) + 1
-    image = np.full((height * width, 3), WHITE, np.uint8)
+    image = np.full((height * width, 3), 255, np.uint8)
     # The last write of a pixel is found explicitly: numpy leaves repeated assignment undefined.
     pixel = (y * width + x)[::-1]
     seen, last = np.unique(pixel, return_index=True)
-    image[seen] = np.where(p[::-1][last, None] == 0, np.uint8(BLUE), np.uint8(RED))
+    image[seen] = _PALETTE[p[::-1][last]]
     return image.reshape(height, width, 3)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from xsd.scenes import backdrop
 from xsd.scenes import roadside as rs
 from xsd.scenes.camera import (
     DEPTH,
@@ -66,14 +67,14 @@ class _View:
         """Metres driven, relative to the middle of the clip."""
         return EGO_SPEED * (self.seconds - 0.5)
 
-    def tint(self, rgb: Float[np.ndarray, "*any 3"]) -> Float[np.ndarray, "C *any"]:
+    def tint(self, rgb: Float[np.ndarray, "... 3"]) -> Float[np.ndarray, "C ..."]:
         """A colour, or a picture, as planes of the channels painted."""
-        planes = np.moveaxis(rgb, -1, 0) if len(self.channels) == 3 else rs.luma(rgb)[None]
+        planes = np.moveaxis(rgb, -1, 0) if len(self.channels) == 3 else backdrop.luma(rgb)[None]
         return np.ascontiguousarray(planes, np.float32)
 
 
 def render(
-    facts: Facts, seed: int, size: int = 96, appearance: int | None = None, num_subframes: int = 64
+    facts: Facts, seed: int, size: int = 96, appearance: int | None = None, num_subframes: int = 50
 ) -> Rendered:
     """Draw a scene.
 
@@ -92,8 +93,8 @@ def render(
     colors = _View(facts, camera, phase, (0, 1, 2), np.arange(NUM_FRAMES) / FPS)
     times_us = np.arange(num_subframes) * (DURATION_US / num_subframes)
     sensed = _View(facts, camera, phase, (4,), times_us / DURATION_US)
-    frames = _shaken(_paint(colors), colors, shake)
-    frames = np.ascontiguousarray((frames * 255 + 0.5).clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0))
+    planes = (_shaken(_paint(colors), colors, shake) * 255 + 0.5).clip(0, 255).astype(np.uint8)
+    frames = np.ascontiguousarray(planes.transpose(1, 2, 3, 0))
     return Rendered(frames, _shaken(_paint(sensed), sensed, shake)[0], times_us)
 
 
@@ -135,7 +136,7 @@ def _shaken(
 def _share(
     view: _View, start: float, length: float, period: float | None = None
 ) -> Float[np.ndarray, "rows T"]:
-    """Part of every row's footprint on the ground that lies in a stretch of road (or a repeated one)."""
+    """Part of every row's footprint that lies in a stretch of road, or in a repeated one."""
     camera = view.camera
     edges = np.arange(int(np.ceil(camera.horizon)), camera.canvas + 1)[:, None]
     z = camera.depth(edges.astype(float)) + (view.travel - start)
@@ -162,14 +163,14 @@ def _backdrop(view: _View) -> Float[np.ndarray, "C H W T"]:
     camera, time = view.camera, view.facts.time
     terms = _ground_terms(view)
     weights = np.stack([weight for weight, _ in terms], axis=1)
-    light = rs.ambient(time) * rs.headlights(camera, time)
+    light = backdrop.ambient(time) * backdrop.headlights(camera, time)
     planes = view.tint(np.stack([picture * light for _, picture in terms], axis=2))
     rows = planes.shape[1]
     picture = np.empty((len(planes), camera.canvas, camera.canvas, len(view.seconds)), np.float32)
     # The sensor sees one sky at all hours, only darker: no event tells the sun from the stars.
-    sky = rs.sky(camera, time, view.facts.roadside)
+    sky = backdrop.sky(camera, time, view.facts.roadside)
     if view.channels == (4,):
-        sky = rs.sky(camera, "day", view.facts.roadside) * rs.ambient(time)
+        sky = backdrop.sky(camera, "day", view.facts.roadside) * backdrop.ambient(time)
     picture[:, :-rows] = view.tint(sky)[:, :-rows, :, None]
     np.matmul(planes, weights, out=picture[:, -rows:])
     return picture
@@ -179,20 +180,24 @@ def _ground_terms(
     view: _View,
 ) -> list[tuple[Float[np.ndarray, "rows T"], Float[np.ndarray, "rows W 3"]]]:
     """The ground as a sum of (weight by row and time) x (picture)."""
-    mask, ground = rs.ground(view.camera, view.facts.roadside)
-    asphalt, white = _rgb(*rs.ASPHALT), _rgb(250, 250, 246)
+    mask, ground = backdrop.ground(view.camera, view.facts.roadside)
+    asphalt, white = _rgb(*backdrop.ASPHALT), _rgb(250, 250, 246)
     crossing = view.facts.road == "crossing"
     start = _crossing_start(view)
     side_road = _share(view, start, _CROSSING_LENGTH if crossing else 0.0)
     zebra = _share(view, start - 0.6 - _ZEBRA_LENGTH, _ZEBRA_LENGTH if crossing else 0.0)
     clear = 1 - side_road - zebra
     lines = mask["kerb"] * (_rgb(178, 176, 170) - ground) + mask["edge"] * (white - ground)
+    dashes = clear * _share(view, view.phase, 1.6, 4.0)
+    # Two faint textures, each less its mean, so that the ground itself flows.
+    grain = _share(view, view.phase * 1.7, 0.8, 2.1) - np.float32(0.38)
+    patch = _share(view, view.phase * 2.3, 2.2, 5.3) - np.float32(0.41)
     terms = [
         (np.ones_like(clear), ground),
         (clear, lines),
-        (clear * _share(view, view.phase, 1.6, 4.0), mask["dash"] * (white - ground)),
-        (_share(view, view.phase * 1.7, 0.8, 2.1) - np.float32(0.38), mask["grain"] * 0.09 * ground),
-        (_share(view, view.phase * 2.3, 2.2, 5.3) - np.float32(0.41), mask["patch"] * 0.10 * ground),
+        (dashes, mask["dash"] * (white - ground)),
+        (grain, mask["grain"] * 0.09 * ground),
+        (patch, mask["patch"] * 0.10 * ground),
     ]
     if crossing:
         terms.append((side_road, (1 - mask["road"]) * (asphalt - ground)))
@@ -201,10 +206,10 @@ def _ground_terms(
 
 
 def _over(
-    area: Float[np.ndarray, "C *any"],
+    area: Float[np.ndarray, "C ..."],
     view: _View,
     texture: Float[np.ndarray, "5 cells"],
-    index: Int[np.ndarray, "*any"],
+    index: Int[np.ndarray, ...],
     gain: Float[np.ndarray, " C"] | None = None,
 ) -> None:
     """Premultiplied 'over', in place."""
@@ -265,7 +270,7 @@ def _paint_sprite(
 
 def _object_light(view: _View) -> Float[np.ndarray, " C"]:
     """Things on the road stand in our own headlights: colours stay visible at night."""
-    light = rs.ambient(view.facts.time)
+    light = backdrop.ambient(view.facts.time)
     return view.tint(light + (1 - light) * (0.5 if view.facts.time == "night" else 0.3))
 
 

@@ -1,4 +1,4 @@
-"""What stands beside and above the road: sky, ground, and the scrolling planes of the roadside."""
+"""What stands beside the road: an upright plane on either side, with a texture that scrolls past."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
-from xsd.scenes.camera import ROAD_HALF_WIDTH, Camera, roadside_plane
+from xsd.scenes.backdrop import Color, ambient, luma
+from xsd.scenes.camera import Camera, roadside_plane
 
-Color = tuple[int, int, int]
-
-AMBIENT: dict[str, Color] = {"day": (255, 255, 255), "dusk": (226, 172, 160), "night": (84, 92, 138)}
-"""Colour of the light that falls on everything."""
 PLANE_LENGTH_M = 32.0
 PLANE_HEIGHT_M = 9.0
 PLANE_BINS = (1024, 72)
@@ -21,95 +18,6 @@ PLANE_BINS = (1024, 72)
 NUM_MIPS = 5
 GAP_M = 8.5
 """Opening of the roadside at a crossing."""
-ASPHALT: Color = (92, 94, 100)
-_SKY: dict[str, tuple[Color, Color]] = {
-    "day": ((84, 150, 226), (206, 228, 244)),
-    "dusk": ((72, 52, 118), (255, 150, 84)),
-    "night": ((6, 9, 28), (30, 38, 78)),
-}
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-
-
-def luma(rgb: Float[np.ndarray, "*any 3"]) -> Float[np.ndarray, "*any"]:
-    """Rec. 601 luma."""
-    return rgb @ _LUMA
-
-
-def ambient(time: str) -> Float[np.ndarray, " 3"]:
-    return np.array(AMBIENT[time], np.float32) / 255
-
-
-@lru_cache(maxsize=128)
-def sky(camera: Camera, time: str, roadside: str) -> Float[np.ndarray, "H W 3"]:
-    """Sky with sun or moon, clouds or stars, and hills or roofs along the horizon."""
-    rng = np.random.default_rng([camera.variant, 11])
-    size, zoom = camera.canvas, 4
-    top, bottom = (np.array(color, np.float32) for color in _SKY[time])
-    fall = np.clip(np.arange(size * zoom) / (camera.horizon * zoom), 0, 1)[:, None, None] ** 1.3
-    gradient = np.broadcast_to(top + (bottom - top) * fall, (size * zoom, size * zoom, 3))
-    image = Image.fromarray(gradient.astype(np.uint8))
-    draw = ImageDraw.Draw(image, "RGBA")
-    edge, line = size * zoom, camera.horizon * zoom
-    if time == "night":
-        for x, y in zip(rng.uniform(0, edge, 40), rng.uniform(0, line * 0.8, 40), strict=True):
-            draw.ellipse((x - 1.6, y - 1.6, x + 1.6, y + 1.6), fill=(250, 250, 220, 210))
-    else:
-        for _ in range(5):
-            _cloud(draw, rng, edge, line, (255, 255, 255, 120) if time == "day" else (255, 176, 150, 90))
-    x, y = rng.uniform(0.15, 0.5) * edge, line * (0.85 if time == "dusk" else 0.3)
-    radius = edge * (0.055 if time == "dusk" else 0.035)
-    disc = {"day": (255, 250, 205), "dusk": (255, 226, 130), "night": (240, 240, 214)}[time]
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=disc)
-    _horizon(draw, rng, edge, line, time, roadside)
-    image = image.filter(ImageFilter.GaussianBlur(1.2)).resize((size, size), Image.Resampling.BOX)
-    return np.asarray(image, np.float32) / 255
-
-
-def _cloud(
-    draw: ImageDraw.ImageDraw, rng: np.random.Generator, edge: float, line: float, fill: tuple[int, ...]
-) -> None:
-    x, y, width = rng.uniform(0, edge), rng.uniform(0.08, 0.7) * line, rng.uniform(0.08, 0.2) * edge
-    for _ in range(4):
-        dx, high = rng.uniform(-0.6, 0.6) * width, rng.uniform(0.12, 0.22) * width
-        draw.ellipse((x + dx - width / 2, y - high, x + dx + width / 2, y + high), fill=fill)
-
-
-def _horizon(
-    draw: ImageDraw.ImageDraw,
-    rng: np.random.Generator,
-    edge: float,
-    line: float,
-    time: str,
-    roadside: str,
-) -> None:
-    hill = _shade((108, 132, 150) if roadside != "houses" else (134, 134, 146), time)
-    if roadside in ("houses", "walls"):
-        x = 0.0
-        while x < edge:
-            width, high = rng.uniform(0.02, 0.06) * edge, rng.uniform(0.02, 0.09) * edge
-            draw.rectangle((x, line - high, x + width, line + 2), fill=hill)
-            x += width
-        return
-    phase = rng.uniform(0, 6, 3)
-    at = np.linspace(0, edge, 60)
-    wave = sum(np.sin(at / edge * k * 5 + p) / k for k, p in zip((1, 2, 4), phase, strict=True))
-    high = (0.045 + 0.022 * wave) * edge
-    points = [(0.0, line + 2), *zip(at.tolist(), (line - high).tolist(), strict=True), (edge, line + 2)]
-    draw.polygon(points, fill=hill)
-
-
-def _shade(color: Color, time: str) -> Color:
-    red, green, blue = (int(c * a / 255) for c, a in zip(color, AMBIENT[time], strict=True))
-    return red, green, blue
-
-
-VERGE: dict[str, tuple[Color, Color]] = {
-    "trees": ((88, 134, 66), (72, 116, 56)),
-    "houses": ((176, 168, 158), (158, 150, 142)),
-    "fields": ((208, 182, 84), (112, 150, 58)),
-    "walls": ((142, 142, 140), (128, 128, 128)),
-}
-"""Two tones of the ground beside the road."""
 PLANE_X: dict[str, float] = {"trees": 6.4, "houses": 6.6, "fields": 5.6, "walls": 5.6}
 """Distance of the roadside plane from the middle of the road, metres."""
 
@@ -122,7 +30,7 @@ def plane_texture(
 
     Returns:
         Premultiplied red, green, blue, then alpha and premultiplied luma, of cell
-        ``(mip * up + height) * along + depth``. With ``gap``, the first metres are open: a side road.
+        ``(mip * up + height) * along + depth``. With ``gap`` a side road opens its first metres.
     """
     along, up = PLANE_BINS
     zoom = 2
@@ -153,7 +61,7 @@ def plane_cells(
 ) -> tuple[
     Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"], Float[np.ndarray, " n"]
 ]:
-    """Rows, columns, first texture cell and place along the road (in cells) of the plane's pixels."""
+    """Rows, columns, first cell of texture, and place along the road in cells, of its pixels."""
     x = PLANE_X[roadside]
     row, column, depth, high = roadside_plane(camera, x, PLANE_HEIGHT_M)
     along, up = PLANE_BINS
@@ -238,7 +146,10 @@ def _houses(pen: _Pen, rng: np.random.Generator) -> None:
         pen.box(z, 0.0, z + width, high, front)
         roof = _jitter((142, 62, 48), rng)
         ridge = high + rng.uniform(1.8, 2.8)
-        pen.shape([(z - 0.4, high), (z + width + 0.4, high), (z + width - 1.8, ridge), (z + 1.8, ridge)], roof)
+        pen.shape(
+            [(z - 0.4, high), (z + width + 0.4, high), (z + width - 1.8, ridge), (z + 1.8, ridge)],
+            roof,
+        )
         pen.box(z + 4.6, ridge - 0.9, z + 5.3, min(ridge + 0.7, 8.9), (98, 60, 52))
         for floor in (0.9, 3.0):
             for window in range(3):
@@ -268,54 +179,17 @@ def _walls(pen: _Pen, rng: np.random.Generator) -> None:
         z = slot * 4.0
         pen.box(z, 0.0, z + 4.0, 5.3, _jitter(tone, rng, 14))
         for course in range(6):
-            pen.box(z, course * 0.9 - 0.05, z + 4.0, course * 0.9 + 0.05, _jitter((98, 84, 78), rng, 4))
+            pen.box(
+                z, course * 0.9 - 0.05, z + 4.0, course * 0.9 + 0.05, _jitter((98, 84, 78), rng, 4)
+            )
             offset = 1.0 if course % 2 else 2.0
             for brick in (offset, offset + 2.0):
-                pen.box(z + brick - 0.06, course * 0.9, z + brick + 0.06, course * 0.9 + 0.9, (98, 84, 78))
+                pen.box(
+                    z + brick - 0.06,
+                    course * 0.9,
+                    z + brick + 0.06,
+                    course * 0.9 + 0.9,
+                    (98, 84, 78),
+                )
         pen.box(z - 0.25, 0.0, z + 0.25, 5.6, (112, 104, 100))
     pen.box(0.0, 5.2, PLANE_LENGTH_M, 5.55, (196, 190, 182))
-
-
-@lru_cache(maxsize=128)
-def ground(
-    camera: Camera, roadside: str
-) -> tuple[dict[str, Float[np.ndarray, "rows W 1"]], Float[np.ndarray, "rows W 3"]]:
-    """Coverage of every canvas pixel below the horizon by parts of the road; road and verge in colour."""
-    rows = np.arange(int(np.ceil(camera.horizon)), camera.canvas) + 0.5
-    depth = camera.depth(rows)[:, None]
-    columns = np.arange(camera.canvas)[None, :]
-
-    def strip(left: float, right: float) -> Float[np.ndarray, "rows W"]:
-        first, last = camera.column(left, depth), camera.column(right, depth)
-        return np.clip(np.minimum(columns + 1, last) - np.maximum(columns, first), 0, 1)
-
-    half = ROAD_HALF_WIDTH
-    away = (columns + 0.5 - camera.canvas / 2 - camera.bend(depth)) * depth / camera.focal
-    mask = {
-        "road": strip(-half, half),
-        "kerb": strip(-half - 0.45, -half) + strip(half, half + 0.45),
-        "edge": strip(-half + 0.12, -half + 0.34) + strip(half - 0.34, half - 0.12),
-        "dash": strip(-1.72, -1.48) + strip(1.48, 1.72),
-        "zebra": np.sum([strip(x - 0.35, x + 0.35) for x in np.arange(-4.2, 4.3, 1.4)], axis=0),
-        "grain": np.sin(away * 2.1 + 1.0) * np.cos(away * 0.83),
-        "patch": np.cos(away * 1.3 + 0.5),
-    }
-    rows_of_crops = np.clip(0.5 + 1.5 * np.sin(np.abs(away) * 2 * np.pi / 3.2), 0, 1)
-    pattern = rows_of_crops if roadside == "fields" else 0.5 + 0.25 * mask["grain"]
-    layers = {name: layer[..., None].astype(np.float32) for name, layer in mask.items()}
-    verge, other, asphalt = (
-        np.array(color, np.float32) / 255 for color in (*VERGE[roadside], ASPHALT)
-    )
-    beside = verge + (other - verge) * pattern[..., None].astype(np.float32)
-    return layers, beside + (asphalt - beside) * layers["road"]
-
-
-@lru_cache(maxsize=128)
-def headlights(camera: Camera, time: str) -> Float[np.ndarray, "rows W 1"]:
-    """By what our own lamps brighten the ground ahead."""
-    rows = np.arange(int(np.ceil(camera.horizon)), camera.canvas)[:, None] + 0.5
-    columns = np.arange(camera.canvas)[None, :] + 0.5
-    across = (columns - camera.column(0.0, camera.depth(rows))) / (0.42 * camera.size)
-    along = (rows - 0.8 * camera.size) / (0.34 * camera.size)
-    gain = {"day": 0.0, "dusk": 0.25, "night": 1.0}[time]
-    return (1 + gain * np.exp(-(across**2) - along**2))[..., None].astype(np.float32)

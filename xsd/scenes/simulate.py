@@ -11,7 +11,7 @@ Workshops 2021).
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from xsd.scenes.camera import DURATION_US
 from xsd.scenes.config import EventCameraConfig
@@ -51,7 +51,7 @@ def simulate_events(
     return Events(
         x.astype(np.uint16),
         y.astype(np.uint16),
-        t[order].astype(np.uint32),
+        t[order],
         polarity[order].astype(np.uint8),
     )
 
@@ -103,7 +103,7 @@ def _outside_refractory(
     pixel: Int[np.ndarray, " e"], t: Int[np.ndarray, " e"], refractory_us: int
 ) -> Int[np.ndarray, " k"]:
     """Events at least a refractory period after the last kept event of their pixel."""
-    kept = np.lexsort((t, pixel))
+    kept = np.argsort(pixel * (2 * DURATION_US) + t)
     while True:
         close = np.diff(t[kept]) < refractory_us
         close &= pixel[kept][1:] == pixel[kept][:-1]

@@ -15,11 +15,9 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw
 
+from xsd.scenes.backdrop import Color, luma
 from xsd.scenes.camera import DEPTH, LANE_X, Camera
 from xsd.scenes.facts import Vehicle
-from xsd.scenes.roadside import luma
-
-Color = tuple[int, int, int]
 
 PAINT: dict[str, Color] = {
     "red": (216, 36, 40),
@@ -29,6 +27,7 @@ PAINT: dict[str, Color] = {
     "yellow": (246, 206, 30),
     "green": (38, 160, 70),
 }
+_COATS: tuple[Color, ...] = ((232, 110, 36), (150, 70, 170), (238, 140, 160), (60, 170, 180))
 _SENSED_PAINT: Color = (150, 150, 150)
 _GLASS: Color = (48, 62, 78)
 _TYRE: Color = (20, 20, 22)
@@ -42,7 +41,7 @@ class Sprite:
     """A picture with an anchor: the point of the ground it stands on."""
 
     texture: Float[np.ndarray, "5 cells"]
-    """Premultiplied red, green, blue, then alpha and premultiplied luma; phases below each other."""
+    """Premultiplied red, green, blue; alpha; premultiplied luma. Phases lie below each other."""
     height: int
     width: int
     anchor: tuple[float, float]
@@ -89,14 +88,17 @@ class _Pen:
         x = half if self._x < 0 else -half
         self.face([(x, y, z), (x, y, z1), (x, y1, z1), (x, y1, z)], fill)
 
-    def box(
-        self, half: float, y: float, y1: float, z: float, z1: float, fill: Color
-    ) -> None:
-        self.face([(-half, y1, z), (half, y1, z), (half, y1, z1), (-half, y1, z1)], _tone(fill, 1.12))
+    def roof(self, half: float, y: float, z: float, z1: float, fill: Color) -> None:
+        self.face([(-half, y, z), (half, y, z), (half, y, z1), (-half, y, z1)], fill)
+
+    def box(self, half: float, y: float, y1: float, z: float, z1: float, fill: Color) -> None:
+        self.roof(half, y1, z, z1, _tone(fill, 1.12))
         self.flank(half, y, y1, z, z1, _tone(fill, 0.72))
         self.front(-half, y, half, y1, fill, z)
 
-    def disc(self, x: float, y: float, rx: float, ry: float, fill: tuple[int, ...], z: float = 0.0):
+    def disc(
+        self, x: float, y: float, rx: float, ry: float, fill: tuple[int, ...], z: float = 0.0
+    ) -> None:
         column, row = self.at(x, y, z)
         scale = self.resolution * self._z / (self._z + z)
         box = (column - rx * scale, row - ry * scale, column + rx * scale, row + ry * scale)
@@ -104,7 +106,8 @@ class _Pen:
 
     def line(self, points: list[tuple[float, float]], width: float, fill: Color) -> None:
         pixels = max(1, round(width * self.resolution))
-        self.draw.line([self.at(x, y, 0.0) for x, y in points], fill=fill, width=pixels, joint="curve")
+        corners = [self.at(x, y, 0.0) for x, y in points]
+        self.draw.line(corners, fill=fill, width=pixels, joint="curve")
 
 
 def _tone(color: Color, factor: float) -> Color:
@@ -131,7 +134,7 @@ def _car(pen: _Pen, paint: Color, view: str, phase: int) -> None:
     pen.box(1.25, 0.32, 1.2, 0.0, 4.0, paint)
     near, far = (1.1, 3.2) if view == "approaching" else (0.4, 3.0)
     pen.flank(1.1, 1.2, 1.95, near, far, _GLASS)
-    pen.face([(-0.95, 1.95, near), (0.95, 1.95, near), (0.95, 1.95, far), (-0.95, 1.95, far)], _tone(paint, 1.1))
+    pen.roof(0.95, 1.95, near, far, _tone(paint, 1.1))
     low = near - 0.4
     pen.face([(-1.12, 1.2, low), (1.12, 1.2, low), (0.92, 1.92, near), (-0.92, 1.92, near)], _GLASS)
     pen.front(-0.45, 0.45, 0.45, 0.66, (226, 226, 214) if view != "approaching" else _TYRE)
@@ -165,7 +168,7 @@ def _bus(pen: _Pen, paint: Color, view: str, phase: int) -> None:
     pen.box(1.5, 0.35, 3.4, 0.0, 9.5, paint)
     for z in np.arange(0.4, 9.0, 1.5):
         pen.flank(1.52, 1.7, 2.85, float(z), float(z) + 1.2, _GLASS)
-    pen.face([(-0.8, 3.45, 3.0), (0.8, 3.45, 3.0), (0.8, 3.45, 5.0), (-0.8, 3.45, 5.0)], (222, 222, 222))
+    pen.roof(0.8, 3.45, 3.0, 5.0, (222, 222, 222))
     pen.front(-1.36, 1.35, 1.36, 2.75, _GLASS)
     pen.front(-0.05, 1.35, 0.05, 2.75, _tone(paint, 0.6))
     pen.front(-0.95, 2.92, 0.95, 3.26, (255, 178, 44) if view == "approaching" else (50, 50, 54))
@@ -247,7 +250,7 @@ def _soften(picture: Float[np.ndarray, "h w 5"]) -> Float[np.ndarray, "h2 w2 5"]
     pad = _OVERSAMPLING
     picture = np.pad(picture, ((pad, pad), (pad, pad), (0, 0)))
     for axis in (0, 1):
-        picture = sum(np.roll(picture, k, axis) for k in (-1, 0, 1, 2)) / 4
+        picture = np.mean([np.roll(picture, k, axis) for k in (-1, 0, 1, 2)], axis=0)
     return picture
 
 
@@ -255,7 +258,7 @@ def _soften(picture: Float[np.ndarray, "h w 5"]) -> Float[np.ndarray, "h2 w2 5"]
 def pedestrian_sprite(direction: str, variant: int) -> Sprite:
     """Someone walking to the left or right: four phases of a stride, 1.9 m tall."""
     rng = np.random.default_rng([variant, 41])
-    coat: Color = [(232, 110, 36), (150, 70, 170), (238, 140, 160), (60, 170, 180)][int(rng.integers(4))]
+    coat = _COATS[int(rng.integers(len(_COATS)))]
     sign = 1.0 if direction == "right" else -1.0
     phases = []
     for phase in range(4):
@@ -263,7 +266,8 @@ def pedestrian_sprite(direction: str, variant: int) -> Sprite:
         swing = (0.62, 0.18, -0.5, -0.1)[phase]
         pen.disc(0.0, 0.02, 0.7, 0.14, (0, 0, 0, 110))
         for leg in (swing, -swing):
-            pen.line([(0.0, 1.02), (leg * 0.6 + 0.08 * sign, 0.55), (leg, 0.04)], 0.24, (40, 44, 66))
+            knee = leg * 0.6 + 0.08 * sign
+            pen.line([(0.0, 1.02), (knee, 0.55), (leg, 0.04)], 0.24, (40, 44, 66))
             pen.line([(leg, 0.05), (leg + 0.2 * sign, 0.05)], 0.14, (24, 20, 20))
         pen.line([(0.0, 1.7), (-swing * 0.7, 1.1)], 0.2, _tone(coat, 0.7))
         pen.face([(-0.3, 1.82, 0), (0.3, 1.82, 0), (0.34, 0.9, 0), (-0.34, 0.9, 0)], coat)
@@ -281,9 +285,8 @@ def light_sprite(state: str, time: str) -> Sprite:
     layers = []
     for lit in (state, "neither"):
         pen = _Pen(Camera(96, "straight", 0), 0.0, 9.0, (-1.9, -6.0, 3.6, 4.5))
-        steel: Color = (84, 88, 92) if time != "night" else (60, 64, 78)
-        pen.line([(0.0, 5.3), (3.4, 5.3)], 0.26, steel)
-        pen.front(-1.05, 1.4, 1.05, 5.6, (24, 26, 28))
+        steel: Color = (96, 100, 106) if time != "night" else (70, 76, 96)
+        pen.line([(0.0, 5.0), (3.5, 5.0)], 0.5, steel)
         pen.front(-1.05, 1.4, 1.05, 5.6, (36, 40, 42))
         pen.front(-0.92, 1.53, 0.92, 5.47, (20, 22, 22))
         for name, y, on, off in (

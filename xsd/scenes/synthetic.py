@@ -24,10 +24,10 @@ def sample_facts(rng: np.random.Generator, recording_facts: Facts | None = None)
         return options[int(rng.integers(len(options)))]
 
     lanes = rng.permutation(len(vocabulary.LANES))[: int(rng.integers(1, 4))]
-    time, road, roadside = pick(vocabulary.TIMES), pick(vocabulary.ROADS), pick(vocabulary.ROADSIDES)
+    time, roadside = pick(vocabulary.TIMES), pick(vocabulary.ROADSIDES)
     return Facts(
         time=recording_facts.time if recording_facts else time,
-        road=road,
+        road=pick(vocabulary.ROADS),
         roadside=recording_facts.roadside if recording_facts else roadside,
         light=pick(vocabulary.LIGHTS),
         pedestrian=pick(vocabulary.PEDESTRIANS),

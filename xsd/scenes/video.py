@@ -35,7 +35,7 @@ def read_frames(path: Path, num_frames: int = 8) -> UInt8[np.ndarray, "N H W 3"]
         with path.open("rb") as handle:
             return _decode(io.BytesIO(handle.read()), num_frames)
     except OSError as error:
-        raise XsdError(f"{path}: cannot be read as video ({error.strerror}); check the file") from error
+        raise XsdError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:
         raise XsdError(f"{path}: cannot be decoded ({error}); recreate or remove it") from error
 
@@ -52,10 +52,10 @@ def _decode(source: io.BytesIO, num_frames: int) -> UInt8[np.ndarray, "N H W 3"]
     if not frames:
         raise ValueError("it holds no frames")
     chosen = sample_indices(len(frames), num_frames)
-    # One converter for all frames: setting one up costs more than its use on small pictures.
+    # One converter for all frames, and no threads: starting either costs more than a small frame.
     converter = VideoReformatter()
     decoded = {
-        index: converter.reformat(frames[index], format="rgb24").to_ndarray()
+        index: converter.reformat(frames[index], format="rgb24", threads=1).to_ndarray()
         for index in dict.fromkeys(chosen)
     }
     return np.stack([decoded[index] for index in chosen])
@@ -97,7 +97,7 @@ def encode(frames: UInt8[np.ndarray, "N H W 3"], fps: int = FPS) -> bytes:
         converter = VideoReformatter()
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(converter.reformat(picture, format="yuv420p")))
+            container.mux(stream.encode(converter.reformat(picture, format="yuv420p", threads=1)))
         container.mux(stream.encode(None))
     return buffer.getvalue()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from xsd.files import atomic_path
 
 
+@runtime_checkable
 class Figure(Protocol):
     """What is used of ``plotly.graph_objects.Figure``."""
 

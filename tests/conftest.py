@@ -1,0 +1,51 @@
+"""Shapes and types are checked at run time here, one thread is used, and no store is shared."""
+
+from __future__ import annotations
+
+import os
+
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("xsd", "beartype.beartype")
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Point MLflow at a database of this test alone; it is made when first used."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "XSD_ENV_MANAGER"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised database: making one takes seconds, copying it none."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        from xsd.tracking import store
+
+        store.client()
+    return path
+
+
+@pytest.fixture
+def tracking(_initialised: Path, own_store: Path) -> Iterator[Path]:
+    """A fresh, initialised store; yields its folder, which also holds the artifacts."""
+    shutil.copyfile(_initialised, own_store / "mlflow.db")
+    yield own_store

@@ -1,0 +1,248 @@
+"""Room 8: samples x strategies -> traces, measured side by side.
+
+Every sample is decoded plainly and by every strategy within one pass, again and again, so that
+whatever the machine does meanwhile touches both sides of a ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from xsd.adapters import checkpoint
+from xsd.adapters.base import Adapter
+from xsd.decoding.config import DecodingConfig
+from xsd.decoding.draft import HeadDrafter, VerifierTables
+from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
+from xsd.decoding.speculator import LocalSpeculator, Speculator
+from xsd.decoding.strategies import adapter_names, needs_drafter
+from xsd.errors import XsdError
+from xsd.pairs.base import Media, ModelPair
+from xsd.pairs.config import PairConfig
+from xsd.types import Sample, Strategy, Trace
+
+
+@dataclass(frozen=True)
+class BenchItem:
+    """A sample with its media decoded into host memory, where the clock starts."""
+
+    sample: Sample
+    media: Media
+    media_ms: float
+    """Decoding the files: outside the clock, the same for all strategies."""
+    other_events: Media
+    """The same frames with another scene's events (control ``shuffled_events``)."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that one strategy could not decode: excluded from both sides, and counted."""
+
+    sample_key: str
+    strategy: str
+    reason: str
+
+
+def run(
+    pair: ModelPair,
+    pair_config: PairConfig,
+    items: Sequence[BenchItem],
+    strategies: Sequence[Strategy],
+    adapters: Mapping[str, Path],
+    templates: Mapping[str, Sequence[int]],
+    config: DecodingConfig,
+    *,
+    repeats: int,
+    warmup: int,
+) -> Iterator[Trace | Failure]:
+    """Decode every item by every strategy, ``repeats`` times, interleaved.
+
+    The first strategy is the baseline: it is decoded first, and its answer is what every other
+    answer is compared with.
+
+    Raises:
+        XsdError: a strategy's adapter is missing or does not fit the pair.
+    """
+    with ExitStack() as stack:
+        bench = _Bench(
+            stack, pair, pair_config, items, strategies, adapters, templates, config
+        )
+        for item in items[:warmup]:
+            for strategy in strategies:
+                bench.decode(item, strategy)
+        for repeat in range(repeats):
+            for item in items:
+                yield from bench.sample(item, repeat)
+
+
+class _Bench:
+    def __init__(
+        self,
+        stack: ExitStack,
+        pair: ModelPair,
+        pair_config: PairConfig,
+        items: Sequence[BenchItem],
+        strategies: Sequence[Strategy],
+        adapters: Mapping[str, Path],
+        templates: Mapping[str, Sequence[int]],
+        config: DecodingConfig,
+    ) -> None:
+        self.pair, self.config, self.strategies = pair, config, strategies
+        max_prompt = longest_prompt(pair, items)
+        self.engine = Engine(pair.verifier, config.max_new_tokens, max_prompt)
+        loaded = load_adapters(pair, strategies, adapters)
+        tables = VerifierTables.of(pair.verifier)
+        self.process: DrafterProcess | None = None
+        if config.overlap == "process" and any(needs_drafter(s) for s in strategies):
+            setup = WorkerSetup(
+                pair_config,
+                {name: adapters[name] for name in loaded},
+                {question: tuple(ids) for question, ids in templates.items()},
+                config,
+                max_prompt,
+                num_threads=1,
+            )
+            self.process = stack.enter_context(DrafterProcess(setup, pair.verifier.width))
+        self.speculators: dict[str, Speculator | None] = {
+            strategy.name: self._speculator(strategy, loaded, tables, templates, max_prompt)
+            for strategy in strategies
+        }
+
+    def _speculator(
+        self,
+        strategy: Strategy,
+        loaded: Mapping[str, Adapter],
+        tables: VerifierTables,
+        templates: Mapping[str, Sequence[int]],
+        max_prompt: int,
+    ) -> Speculator | None:
+        if strategy.gap is None and strategy.head is None:
+            return None
+        if self.process is not None and needs_drafter(strategy):
+            head = loaded.get(strategy.head) if strategy.head else None
+            local = head is not None and "drafter" not in head.row.streams
+            local_head = (
+                HeadDrafter(head, tables, self.config.max_new_tokens)
+                if head is not None and local
+                else None
+            )
+            return ProcessSpeculator(strategy, self.process, local_head)
+        return LocalSpeculator(
+            strategy,
+            self.pair.drafter,
+            tables,
+            loaded,
+            templates,
+            max_new_tokens=self.config.max_new_tokens,
+            max_prompt=max_prompt,
+            max_gap_drafts=self.config.max_gap_drafts,
+        )
+
+    def decode(self, item: BenchItem, strategy: Strategy) -> Decoded:
+        speculator = self.speculators[strategy.name]
+        question = item.sample.question
+        if speculator is None:
+            return self.engine.plain(item.media, question)
+        media = item.other_events if strategy.shuffled_events else item.media
+        return self.engine.speculate(media, question, speculator, strategy.gamma)
+
+    def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:
+        plain: list[int] | None = None
+        for strategy in self.strategies:
+            try:
+                decoded = self.decode(item, strategy)
+            except (RuntimeError, XsdError) as error:
+                # The next sample may well succeed; this one counts as failed, with its reason.
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                yield Failure(item.sample.key, strategy.name, reason)
+                if plain is None:
+                    return
+                continue
+            plain = decoded.token_ids if plain is None else plain
+            yield self._trace(item, strategy, repeat, decoded, plain)
+
+    def _trace(
+        self, item: BenchItem, strategy: Strategy, repeat: int, decoded: Decoded, plain: list[int]
+    ) -> Trace:
+        return Trace(
+            sample_key=item.sample.key,
+            strategy=strategy.name,
+            repeat=repeat,
+            question=item.sample.question,
+            token_ids=tuple(decoded.token_ids),
+            text=self.pair.verifier.decode_text(decoded.token_ids),
+            prefill_ms=decoded.prefill_ms,
+            decode_ms=decoded.decode_ms,
+            total_ms=decoded.total_ms,
+            num_free=decoded.gap_drafted,
+            gap_drafted=decoded.gap_drafted,
+            gap_accepted=decoded.gap_accepted,
+            cycle_drafted=tuple(decoded.cycle_drafted),
+            cycle_accepted=tuple(decoded.cycle_accepted),
+            first_difference=first_difference(decoded.token_ids, plain),
+            timeline=tuple(decoded.timeline),
+        )
+
+
+def first_difference(ids: Sequence[int], plain: Sequence[int]) -> int | None:
+    """First position at which two answers differ (an end is a difference); None when equal."""
+    for index, (left, right) in enumerate(zip(ids, plain, strict=False)):
+        if left != right:
+            return index
+    return None if len(ids) == len(plain) else min(len(ids), len(plain))
+
+
+def longest_prompt(pair: ModelPair, items: Sequence[BenchItem]) -> int:
+    """Cache positions that the longest prompt of either model takes."""
+    longest = 0
+    for decoder in (pair.drafter, pair.verifier):
+        visual = len(decoder.visual_tokens(decoder.pixels(items[0].media)))
+        for question in {item.sample.question for item in items}:
+            prompt = decoder.prompt(question)
+            longest = max(longest, len(prompt.before) + visual + len(prompt.after))
+    return longest
+
+
+def load_adapters(
+    pair: ModelPair, strategies: Sequence[Strategy], adapters: Mapping[str, Path]
+) -> dict[str, Adapter]:
+    """Load what the strategies name and check that it fits the pair.
+
+    Raises:
+        XsdError: an adapter is missing, of another level, of other widths, or not deployable.
+    """
+    loaded: dict[str, Adapter] = {}
+    for name in dict.fromkeys(n for strategy in strategies for n in adapter_names(strategy)):
+        if name not in adapters:
+            raise XsdError(f"no adapter for {name}; train and promote it, or name its folder")
+        adapter, _ = checkpoint.load(
+            adapters[name],
+            expect_level=name.partition(":")[0],
+            expect_widths=(pair.drafter.width, pair.verifier.width),
+        )
+        loaded[name] = adapter.to(pair.verifier.stack.device).eval()
+    return loaded
+
+
+@torch.inference_mode()
+def is_lossless(
+    pair: ModelPair,
+    pair_config: PairConfig,
+    items: Sequence[BenchItem],
+    strategy: Strategy,
+    adapter: Path,
+) -> bool:
+    """Whether a short decode with one adapter says exactly what plain decoding says."""
+    config = replace(DecodingConfig(), overlap="inline")
+    (name,) = adapter_names(strategy)
+    baseline = Strategy("vl_baseline")
+    records = run(
+        pair, pair_config, items, [baseline, strategy], {name: adapter}, {}, config,
+        repeats=1, warmup=0,
+    )  # fmt: skip
+    return all(isinstance(record, Trace) and record.lossless for record in records)

@@ -1,0 +1,147 @@
+"""One chunk: the answers of some clips as ragged tensors, and the two file formats it may have."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from xsd.errors import XsdError
+from xsd.files import atomic_path
+from xsd.types import HiddenSample
+
+UNKNOWN_ID = -1
+"""Token id of chunks that hold none."""
+_SEED_KEYS = ("egpt_hidden", "vl_hidden", "seq_lens")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Answers one behind the other; answer ``i`` is ``offsets[i]:offsets[i + 1]``."""
+
+    drafter_hidden: Float[Tensor, "sumTd Dd"]
+    verifier_hidden: Float[Tensor, "sumT Dv"]
+    drafter_ids: Int[Tensor, " sumTd"]
+    verifier_ids: Int[Tensor, " sumT"]
+    drafter_offsets: Int[Tensor, " bounds"]
+    verifier_offsets: Int[Tensor, " bounds"]
+
+    def __len__(self) -> int:
+        return len(self.verifier_offsets) - 1
+
+    def sample(self, row: int, key: str) -> HiddenSample:
+        """Answer ``row``, as views."""
+        a, b = self.drafter_offsets[row : row + 2].tolist()
+        c, d = self.verifier_offsets[row : row + 2].tolist()
+        return HiddenSample(
+            key=key,
+            drafter_hidden=self.drafter_hidden[a:b],
+            verifier_hidden=self.verifier_hidden[c:d],
+            drafter_ids=self.drafter_ids[a:b],
+            verifier_ids=self.verifier_ids[c:d],
+        )
+
+    @classmethod
+    def of(cls, samples: Sequence[HiddenSample], dtype: torch.dtype) -> Chunk:
+        """At least one answer, in order; states rounded to ``dtype``."""
+        return cls(
+            torch.cat([s.drafter_hidden for s in samples]).to(dtype),
+            torch.cat([s.verifier_hidden for s in samples]).to(dtype),
+            torch.cat([s.drafter_ids for s in samples]).int(),
+            torch.cat([s.verifier_ids for s in samples]).int(),
+            _offsets([len(s.drafter_ids) for s in samples]),
+            _offsets([len(s.verifier_ids) for s in samples]),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Chunk:
+        """Raises ValueError if they are not a chunk's."""
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in tensors]:
+            raise ValueError(f"it lacks {missing[0]}")
+        chunk = cls(**{name: tensors[name] for name in names})
+        for side in ("drafter", "verifier"):
+            offsets = tensors[f"{side}_offsets"]
+            ends = {int(offsets[-1]), *(len(tensors[f"{side}_{x}"]) for x in ("hidden", "ids"))}
+            if len(ends) > 1 or int(offsets[0]) or bool((offsets.diff() < 1).any()):
+                raise ValueError(f"its {side} offsets do not fit its rows")
+        return chunk
+
+    def padded(self) -> dict[str, Tensor]:
+        """The published layout: float32, padded with zeros, pairs cut to the shorter one."""
+        samples = [self.sample(row, "") for row in range(len(self))]
+        lengths = [min(len(s.drafter_ids), len(s.verifier_ids)) for s in samples]
+        sides = (
+            pad_sequence(
+                [getattr(s, side)[:n].float() for s, n in zip(samples, lengths, strict=True)],
+                batch_first=True,
+            )
+            for side in ("drafter_hidden", "verifier_hidden")
+        )
+        return dict(zip(_SEED_KEYS, (*sides, torch.tensor(lengths)), strict=True))
+
+    @classmethod
+    def from_padded(cls, content: Mapping[str, Any]) -> Chunk:
+        """Keys beyond the three of the published layout are ignored; raises ValueError."""
+        if not all(isinstance(content.get(name), Tensor) for name in _SEED_KEYS):
+            raise ValueError(f"it must hold the tensors {', '.join(_SEED_KEYS)}")
+        drafter, verifier, lengths = (content[name] for name in _SEED_KEYS)
+        shape = tuple(drafter.shape[:2])
+        if drafter.ndim != 3 or verifier.ndim != 3 or tuple(verifier.shape[:2]) != shape:
+            raise ValueError("its states are not [answers, positions, width] on both sides")
+        if tuple(lengths.shape) != shape[:1]:
+            raise ValueError(f"{tuple(lengths.shape)} seq_lens for {shape[0]} answers")
+        if bool((lengths < 1).any()) or bool((lengths > shape[1]).any()):
+            raise ValueError(f"its seq_lens leave the range 1 to {shape[1]}")
+        real = torch.arange(shape[1]) < lengths[:, None]
+        offsets = _offsets(lengths.tolist())
+        ids = torch.full((int(offsets[-1]),), UNKNOWN_ID, dtype=torch.int32)
+        return cls(drafter[real], verifier[real], ids, ids, offsets, offsets)
+
+
+def _offsets(lengths: Sequence[int]) -> Int[Tensor, " bounds"]:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def write_chunk(chunk: Chunk, path: Path) -> None:
+    """Write (atomic) in the format that the suffix names."""
+    with atomic_path(path) as temporary:
+        if path.suffix != ".pt":
+            save_file(chunk.tensors(), temporary)
+            return
+        # A handle, because torch would put the temporary file's name into the archive.
+        with temporary.open("wb") as handle:
+            torch.save(chunk.padded(), handle)
+
+
+def read_chunk(path: Path) -> Chunk:
+    """Read a chunk: mapped, not loaded, where the format allows.
+
+    Raises:
+        XsdError: it cannot be read, or is not a chunk. No pickled code is ever run.
+    """
+    try:
+        if path.suffix != ".pt":
+            return Chunk.from_tensors(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, Mapping):
+            raise ValueError("it does not hold a dict")
+        return Chunk.from_padded(content)
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise XsdError(f"{path}: not a chunk of hidden states ({reason}); extract again") from error
+
+
+_UNREADABLE = (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError)

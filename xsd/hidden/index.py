@@ -1,0 +1,222 @@
+"""``index.json``: what a folder of chunks holds, and the hashes that prove it still does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from xsd.errors import XsdError
+from xsd.files import read_json, write_json
+from xsd.types import Split
+
+INDEX = "index.json"
+FORMAT = "xsd.hidden/1"
+CHUNKS, VISUAL = "chunks", "visual"
+Half = Literal["train", "test"]
+"""The two folders of an extraction; 'train' holds the val recordings too."""
+SEED_QUESTIONS = 10
+"""Questions a clip in chunks whose index does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleEntry:
+    """A stored answer; ``split`` None: kept out of every split (the gap of an approximate one)."""
+
+    key: str
+    split: Split | None
+    drafter_len: int | None = None
+    verifier_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEntry:
+    """A chunk file; the seed's index knows no sizes and no hashes."""
+
+    path: str
+    start_idx: int
+    samples: tuple[SampleEntry, ...]
+    num_bytes: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VisualEntry:
+    """A file of visual states, one row a clip."""
+
+    path: str
+    scenes: tuple[str, ...]
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An answer that could not be given."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What decides the content of a folder: an extraction goes on only under an equal one."""
+
+    pair: str
+    provenance: Mapping[str, str]
+    conditioning: str
+    dtype: str
+    chunk_format: str
+    d_drafter: int
+    d_verifier: int
+    chunk_size: int
+    config: Mapping[str, Any]
+    """The stage's configuration, under the seed's names where it has them."""
+    plan: str
+    """Digest of the samples that were to be answered, batch by batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The whole of ``index.json``."""
+
+    header: Header
+    chunks: tuple[ChunkEntry, ...] = ()
+    visual: tuple[VisualEntry, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    num_batches: int = 0
+    """Batches of the plan whose answers (and failures) are in."""
+    complete: bool = False
+    approximate_split: bool = False
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(chunk.samples) for chunk in self.chunks)
+
+    def save(self, folder: Path) -> None:
+        """Write it (atomic); the seed's own keys come first."""
+        header = asdict(self.header)
+        seed = {
+            "total_samples": self.num_samples,
+            "chunk_size": header.pop("chunk_size"),
+            "chunks": [_chunk_as_dict(chunk) for chunk in self.chunks],
+            "config": dict(header.pop("config")),
+        }
+        ours = {
+            "format": FORMAT,
+            "complete": self.complete,
+            "num_batches": self.num_batches,
+            **header,
+            "visual": [asdict(entry) for entry in self.visual],
+            "failures": [asdict(failure) for failure in self.failures],
+        }
+        write_json(folder / INDEX, {**seed, **ours})
+
+
+def _chunk_as_dict(chunk: ChunkEntry) -> dict[str, Any]:
+    return {
+        "path": chunk.path,
+        "start_idx": chunk.start_idx,
+        "n_samples": len(chunk.samples),
+        "num_bytes": chunk.num_bytes,
+        "sha256": chunk.sha256,
+        "samples": [asdict(sample) for sample in chunk.samples],
+    }
+
+
+def load_index(folder: Path) -> Index:
+    """Read ``index.json``, ours or the seed's.
+
+    Raises:
+        XsdError: missing, unreadable, of a later format, or not an index.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        raise XsdError(f"{folder}: no {INDEX}, so it holds no hidden states; check the path")
+    content = read_json(path)
+    try:
+        if "format" not in content:
+            return _seed_index(content)
+        if content["format"] != FORMAT:
+            raise XsdError(f"{path}: format {content['format']!r}, {FORMAT!r} is read here")
+        return _own_index(content)
+    except XsdError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise XsdError(f"{path}: not an index of hidden states ({error!r})") from error
+
+
+def _own_index(content: Mapping[str, Any]) -> Index:
+    names = Header.__dataclass_fields__
+    return Index(
+        header=Header(**{name: content[name] for name in names}),
+        chunks=tuple(_own_chunk(entry) for entry in content["chunks"]),
+        visual=tuple(
+            VisualEntry(**{**entry, "scenes": tuple(entry["scenes"])})
+            for entry in content["visual"]
+        ),
+        failures=tuple(Failure(**entry) for entry in content["failures"]),
+        num_batches=int(content["num_batches"]),
+        complete=bool(content["complete"]),
+    )
+
+
+def _own_chunk(entry: Mapping[str, Any]) -> ChunkEntry:
+    return ChunkEntry(
+        path=str(entry["path"]),
+        start_idx=int(entry["start_idx"]),
+        samples=tuple(SampleEntry(**sample) for sample in entry["samples"]),
+        num_bytes=int(entry["num_bytes"]),
+        sha256=str(entry["sha256"]),
+    )
+
+
+def _seed_index(content: Mapping[str, Any]) -> Index:
+    config = dict(content.get("config", {}))
+    num_questions = int(config.get("max_questions", SEED_QUESTIONS))
+    counts = [(str(entry["path"]), int(entry["n_samples"])) for entry in content["chunks"]]
+    width = int(config.get("hidden_dim", 0))
+    header = Header(
+        pair=str(config.get("pair", "unknown")),
+        provenance={},
+        conditioning="free_running",
+        dtype="fp32",
+        chunk_format="pt",
+        d_drafter=width,
+        d_verifier=width,
+        chunk_size=int(content.get("chunk_size", 0)),
+        config=config,
+        plan="",
+    )
+    return seed_index(header, counts, num_questions, str(config.get("split", "train")))
+
+
+def seed_index(
+    header: Header, counts: Sequence[tuple[str, int]], num_questions: int, split: str
+) -> Index:
+    """Index of chunks that name no recordings.
+
+    Answers are counted through; ``num_questions`` in a row are a clip's. Of training data the last
+    tenth of the clips is 'val', and the clip before it belongs to neither split: neighbouring
+    clips overlap in time.
+    """
+    total = sum(count for _, count in counts)
+    num_scenes = -(-total // num_questions)
+    first_val = num_scenes - max(1, round(num_scenes / 10))
+
+    def entry(position: int) -> SampleEntry:
+        scene, question = divmod(position, num_questions)
+        part: Split | None = "test" if split == "test" else "train"
+        if part == "train" and num_scenes > 2:
+            part = "val" if scene >= first_val else None if scene == first_val - 1 else "train"
+        return SampleEntry(f"seed/{scene:06d}/q{question}", part)
+
+    chunks: list[ChunkEntry] = []
+    start = 0
+    for path, count in counts:
+        samples = tuple(entry(position) for position in range(start, start + count))
+        chunks.append(ChunkEntry(path, start, samples))
+        start += count
+    index = Index(header, tuple(chunks), complete=True)
+    return replace(index, approximate_split=split != "test")

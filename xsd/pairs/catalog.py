@@ -1,0 +1,175 @@
+"""Names of pairs -> loaded pairs. A third pair is one more row here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from xsd.errors import XsdError
+from xsd.files import sha256_file, sha256_json
+from xsd.pairs import eventgpt, tiny, video_llava
+from xsd.pairs.base import ModelPair
+from xsd.pairs.config import PairConfig
+from xsd.pairs.eventgpt import EventGPTDecoder
+from xsd.pairs.video_llava import VideoLlavaDecoder
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+)
+_WEIGHTS = ("*.safetensors", "*.bin")
+_HASHED_BYTES = 256 << 20
+_EDGE_BYTES = 1 << 20
+_PROBE = "A red car waits on the left, near two cyclists."
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where a pair's two checkpoints and their tokenizers lie."""
+
+    drafter: Path
+    verifier: Path
+    drafter_tokenizer: Path
+    verifier_tokenizer: Path
+
+
+def _tiny(config: PairConfig) -> Folders:
+    root = tiny.weights_folder()
+    drafter, verifier, tokenizer = (root / name for name in ("drafter", "verifier", "tokenizer"))
+    for folder in (drafter, verifier, tokenizer):
+        if not folder.is_dir():
+            raise XsdError(
+                f"{folder}: the tiny pair's weights are missing; install the package again, "
+                "or make them with 'xsd pretrain'"
+            )
+    return Folders(
+        Path(config.drafter or drafter), Path(config.verifier or verifier), tokenizer, tokenizer
+    )
+
+
+def _released(config: PairConfig) -> Folders:
+    for role in ("drafter", "verifier"):
+        if not (given := getattr(config, role)):
+            raise XsdError(f"pair {config.pair!r} needs --{role}, the folder of its checkpoint")
+        if not Path(given).is_dir():
+            raise XsdError(f"--{role} {given}: no such folder; download the checkpoint there")
+    drafter, verifier = Path(str(config.drafter)), Path(str(config.verifier))
+    return Folders(drafter, verifier, drafter, verifier)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    folders: Callable[[PairConfig], Folders]
+    default_quant: str
+
+
+PAIRS: Mapping[str, _Row] = MappingProxyType(
+    {"tiny": _Row(_tiny, "fp32"), "eventgpt-video-llava": _Row(_released, "bf16")}
+)
+
+
+def checkpoint_folders(config: PairConfig) -> Folders:
+    """Where the pair's files lie; nothing is loaded.
+
+    Raises:
+        XsdError: unknown pair, or a folder that is missing.
+    """
+    return _row(config).folders(config)
+
+
+def precision(config: PairConfig) -> str:
+    """The precision the pair runs in: the one asked for, or its own."""
+    return config.quant or _row(config).default_quant
+
+
+def load_pair(config: PairConfig) -> ModelPair:
+    """Both models, in eval mode on one device.
+
+    Raises:
+        XsdError: unknown pair, missing or unfit checkpoint, a precision or device that is not to
+            be had, tokenizers that disagree.
+    """
+    folders = checkpoint_folders(config)
+    quant, device = precision(config), _device(config.device)
+    if quant not in DTYPES:
+        raise XsdError(f"--quant {quant}: choose one of {', '.join(DTYPES)}")
+    how: dict[str, Any] = {"dtype": DTYPES[quant], "device": device}
+    model, processing = eventgpt.load(folders.drafter, **how)
+    drafter = EventGPTDecoder(model, _tokenizer(folders.drafter_tokenizer), processing)
+    other, processing = video_llava.load(folders.verifier, **how)
+    verifier = VideoLlavaDecoder(other, _tokenizer(folders.verifier_tokenizer), processing)
+    _refuse_other_tokens(drafter.tokenizer, verifier.tokenizer)
+    return ModelPair(
+        name=config.pair,
+        drafter=drafter,
+        verifier=verifier,
+        num_event_images=tiny.NUM_EVENT_IMAGES,
+        num_frames=tiny.NUM_FRAMES,
+        quant=quant,
+        provenance=provenance(folders),
+    )
+
+
+def provenance(folders: Folders) -> dict[str, str]:
+    """Digest of each model's weights and configuration; the hub's revision where one is known."""
+    return {role: _digest(getattr(folders, role)) for role in ("drafter", "verifier")}
+
+
+def _row(config: PairConfig) -> _Row:
+    if config.pair not in PAIRS:
+        raise XsdError(f"unknown pair {config.pair!r}; choose one of {', '.join(PAIRS)}")
+    return PAIRS[config.pair]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise XsdError(f"--device {name}: not a device; say cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise XsdError(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs")
+    return device
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise XsdError(f"{folder}: its tokenizer cannot be loaded ({line})") from error
+
+
+def _refuse_other_tokens(drafter: Any, verifier: Any) -> None:
+    """A draft is a token id: both models must mean the same by it."""
+    ids = [tokenizer.encode(_PROBE, add_special_tokens=False) for tokenizer in (drafter, verifier)]
+    if ids[0] != ids[1]:
+        raise XsdError("drafter and verifier tokenize differently; a pair shares one tokenizer")
+
+
+def _digest(folder: Path) -> str:
+    """Of the configuration and the weights; of files too large to hash, size and both ends."""
+    resolved = folder.resolve()
+    if resolved.parent.name == "snapshots":
+        return f"hub:{resolved.name}"
+    files = [folder / "config.json", *(p for kind in _WEIGHTS for p in sorted(folder.glob(kind)))]
+    return "sha256:" + sha256_json({p.name: _file_digest(p) for p in files if p.is_file()})
+
+
+def _file_digest(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= _HASHED_BYTES:
+        return sha256_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as handle:
+        digest.update(handle.read(_EDGE_BYTES))
+        handle.seek(-_EDGE_BYTES, 2)
+        digest.update(handle.read())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Records become data frames, and data frames plotly figures; the frames stand on their own."""

@@ -1,0 +1,219 @@
+"""Figures of the benchmark: speedup with its spread, where time goes, what was accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from xsd.plots.style import (
+    BLUE,
+    DARK,
+    GREY,
+    INK,
+    KIND_COLOURS,
+    KIND_NAMES,
+    ORANGE,
+    TIMES,
+    figure,
+    kind,
+    label,
+    panels,
+    rgba,
+)
+from xsd.speedup import measured, per_sample
+from xsd.types import Trace
+
+_ROW_HEIGHT = 34
+_PART_COLOURS = {"prefill": BLUE, "decode": ORANGE, "other": GREY}
+_ON_BAR = {BLUE: "white", ORANGE: DARK, GREY: "white"}
+
+
+def speedup_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """One row a strategy and sample: strategy, kind, sample_key, ratio (plain / speculative)."""
+    frame = per_sample(traces)[["strategy", "sample_key", "ratio"]]
+    return frame.assign(kind=[kind(name) for name in frame["strategy"]])
+
+
+def speedup_comparison(traces: Sequence[Trace]) -> go.Figure:
+    """Per-sample ratios as dots, their 5th to 95th percentile, and the pooled speedup."""
+    points, table = speedup_frame(traces), measured(traces)
+    table = table[table["strategy"].map(kind) != "plain"]
+    names = table["strategy"].tolist()
+    made = figure(
+        "Measured speedup over plain decoding",
+        "a dot a sample; bar: 5th to 95th percentile; diamond: pooled (sum of times over sum)",
+        height=160 + _ROW_HEIGHT * len(names),
+    )
+    made.add_vline(x=1, line={"color": INK, "width": 1, "dash": "dot"})
+    for group in [name for name in KIND_COLOURS if name in set(points["kind"])]:
+        rows = table[table["strategy"].map(kind) == group]
+        if rows.empty:
+            continue
+        dots = points[points["kind"] == group]
+        _add_spread(made, dots, rows, group)
+    for row in table.itertuples():
+        verdict = "" if row.lossless else "  <b>not lossless</b>"
+        text = f"<b>{row.speedup:.2f}{TIMES}</b>{verdict}"
+        made.add_annotation(
+            x=1, xref="paper", y=row.strategy, text=text, xanchor="left", showarrow=False, xshift=8
+        )
+    made.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
+    made.update_xaxes(title="plain time ÷ speculative time", ticksuffix=TIMES)
+    made.update_layout(margin_r=130)
+    return made
+
+
+def _add_spread(made: go.Figure, dots: pd.DataFrame, rows: pd.DataFrame, group: str) -> None:
+    colour = KIND_COLOURS[group]
+    made.add_trace(
+        go.Box(
+            x=dots["ratio"],
+            y=dots["strategy"],
+            orientation="h",
+            boxpoints="all",
+            jitter=0.6,
+            pointpos=0,
+            fillcolor="rgba(0,0,0,0)",
+            line={"color": "rgba(0,0,0,0)"},
+            marker={"color": rgba(colour, 0.4), "size": 5},
+            customdata=dots["sample_key"],
+            hovertemplate="%{customdata}: %{x:.2f}" + TIMES + "<extra></extra>",
+            showlegend=False,
+        )
+    )
+    for row in rows.itertuples():
+        made.add_shape(
+            type="line",
+            x0=row.ratio_p5,
+            x1=row.ratio_p95,
+            y0=row.strategy,
+            y1=row.strategy,
+            line={"color": colour, "width": 3},
+        )
+    made.add_trace(
+        go.Scatter(
+            x=rows["speedup"],
+            y=rows["strategy"],
+            mode="markers",
+            name=KIND_NAMES[group],
+            marker={"color": colour, "size": 13, "symbol": "diamond", "line": {"width": 1}},
+            hovertemplate="%{y}: pooled %{x:.3f}" + TIMES + "<extra></extra>",
+        )
+    )
+
+
+def timing_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """Mean milliseconds a sample, long form: strategy, part (prefill, decode, other), ms."""
+    table = measured(traces)
+    table["other"] = (table["total_ms"] - table["prefill_ms"] - table["decode_ms"]).clip(lower=0)
+    table = table.rename(columns={"prefill_ms": "prefill", "decode_ms": "decode"})
+    parts = ["prefill", "decode", "other"]
+    return table.melt("strategy", parts, var_name="part", value_name="ms")
+
+
+def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
+    """Stacked bars: the verifier's prefill (with all waits before it), then decode."""
+    frame = timing_frame(traces)
+    names = frame["strategy"].drop_duplicates().tolist()
+    made = figure(
+        "Where the time of an answer goes",
+        "mean of the samples; the clock runs from decoded frames in host memory to the last token",
+        height=150 + _ROW_HEIGHT * len(names),
+    )
+    for part, rows in frame.groupby("part", sort=False):
+        # Waits outside both parts are rounding on most machines: no bar, no legend entry.
+        if rows["ms"].max() < 0.005 * frame["ms"].max():
+            continue
+        made.add_bar(
+            y=rows["strategy"],
+            x=rows["ms"],
+            orientation="h",
+            name=str(part),
+            marker_color=_PART_COLOURS[str(part)],
+            text=[f"{ms:.0f}" for ms in rows["ms"]],
+            textposition="inside",
+            insidetextanchor="middle",
+            textfont_color=_ON_BAR[_PART_COLOURS[str(part)]],
+            hovertemplate="%{y}: " + str(part) + " %{x:.1f} ms<extra></extra>",
+        )
+    for strategy, total in frame.groupby("strategy")["ms"].sum().items():
+        label(made, total, str(strategy), f"{total:.0f} ms")
+    made.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
+    made.update_xaxes(title="milliseconds", rangemode="tozero")
+    made.update_layout(barmode="stack", margin_r=80)
+    return made
+
+
+def acceptance_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """A row a strategy that drafts: accept_rate, and an answer's tokens by origin.
+
+    Columns ``gap`` and ``decode`` are accepted drafts, ``verifier`` the tokens it said itself.
+    """
+    table = measured(traces)
+    table = table[table["accept_rate"].notna()]
+    decode = table["tokens_accepted"] - table["gap_accepted"]
+    return pd.DataFrame(
+        {
+            "strategy": table["strategy"],
+            "accept_rate": table["accept_rate"],
+            "gap": table["gap_accepted"],
+            "decode": decode,
+            "verifier": (table["num_tokens"] - table["tokens_accepted"]).clip(lower=0),
+            "num_free": table["num_free"],
+        }
+    ).reset_index(drop=True)
+
+
+def accept_rate_comparison(traces: Sequence[Trace]) -> go.Figure:
+    """Left: share of drafts that the verifier accepted. Right: who found an answer's tokens."""
+    frame = acceptance_frame(traces)
+    names = frame["strategy"].tolist()
+    made = panels(
+        "What the verifier accepted",
+        "left: of all drafts checked; right: an answer's tokens by origin, mean of the samples",
+        ["accept rate", "tokens of an answer"],
+        columns=2,
+        height=170 + _ROW_HEIGHT * max(1, len(names)),
+        shared_yaxes=True,
+        column_widths=[0.38, 0.62],
+        horizontal_spacing=0.06,
+    )
+    made.add_scatter(
+        x=frame["accept_rate"],
+        y=names,
+        mode="markers",
+        marker={"size": 11, "color": [KIND_COLOURS[kind(name)] for name in names]},
+        showlegend=False,
+        hovertemplate="%{y}: %{x:.1%}<extra></extra>",
+        row=1,
+        col=1,
+    )
+    for name, rate in zip(names, frame["accept_rate"].tolist(), strict=True):
+        line = {"color": rgba(KIND_COLOURS[kind(name)], 0.45), "width": 2}
+        made.add_shape(type="line", x0=0, x1=rate, y0=name, y1=name, line=line, row=1, col=1)
+        label(made, rate, name, f"{rate:.0%}", row=1, column=1)
+    origins = {"gap": BLUE, "decode": ORANGE, "verifier": GREY}
+    titles = {"gap": "drafted in the gap", "decode": "drafted in decode", "verifier": "verifier"}
+    for origin, colour in origins.items():
+        made.add_bar(
+            y=names,
+            x=frame[origin],
+            orientation="h",
+            name=titles[origin],
+            marker_color=colour,
+            text=[f"{n:.1f}" if n >= 0.5 else "" for n in frame[origin]],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            textfont_color=_ON_BAR[colour],
+            hovertemplate="%{y}: %{x:.2f} tokens " + titles[origin] + "<extra></extra>",
+            row=1,
+            col=2,
+        )
+    made.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
+    made.update_xaxes(tickformat=".0%", range=[0, 1.12], tickvals=[0, 0.25, 0.5, 0.75, 1], col=1)
+    made.update_xaxes(title="tokens", rangemode="tozero", col=2)
+    made.update_layout(barmode="stack", margin_t=120, legend={"y": -0.12, "yanchor": "top"})
+    return made

@@ -1,0 +1,171 @@
+"""How every figure looks: one template, one palette, one colour for one thing.
+
+Backgrounds are transparent and all neutral ink is a grey that reads on white and on black, so a
+figure needs no second version for a dark page. Hues follow Okabe and Ito's palette for colour-blind
+readers, a little lighter where the original is too dark for a dark page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from xsd.decoding.strategies import parse
+
+INK: Final = "#7a8291"
+FAINT: Final = "rgba(128,136,150,0.22)"
+BLUE: Final = "#2b8cc4"
+SKY: Final = "#7cc0ea"
+ORANGE: Final = "#e69f00"
+VERMILLION: Final = "#dd6b20"
+GREEN: Final = "#15a37a"
+PURPLE: Final = "#b779b0"
+GREY: Final = "#8d95a3"
+DARK: Final = "#1c2026"
+"""Text on a light bar."""
+TIMES: Final = "\N{MULTIPLICATION SIGN}"
+
+LEVEL_COLOURS: Final = {
+    **{"L1": SKY, "L2": BLUE, "L3": GREEN, "L4": ORANGE, "X1": VERMILLION},
+    # Heads are never drawn in one panel with the levels above.
+    **{"L5": SKY, "B1": BLUE, "L5F": GREEN, "E1": ORANGE, "E2": PURPLE, "E3": VERMILLION},
+}
+
+Kind = Literal["plain", "gap", "decode", "both", "control"]
+KIND_COLOURS: Final[dict[str, str]] = {
+    "plain": GREY,
+    "gap": BLUE,
+    "decode": ORANGE,
+    "both": GREEN,
+    "control": PURPLE,
+}
+KIND_NAMES: Final[dict[str, str]] = {
+    "plain": "plain decoding",
+    "gap": "drafts in the prefill gap",
+    "decode": "drafts in decode",
+    "both": "both",
+    "control": "control",
+}
+
+_FONT: Final = "Inter, 'Source Sans 3', 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
+_AXIS: Final = {
+    "gridcolor": FAINT,
+    "zeroline": False,
+    "linecolor": FAINT,
+    "ticks": "",
+    "ticklabelstandoff": 6,
+    "automargin": True,
+    "title": {"standoff": 10, "font": {"size": 13}},
+    "tickfont": {"size": 12},
+}
+TEMPLATE: Final = go.layout.Template(
+    layout={
+        "font": {"family": _FONT, "size": 13, "color": INK},
+        "title": {
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 16},
+            "font": {"size": 18},
+            "subtitle": {"font": {"size": 13, "color": INK}},
+        },
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY],
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "margin": {"l": 70, "r": 30, "t": 108, "b": 60},
+        "hoverlabel": {"font": {"family": _FONT, "size": 12}},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "traceorder": "normal",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
+        "bargap": 0.35,
+    }
+)
+
+
+def figure(title: str, subtitle: str = "", *, width: int = 960, height: int = 480) -> go.Figure:
+    """An empty figure of the house style, sizes in pixels."""
+    return _dress(go.Figure(), title, subtitle, width, height)
+
+
+def panels(
+    title: str,
+    subtitle: str,
+    names: Sequence[str],
+    *,
+    rows: int = 1,
+    columns: int,
+    width: int = 960,
+    height: int = 480,
+    **layout: object,
+) -> go.Figure:
+    """Small multiples; ``names`` are the panels' headings, row by row."""
+    made = make_subplots(rows=rows, cols=columns, subplot_titles=list(names), **layout)
+    made.update_annotations(font={"size": 14, "color": INK})
+    return _dress(made, title, subtitle, width, height)
+
+
+def label(
+    target: go.Figure,
+    x: float,
+    y: object,
+    text: str,
+    colour: str = INK,
+    *,
+    row: int | None = None,
+    column: int | None = None,
+    anchor: str = "left",
+    **more: object,
+) -> None:
+    """Write a direct label beside the point that it names."""
+    target.add_annotation(
+        x=x,
+        y=y,
+        text=text,
+        showarrow=False,
+        xanchor=anchor,
+        xshift={"left": 6, "right": -6}.get(anchor, 0),
+        font={"color": colour, "size": 12},
+        row=row,
+        col=column,
+        **more,
+    )
+
+
+def kind(strategy: str) -> Kind:
+    """What sort of strategy a name is, for its colour."""
+    row = parse(strategy, 1)
+    if row.shuffled_events or row.gap in ("drafter", "template"):
+        return "control"
+    if row.gap and row.head:
+        return "both"
+    return "gap" if row.gap else "decode" if row.head else "plain"
+
+
+def rgba(colour: str, alpha: float) -> str:
+    """``#rrggbb`` with an opacity."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+def _dress(made: go.Figure, title: str, subtitle: str, width: int, height: int) -> go.Figure:
+    made.update_layout(
+        template=TEMPLATE,
+        title={"text": f"<b>{title}</b>", "subtitle": {"text": subtitle}},
+        width=width,
+        height=height,
+    )
+    return made
