@@ -9,7 +9,8 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 from jaxtyping import install_import_hook
 
-install_import_hook("xsd", "beartype.beartype")
+# An int is a float to mypy, so it is one here.
+install_import_hook("xsd", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 torch.set_num_threads(1)
 
@@ -35,6 +38,8 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def _initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initialised database: making one takes seconds, copying it none."""
+    # Waiting for the disk at every commit is what makes a test store slow.
+    event.listen(Engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous = OFF"))
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")

@@ -257,7 +257,7 @@ class TestCosts:
         tau = chain_tau([alpha**k for k in range(1, gamma + 1)])
         assert tau <= decode_bound(alpha) + 1e-9
         assert chain_tau([alpha**k for k in range(1, 400)]) == pytest.approx(decode_bound(alpha))
-        free = Costs(10, 0, 0, 300, 90)
+        free = Costs(10.0, 0.0, 0.0, 300.0, 90.0)
         assert free.decode_speedup(tau, gamma) == pytest.approx(tau)
 
     @given(costs, st.integers(1, 60))

@@ -6,7 +6,8 @@ whatever the machine does meanwhile touches both sides of a ratio.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,22 @@ import torch
 
 from xsd.adapters import checkpoint
 from xsd.adapters.base import Adapter
+from xsd.bench_config import BenchConfig
+from xsd.clock import Stopwatch
 from xsd.decoding.config import DecodingConfig
+from xsd.decoding.controls import commonest_answers
 from xsd.decoding.draft import HeadDrafter, VerifierTables
 from xsd.decoding.engine import Decoded, Engine
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import adapter_names, needs_drafter
 from xsd.errors import XsdError
+from xsd.hidden.media import read_media
+from xsd.hidden.store import HiddenStore
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.config import PairConfig
+from xsd.scenes.dsec import load_index, samples
+from xsd.scenes.questions import QUESTIONS
 from xsd.types import Sample, Strategy, Trace
 
 
@@ -69,9 +77,7 @@ def run(
         XsdError: a strategy's adapter is missing or does not fit the pair.
     """
     with ExitStack() as stack:
-        bench = _Bench(
-            stack, pair, pair_config, items, strategies, adapters, templates, config
-        )
+        bench = _Bench(stack, pair, pair_config, items, strategies, adapters, templates, config)
         for item in items[:warmup]:
             for strategy in strategies:
                 bench.decode(item, strategy)
@@ -187,6 +193,71 @@ class _Bench:
             first_difference=first_difference(decoded.token_ids, plain),
             timeline=tuple(decoded.timeline),
         )
+
+
+def choose_items(scenes: Path, config: BenchConfig, pair: ModelPair) -> list[BenchItem]:
+    """Samples of a split, drawn over clips and questions alike, with their media decoded.
+
+    Raises:
+        XsdError: the split is empty, or a file cannot be read.
+    """
+    found = list(samples(load_index(scenes, split=config.split), config.max_questions))
+    if not found:
+        raise XsdError(f"{scenes}: no scene of split {config.split!r}; choose another --split")
+    if 0 < config.max_samples < len(found):
+        chosen = random.Random(0).sample(range(len(found)), config.max_samples)
+        found = [found[index] for index in sorted(chosen)]
+    return load_items(found, pair.num_event_images, pair.num_frames)
+
+
+def check_failures(
+    records: Iterable[Trace | Failure], total: int, max_share: float
+) -> list[Trace | Failure]:
+    """Collect a benchmark's records.
+
+    Raises:
+        XsdError: more than ``max_share`` of ``total`` decodings failed.
+    """
+    found = list(records)
+    failures = [record for record in found if isinstance(record, Failure)]
+    if len(failures) > max_share * total:
+        raise XsdError(
+            f"{len(failures)} of {total} decodings failed; the first ({failures[0].sample_key}, "
+            f"{failures[0].strategy}): {failures[0].reason}"
+        )
+    return found
+
+
+def load_items(
+    samples: Sequence[Sample], num_event_images: int, num_frames: int
+) -> list[BenchItem]:
+    """Decode every sample's media; events are shuffled by one clip's distance."""
+    media: dict[str, tuple[Media, float]] = {}
+    for scene in {sample.scene.key: sample.scene for sample in samples}.values():
+        watch = Stopwatch(torch.device("cpu"))
+        found = read_media(scene, num_event_images, num_frames)
+        media[scene.key] = (found, watch.ms())
+    keys = list(media)
+    other = dict(zip(keys, keys[1:] + keys[:1], strict=True))
+    return [
+        BenchItem(
+            sample,
+            *media[sample.scene.key],
+            Media(
+                media[other[sample.scene.key]][0].event_images, media[sample.scene.key][0].frames
+            ),
+        )
+        for sample in samples
+    ]
+
+
+def templates(store: HiddenStore) -> dict[str, tuple[int, ...]]:
+    """The training split's commonest answer to every question (control ``template``)."""
+    answers = (
+        (QUESTIONS[int(key.rpartition("/q")[2])], store.sample(key).verifier_ids.tolist())
+        for key in store.keys("train")
+    )
+    return commonest_answers(answers)
 
 
 def first_difference(ids: Sequence[int], plain: Sequence[int]) -> int | None:

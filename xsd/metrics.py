@@ -86,7 +86,7 @@ class PositionCounts(_Sums):
             rates[f"token_top{k}_match"] = _ratio(self.top[i], total)
         return rates
 
-    def positions(self) -> list[dict[str, float]]:
+    def positions(self) -> list[dict[str, float | int]]:
         """A row an answer position that was scored."""
         return [
             {
@@ -272,5 +272,5 @@ def _ranks(
     return torch.cat(ranks)
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def _ratio(numerator: float | int, denominator: int) -> float:
     return numerator / denominator if denominator else 0.0

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from xsd.pairs.cache import KVCache
-from xsd.pairs.step import DecoderStack
+from xsd.pairs.folded import FoldedLayers
+from xsd.pairs.step import DecoderStack, ModuleLayers
 
 WIDTH, MAX_LENGTH = 48, 40
 
 
+@pytest.fixture(autouse=True, params=[torch.float32, torch.float64], ids=["folded", "modules"])
+def precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Single precision takes the folded layers, any other the modules'."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(default)
+
+
 @pytest.fixture(params=["multi-head", "grouped-query", "one-kv-head", "wide-heads"])
-def model(request: pytest.FixtureRequest) -> LlamaModel:
+def model(request: pytest.FixtureRequest, precision: None) -> LlamaModel:
     heads, kv_heads, head_dim = {
         "multi-head": (4, 4, 12),
         "grouped-query": (4, 2, 12),
@@ -58,6 +70,11 @@ def test_the_models_own_forward_is_unchanged_by_fusing(model: LlamaModel) -> Non
     before = reference(model, x)
     DecoderStack(model)
     close(reference(model, x), before)
+
+
+def test_single_precision_takes_the_folded_layers(model: LlamaModel) -> None:
+    expected = FoldedLayers if torch.get_default_dtype() == torch.float32 else ModuleLayers
+    assert type(DecoderStack(model)._layers) is expected
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -138,6 +155,24 @@ def test_a_shared_prefix_starts_every_row(model: LlamaModel) -> None:
     cache: KVCache = stack.new_cache(3, MAX_LENGTH)
     cache.expand_from(prefix)
     close(stack.forward(x[:, 6:], cache), expected[:, 6:])
+
+
+def test_positions_beyond_the_configured_ones(model: LlamaModel) -> None:
+    x = rows(140)
+    expected = reference(model, x)
+    stack = DecoderStack(model)
+    assert stack.max_positions == 128
+    cache = stack.new_cache(1, 140)
+    close(torch.cat([stack.forward(part, cache) for part in x.split([138, 2], 1)], 1), expected)
+
+
+def test_a_result_outlives_the_next_step(model: LlamaModel) -> None:
+    stack = DecoderStack(model)
+    cache = stack.new_cache(1, MAX_LENGTH)
+    first = stack.forward(rows(1), cache)
+    kept = first.clone()
+    stack.forward(rows(1, seed=5), cache)
+    assert torch.equal(first, kept)
 
 
 def test_quantised_or_biased_projections_stay_modules(model: LlamaModel) -> None:

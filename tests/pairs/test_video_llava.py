@@ -39,7 +39,7 @@ def make(feature_layer: int = -2, kv_heads: int = 4) -> VideoLlavaForConditional
         num_attention_heads=2,
         image_size=IMAGE,
         patch_size=PATCH,
-        initializer_range=0.2,
+        initializer_range=0.1,
     )
     text = LlamaConfig(
         hidden_size=WIDTH,
@@ -48,7 +48,7 @@ def make(feature_layer: int = -2, kv_heads: int = 4) -> VideoLlavaForConditional
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         vocab_size=len(TOKENIZER),
-        initializer_range=0.3,
+        initializer_range=0.1,
     )
     config = VideoLlavaConfig(
         vision_config=vision,
@@ -56,7 +56,7 @@ def make(feature_layer: int = -2, kv_heads: int = 4) -> VideoLlavaForConditional
         vision_feature_layer=feature_layer,
         image_token_index=VIDEO - 1,
         video_token_index=VIDEO,
-        initializer_range=0.3,
+        initializer_range=0.1,
     )
     return VideoLlavaForConditionalGeneration(config).eval()
 

@@ -81,7 +81,6 @@ def test_a_changed_backend_is_left_alone() -> None:
 def test_the_installed_mlflow_is_what_is_patched() -> None:
     import mlflow.projects.backend.local as installed
 
-    assert environment._KEY == PROJECT_ENV_MANAGER
     assert installed.LocalBackend.run.__module__ == environment.__name__
 
 

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
             prog=prog,
             description=module.HELP,
             epilog=seed_flags.epilog(command),
-            sections=_section_class,
+            sections=section_class,
         )
         module.run(settings)
     except XsdError as error:
@@ -77,7 +77,7 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(COMMANDS[command])
 
 
-def _section_class(stage: str) -> type | None:
+def section_class(stage: str) -> type | None:
     if stage not in STAGES:
         return None
     found: type = _module(stage).Config

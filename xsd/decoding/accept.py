@@ -14,6 +14,16 @@ def accepted_prefix(match: Bool[Tensor, "*batch n"]) -> Int[Tensor, "*batch"]:
     return match.long().cumprod(dim=-1).sum(dim=-1)
 
 
+def accepted_prefix_length(drafts: Sequence[int], said: Sequence[int]) -> int:
+    """Drafts before the first that differs from what was said (or that nothing was said to)."""
+    accepted = 0
+    for draft, token in zip(drafts, said, strict=False):
+        if draft != token:
+            break
+        accepted += 1
+    return accepted
+
+
 def verify_greedy(drafts: Sequence[int], argmax: Sequence[int]) -> tuple[int, int]:
     """Check a chain against the verifier's own choices.
 
@@ -26,9 +36,7 @@ def verify_greedy(drafts: Sequence[int], argmax: Sequence[int]) -> tuple[int, in
         Drafts accepted, and the verifier's token after them (the bonus token).
     """
     assert len(argmax) == len(drafts) + 1, f"{len(drafts)} drafts, {len(argmax)} choices"
-    accepted = 0
-    while accepted < len(drafts) and drafts[accepted] == argmax[accepted]:
-        accepted += 1
+    accepted = accepted_prefix_length(drafts, argmax)
     return accepted, argmax[accepted]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 GAP_LEVELS = ("L1", "L2", "L3", "L4", "X1")
 HEAD_LEVELS = ("L5", "B1", "L5F", "E1", "E2", "E3")
@@ -27,7 +28,7 @@ class DecodingConfig:
     """Longest answer."""
     gamma: int = 4
     """Drafts per verifier call in decode (the seed's benchmark: 1)."""
-    overlap: str = "process"
+    overlap: Literal["process", "inline"] = "process"
     """process: the drafter runs beside the verifier's prefill in a process of its own; inline: it
     runs before the prefill in the same process, and its time counts in full."""
     max_gap_drafts: int = 22

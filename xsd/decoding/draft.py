@@ -142,9 +142,7 @@ class HeadDrafter:
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
 
-    def begin(
-        self, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None
-    ) -> None:
+    def begin(self, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None) -> None:
         """Start a sample; ``visual`` and ``reader`` only where the level's row asks for them."""
         self._cache = self.head.new_cache(
             1, self.max_length, None if visual is None else visual[None]

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xsd.clock import Stopwatch
+from xsd.decoding.accept import verify_greedy
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media
@@ -53,9 +54,7 @@ class Engine:
         return self._decode(media, question, None, 0)
 
     @torch.inference_mode()
-    def speculate(
-        self, media: Media, question: str, speculator: Speculator, gamma: int
-    ) -> Decoded:
+    def speculate(self, media: Media, question: str, speculator: Speculator, gamma: int) -> Decoded:
         """The same answer with drafts from ``speculator``: in the gap, in decode, or both."""
         return self._decode(media, question, speculator, gamma)
 
@@ -156,9 +155,7 @@ class Engine:
         rows = self.verifier.embed(torch.tensor([[tokens[-1], *drafts]], device=self._device))
         states = self.verifier.forward(rows, self._cache)[0]
         chosen: list[int] = self.verifier.logits(states).argmax(-1).tolist()
-        accepted = 0
-        while accepted < len(drafts) and drafts[accepted] == chosen[accepted]:
-            accepted += 1
+        accepted, _ = verify_greedy(drafts, chosen)
         self._cache.length -= len(drafts) - accepted
         said = chosen[: accepted + 1]
         if accepted and drafts[accepted - 1] in self.verifier.eos_ids:

@@ -94,7 +94,9 @@ class DrafterProcess:
         try:
             status, value = self.connection.recv()
         except EOFError as error:
-            raise XsdError("the drafter process ended unexpectedly; see its output above") from error
+            raise XsdError(
+                "the drafter process ended unexpectedly; see its output above"
+            ) from error
         if status != "ok":
             raise XsdError(f"the drafter process failed: {value}")
         return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from xsd.pairs.base import Decoder, Media
 from xsd.types import Span, Strategy
 
 
+@runtime_checkable
 class Speculator(Protocol):
     """What the engine asks of whoever drafts, in this order, once a sample."""
 

@@ -23,6 +23,23 @@ def parse(name: str, gamma: int) -> Strategy:
     return replace(strategy, name=name, shuffled_events=bool(control))
 
 
+def parse_all(names: str, gamma: int, control: str | None = None) -> list[Strategy]:
+    """A comma-separated list, or 'all'; the baseline always leads.
+
+    Args:
+        control: ``shuffled_events`` adds every config that uses the drafter once more.
+
+    Raises:
+        XsdError: an unknown name or control.
+    """
+    listed = ALL_CONFIGS if names == "all" else tuple(name.strip() for name in names.split(","))
+    found = [parse(name, gamma) for name in dict.fromkeys((BASELINE, *listed))]
+    if control is None:
+        return found
+    again = [s.name for s in found if needs_drafter(s) and not s.shuffled_events]
+    return found + [parse(f"{name}@{control}", gamma) for name in again]
+
+
 def _parse_base(name: str, gamma: int) -> Strategy:
     if name == BASELINE:
         return Strategy(name)

@@ -24,7 +24,6 @@ _MAX_CLIPS = 16
 DURATION = "1s"
 
 
-@torch.inference_mode()
 def extract(
     pair: ModelPair, batches: Sequence[Batch], config: ExtractConfig
 ) -> Iterator[Extracted]:
@@ -95,6 +94,7 @@ def _read_clips(pair: ModelPair, batch: Batch) -> tuple[dict[str, Media], dict[s
     return clips, failures
 
 
+@torch.inference_mode()
 def _answer(
     pair: ModelPair, clips: dict[str, Media], samples: Sequence[Sample], config: ExtractConfig
 ) -> tuple[list[HiddenSample], list[ClipVisual], dict[str, str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from xsd.hidden.index import (
 from xsd.types import ClipVisual, HiddenSample, Split
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_PADDED_KEPT = 2
-"""Chunks of the published format are unpacked into memory; so many at a time."""
+_UNPACKED_BYTES = 4 << 30
+"""Chunks of the published format are unpacked into memory; so much is kept of them."""
 
 
 def folder_name(half: Half, quant: str) -> str:
@@ -167,6 +168,12 @@ class HiddenStore:
         number, row = self._where[key]
         return self._chunk(number).sample(row, key)
 
+    def read_ahead(self, keys: Sequence[str]) -> None:
+        """Let the system fetch the chunks of these answers while others are being used."""
+        for number in dict.fromkeys(self._where[key][0] for key in keys):
+            with self._files[number].open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def visual(self, scene_key: str) -> ClipVisual:
         """What the verifier saw of a clip.
 
@@ -194,9 +201,12 @@ class HiddenStore:
         if len(chunk) != len(entry.samples):
             raise XsdError(f"{path}: holds {len(chunk)} answers, its index {len(entry.samples)}")
         self._loaded[number] = chunk
-        if path.suffix == ".pt" and len(self._loaded) > _PADDED_KEPT:
+        while path.suffix == ".pt" and len(self._loaded) > 1 and self._unpacked() > _UNPACKED_BYTES:
             self._loaded.popitem(last=False)
         return chunk
+
+    def _unpacked(self) -> int:
+        return sum(x.nbytes for chunk in self._loaded.values() for x in chunk.tensors().values())
 
     def _locate(self, entry: ChunkEntry) -> Path:
         path = inside(self._root, f"{CHUNKS}/{entry.path}")

@@ -63,9 +63,9 @@ class HiddenWriter:
         self._identity = sha256_json(asdict(index.header))
         self._parts: list[_Part] = []
         while (part := self._read_part(self.num_stored)) is not None:
-            self._parts.append(part)
-        if index.num_batches == len(plan) and not index.complete:
-            self._complete()
+            self._take(part)
+        if self.index.complete:
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
 
     @classmethod
     @contextmanager
@@ -100,11 +100,13 @@ class HiddenWriter:
         self._write_part(number, extracted)
         part = self._read_part(number)
         assert part is not None, f"batch {number} was just written"
+        self._take(part)
+
+    def _take(self, part: _Part) -> None:
+        batch = self._plan[self.num_stored]
         self._parts.append(part)
-        if extracted.batch.is_last:
-            self._commit(extracted.batch.chunk)
-        if self.num_stored == len(self._plan):
-            self._complete()
+        if batch.is_last:
+            self._commit(batch.chunk)
 
     def _part_path(self, number: int) -> Path:
         return self.folder / PARTS / f"part_{number:06d}.safetensors"
@@ -170,10 +172,10 @@ class HiddenWriter:
             visual=visuals,
             failures=failures,
             num_batches=self.num_stored,
+            complete=self.num_stored == len(self._plan),
         )
         self.index.save(self.folder)
-        for part in self._parts:
-            part.path.unlink()
+        shutil.rmtree(self.folder / PARTS)
         self._parts.clear()
 
     def _load_parts(self) -> tuple[list[HiddenSample], dict[str, Tensor]]:
@@ -187,11 +189,6 @@ class HiddenWriter:
             for kind in _KINDS if part.scenes else ():
                 states[kind].append(tensors[kind])
         return samples, {kind: torch.cat(rows) for kind, rows in states.items() if rows}
-
-    def _complete(self) -> None:
-        self.index = replace(self.index, complete=True)
-        self.index.save(self.folder)
-        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
 
 def _begin(folder: Path, header: Header) -> Index:

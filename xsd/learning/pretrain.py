@@ -68,15 +68,25 @@ def make_corpus(config: PretrainConfig, num_clips: int, first_recording: int) ->
     return Corpus(list(facts), np.stack(frames), np.stack(events))
 
 
+def clip_facts(config: PretrainConfig, num_clips: int, first_recording: int) -> Iterator[Facts]:
+    """The facts of ``make_corpus``, without the pictures."""
+    for index in range(num_clips):
+        recording = first_recording + index // config.clips_per_recording
+        yield _draw(config, recording, index)[0]
+
+
+def _draw(config: PretrainConfig, recording: int, index: int) -> tuple[Facts, int]:
+    """Facts of a clip and the seed of its picture."""
+    of_recording = sample_facts(np.random.default_rng((config.seed, recording)))
+    rng = np.random.default_rng((config.seed, recording, index))
+    return sample_facts(rng, of_recording), int(rng.integers(2**31))
+
+
 def _make_clip(
     job: tuple[PretrainConfig, int, int],
 ) -> tuple[Facts, UInt8[np.ndarray, "N H W 3"], UInt8[np.ndarray, "M H W 3"]]:
-    config, recording, index = job
-    of_recording = sample_facts(np.random.default_rng((config.seed, recording)))
-    rng = np.random.default_rng((config.seed, recording, index))
-    facts = sample_facts(rng, of_recording)
-    seed = int(rng.integers(2**31))
-    frames, events = scene_tensors(facts, seed, config.size, tiny.NUM_EVENT_IMAGES)
+    facts, seed = _draw(*job)
+    frames, events = scene_tensors(facts, seed, job[0].size, tiny.NUM_EVENT_IMAGES)
     resize = tiny.processing().resize_and_crop
     return facts, np.stack([resize(x) for x in frames]), np.stack([resize(x) for x in events])
 
@@ -105,7 +115,9 @@ def _label(facts: Facts, slot: str) -> int:
         }[slot]  # fmt: skip
         return values.index(getattr(facts, slot))
     lane, name = slot.split(".")
-    values = {"kind": f.KINDS, "color": f.COLORS, "motion": f.MOTIONS, "distance": f.DISTANCES}[name]
+    values = {"kind": f.KINDS, "color": f.COLORS, "motion": f.MOTIONS, "distance": f.DISTANCES}[
+        name
+    ]
     found = [vehicle for vehicle in facts.vehicles if vehicle.lane == lane]
     return 1 + values.index(getattr(found[0], name)) if found else 0
 
@@ -328,9 +340,7 @@ def _language_loss(
 ) -> Float[Tensor, ""]:
     embeddings = language_model.embed_tokens(rows.ids)
     start = rows.num_prefix - visual.shape[1]
-    embeddings = torch.cat(
-        [embeddings[:, :start], visual, embeddings[:, rows.num_prefix :]], dim=1
-    )
+    embeddings = torch.cat([embeddings[:, :start], visual, embeddings[:, rows.num_prefix :]], dim=1)
     states = language_model(
         inputs_embeds=embeddings,
         position_ids=rows.positions,
@@ -395,14 +405,19 @@ def _texts(config: PretrainConfig) -> Iterator[str]:
         yield f"{eventgpt.SYSTEM} USER: <ev_start><ev_end>\n{question_text} ASSISTANT:"
 
 
-def pretrain(config: PretrainConfig, corpus: Corpus, models: TinyModels) -> Iterator[PretrainReport]:
+def pretrain(
+    config: PretrainConfig, corpus: Corpus, models: TinyModels
+) -> Iterator[PretrainReport]:
     """Train both models in place: verifier first, each facts first and then language."""
     verifier, drafter = models.verifier, models.drafter
     yield from _pretrain_one(
         "verifier",
         verifier,
         verifier.model.language_model,
-        [*verifier.model.video_tower.parameters(), *verifier.model.multi_modal_projector.parameters()],
+        [
+            *verifier.model.video_tower.parameters(),
+            *verifier.model.multi_modal_projector.parameters(),
+        ],
         lambda pixels: video_llava.visual_tokens(verifier, pixels),
         VideoLlavaDecoder(copy.deepcopy(verifier), models.tokenizer, tiny.processing()),
         corpus.frames,

@@ -23,7 +23,7 @@ class PretrainConfig:
     """Time for the verifier's language training; the drafter gets a quarter of it."""
     questions_per_scene: int = 5
     """Questions drawn for a clip each time it is seen."""
-    batch_scenes: int = 16
+    batch_scenes: int = 6
     """Clips in one optimizer step of language training."""
     learning_rate: float = 2e-3
     """Peak of AdamW; the matrices inside the layers are trained by Muon."""

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+class LayerWindow(NamedTuple):
+    """One layer's views during a pass: where its new rows go, and all it will have then."""
+
+    new_keys: Float[Tensor, "B heads R head_dim"]
+    new_values: Float[Tensor, "B heads R head_dim"]
+    keys: Float[Tensor, "B heads end head_dim"]
+    values: Float[Tensor, "B heads end head_dim"]
 
 
 class KVCache:
@@ -27,50 +38,70 @@ class KVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        keys_by_channel: bool = False,
     ) -> None:
-        shape = (num_layers, batch, num_heads, max_length, head_dim)
+        """``keys_by_channel``: positions are a key's innermost axis in memory (same shape)."""
         self.keys: Float[Tensor, "layers B heads length head_dim"]
         self.values: Float[Tensor, "layers B heads length head_dim"]
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (num_layers, batch, num_heads, max_length, head_dim)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys_by_channel = keys_by_channel
+        self.keys = torch.zeros_like(self.values)
+        if keys_by_channel:
+            self.keys = self.keys.view(*shape[:3], head_dim, max_length).transpose(-1, -2)
         self.length = 0
         self.pad: Int[Tensor, " B"] | None = None
-        self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
 
     @property
     def batch(self) -> int:
-        return int(self.keys.shape[1])
+        return int(self.values.shape[1])
 
     @property
     def max_length(self) -> int:
-        return int(self.keys.shape[3])
+        return int(self.values.shape[3])
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return 2 * self.values.numel() * self.values.element_size()
 
     def reset(self) -> None:
         self.length = 0
         self.pad = None
 
-    def append(
-        self,
-        layer: int,
-        keys: Float[Tensor, "B heads R head_dim"],
-        values: Float[Tensor, "B heads R head_dim"],
-    ) -> tuple[Tensor, Tensor]:
-        """Write R rows behind ``length`` and return views of everything up to their end.
+    def window(self, num_rows: int) -> list[LayerWindow]:
+        """Every layer's views for a pass of R rows; ``length`` moves after the last layer.
 
-        ``length`` itself moves once a pass, after the last layer (``advance``).
+        Raises:
+            AssertionError: the rows do not fit.
         """
-        end = self.length + keys.shape[2]
-        all_keys, all_values = self._layers[layer]
-        all_keys[:, :, self.length : end] = keys
-        all_values[:, :, self.length : end] = values
-        return all_keys[:, :, :end], all_values[:, :, :end]
+        start, end = self.length, self.length + num_rows
+        assert end <= self.max_length, f"cache of {self.max_length} positions, {end} needed"
+        # Sliced once for all layers: at one row, views cost as much as arithmetic.
+        parts = (
+            buffer[:, :, :, columns].unbind(0)
+            for columns in (slice(start, end), slice(end))
+            for buffer in (self.keys, self.values)
+        )
+        return [LayerWindow(*views) for views in zip(*parts, strict=True)]
 
-    def advance(self, num_rows: int) -> None:
-        self.length += num_rows
+    def positions(self, num_rows: int) -> slice | Int[Tensor, "B R"]:
+        """What the next R rows take out of a table of positions: one stretch, or a row each."""
+        start, end = self.length, self.length + num_rows
+        if self.pad is None:
+            return slice(start, end)
+        return (self._columns(start, end) - self.pad[:, None]).clamp_(min=0)
+
+    def visible(self, num_rows: int) -> Bool[Tensor, "R end"] | Bool[Tensor, "B R end"] | None:
+        """Which columns each of the next R rows may attend to; None: all of them."""
+        start, end = self.length, self.length + num_rows
+        if self.pad is None and num_rows == 1:
+            return None
+        rows, columns = self._columns(start, end)[:, None], self._columns(0, end)
+        causal = columns <= rows
+        if self.pad is None:
+            return causal
+        # A row of padding sees itself: a softmax over nothing would be NaN.
+        return causal & (columns >= self.pad[:, None, None]) | (columns == rows)
 
     def expand_from(self, prefix: KVCache) -> None:
         """Start every row of this cache with the one row of ``prefix`` (a shared visual prefix)."""
@@ -82,9 +113,15 @@ class KVCache:
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> KVCache:
         """A smaller cache with the given batch rows (finished answers retire)."""
         kept = KVCache.__new__(KVCache)
-        kept.keys = self.keys.index_select(1, rows)
         kept.values = self.values.index_select(1, rows)
+        kept.keys_by_channel = self.keys_by_channel
+        if self.keys_by_channel:
+            kept.keys = self.keys.transpose(-1, -2).index_select(1, rows).transpose(-1, -2)
+        else:
+            kept.keys = self.keys.index_select(1, rows)
         kept.length = self.length
         kept.pad = None if self.pad is None else self.pad.index_select(0, rows)
-        kept._layers = list(zip(kept.keys.unbind(0), kept.values.unbind(0), strict=True))
         return kept
+
+    def _columns(self, start: int, end: int) -> Int[Tensor, " columns"]:
+        return torch.arange(start, end, device=self.values.device)

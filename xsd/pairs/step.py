@@ -10,28 +10,144 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
-from xsd.pairs.cache import KVCache
+from xsd.pairs.cache import KVCache, LayerWindow
+from xsd.pairs.folded import FoldedLayers
 
 
-def _fuse(linears: list[nn.Module]) -> Tensor | None:
-    """Stack plain linears into one weight and make the modules views of it (no second copy)."""
-    if not all(type(linear) is nn.Linear and linear.bias is None for linear in linears):
-        return None
-    weight = torch.cat([linear.weight.detach() for linear in linears])  # type: ignore[misc]
-    start = 0
-    for linear in linears:
-        rows = linear.weight.shape[0]  # type: ignore[union-attr]
-        linear.weight = nn.Parameter(weight[start : start + rows], requires_grad=False)
-        start += rows  # type: ignore[operator]
-    return weight
+class DecoderStack:
+    """Cached forward of a ``LlamaModel``: rows in, final-norm states out.
+
+    A stack serves one thread at a time.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """``model``: a transformers ``LlamaModel`` in eval mode, on its final device."""
+        config = model.config
+        assert config.hidden_act == "silu", f"activation {config.hidden_act}, silu is supported"
+        self.num_layers = int(config.num_hidden_layers)
+        self.num_kv_heads = int(config.num_key_value_heads)
+        self.head_dim = int(model.layers[0].self_attn.head_dim)
+        self.width = int(config.hidden_size)
+        self.device: torch.device = model.norm.weight.device
+        self.dtype: torch.dtype = model.norm.weight.dtype
+        self._rotary = model.rotary_emb
+        on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
+        self._folds = on_cpu and all(
+            _is_plain(linear)
+            for layer in model.layers
+            for linear in (*layer.self_attn.children(), *layer.mlp.children())
+            if linear is not layer.mlp.act_fn
+        )
+        self._layers: FoldedLayers | ModuleLayers
+        self._layers = FoldedLayers(model) if self._folds else ModuleLayers(model)
+        self.max_positions = int(config.max_position_embeddings)
+        self._extend(self.max_positions)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        if max_length > self._num_positions:
+            self._extend(max_length)
+        return KVCache(
+            self.num_layers,
+            batch,
+            self.num_kv_heads,
+            max_length,
+            self.head_dim,
+            device=self.device,
+            dtype=self.dtype,
+            keys_by_channel=self._folds,
+        )
+
+    @torch.inference_mode()
+    def forward(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
+        """Run R new rows behind what ``cache`` holds; append them; return final-norm states.
+
+        Raises:
+            AssertionError: the rows do not fit into the cache.
+        """
+        states = self._layers.run(x, cache)
+        cache.length += x.shape[1]
+        return states
+
+    def _extend(self, num_positions: int) -> None:
+        """Give the layers the rotary angles of that many positions."""
+        self._num_positions = num_positions
+        positions = torch.arange(num_positions, device=self.device).float()
+        angles = torch.outer(positions, self._rotary.inv_freq.float().to(self.device))
+        scaling = float(getattr(self._rotary, "attention_scaling", 1.0))
+        self._layers.set_rotation(angles.cos() * scaling, angles.sin() * scaling)
+
+
+class ModuleLayers:
+    """The decoder's layers on any device, in any precision, quantised or not."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self.num_heads = int(config.num_attention_heads)
+        self.num_kv_heads = int(config.num_key_value_heads)
+        self.eps = float(config.rms_norm_eps)
+        self.layers = [_Layer(layer) for layer in model.layers]
+        self.final_norm = model.norm.weight.detach()
+
+    def set_rotation(
+        self, cos: Float[Tensor, "positions half"], sin: Float[Tensor, "positions half"]
+    ) -> None:
+        # The sign of "rotate half" is folded into the sine, so a rotation is one roll and two
+        # multiplications.
+        dtype = self.final_norm.dtype
+        self.cos = torch.cat([cos, cos], dim=-1).to(dtype)
+        self.sin = torch.cat([-sin, sin], dim=-1).to(dtype)
+
+    def run(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
+        batch, num_rows, width = x.shape
+        positions = cache.positions(num_rows)
+        heads_axis = (slice(None), None) if cache.pad is not None else ()
+        rotation = self.cos[positions][heads_axis], self.sin[positions][heads_axis]
+        # A kernel's own causal mask is right, and fastest, where nothing precedes the rows.
+        causal = cache.pad is None and cache.length == 0 and num_rows > 1
+        mask = None if causal else cache.visible(num_rows)
+        if cache.pad is not None and mask is not None:
+            mask = mask[:, None]
+        for layer, window in zip(self.layers, cache.window(num_rows), strict=True):
+            normed = functional.rms_norm(x, (width,), layer.norm_1, self.eps)
+            queries = self._append(layer.project_qkv(normed), rotation, window)
+            attended = functional.scaled_dot_product_attention(
+                queries,
+                window.keys,
+                window.values,
+                attn_mask=mask,
+                is_causal=causal,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
+            x = x + layer.out(attended.transpose(1, 2).reshape(batch, num_rows, -1))
+            normed = functional.rms_norm(x, (width,), layer.norm_2, self.eps)
+            gate, up = layer.project_gate_up(normed).chunk(2, dim=-1)
+            x = x + layer.down(functional.silu(gate) * up)
+        return functional.rms_norm(x, (width,), self.final_norm, self.eps)
+
+    def _append(
+        self,
+        qkv: Float[Tensor, "B R qkv"],
+        rotation: tuple[Tensor, Tensor],
+        window: LayerWindow,
+    ) -> Float[Tensor, "B heads R head_dim"]:
+        """Rotate queries and keys, put keys and values into the cache, return the queries."""
+        batch, num_rows, _ = qkv.shape
+        num_rotated = self.num_heads + self.num_kv_heads
+        split = qkv.view(batch, num_rows, num_rotated + self.num_kv_heads, -1).transpose(1, 2)
+        rotated, values = split[:, :num_rotated], split[:, num_rotated:]
+        cos, sin = rotation
+        rotated = rotated * cos + rotated.roll(cos.shape[-1] // 2, -1) * sin
+        window.new_keys.copy_(rotated[:, self.num_heads :])
+        window.new_values.copy_(values)
+        return rotated[:, : self.num_heads]
 
 
 class _Layer:
-    """The tensors of one decoder layer, gathered so that a step touches no module."""
+    """The tensors of one decoder layer, gathered so that a step touches few modules."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -46,111 +162,25 @@ class _Layer:
 
     def project_qkv(self, x: Tensor) -> Tensor:
         if self.qkv is not None:
-            return F.linear(x, self.qkv)
+            return functional.linear(x, self.qkv)
         return torch.cat([module(x) for module in self.qkv_modules], dim=-1)
 
     def project_gate_up(self, x: Tensor) -> Tensor:
         if self.gate_up is not None:
-            return F.linear(x, self.gate_up)
+            return functional.linear(x, self.gate_up)
         return torch.cat([module(x) for module in self.gate_up_modules], dim=-1)
 
 
-class DecoderStack:
-    """Cached forward of a ``LlamaModel``: rows in, final-norm states out."""
+def _is_plain(linear: Any) -> bool:
+    return type(linear) is nn.Linear and linear.bias is None
 
-    def __init__(self, model: Any) -> None:
-        """``model``: a transformers ``LlamaModel`` in eval mode, on its final device."""
-        config = model.config
-        self.num_layers = int(config.num_hidden_layers)
-        self.num_heads = int(config.num_attention_heads)
-        self.num_kv_heads = int(config.num_key_value_heads)
-        self.head_dim = int(
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        self.eps = float(config.rms_norm_eps)
-        self.max_positions = int(config.max_position_embeddings)
-        self.layers = [_Layer(layer) for layer in model.layers]
-        self.final_norm = model.norm.weight.detach()
-        self.width = int(config.hidden_size)
-        self.device: torch.device = self.final_norm.device
-        self.dtype: torch.dtype = self.final_norm.dtype
-        inv_freq = model.rotary_emb.inv_freq.float().to(self.device)
-        angles = torch.outer(torch.arange(self.max_positions, device=self.device).float(), inv_freq)
-        angles = torch.cat([angles, angles], dim=-1)
-        scaling = float(getattr(model.rotary_emb, "attention_scaling", 1.0))
-        self.cos = (angles.cos() * scaling).to(self.dtype)
-        # The sign of "rotate half" is folded into the sine, so a rotation is one roll and two
-        # multiplications.
-        sin = angles.sin() * scaling
-        half = self.head_dim // 2
-        sin[:, :half].neg_()
-        self.sin = sin.to(self.dtype)
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
-        return KVCache(
-            self.num_layers,
-            batch,
-            self.num_kv_heads,
-            max_length,
-            self.head_dim,
-            device=self.device,
-            dtype=self.dtype,
-        )
-
-    @torch.inference_mode()
-    def forward(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
-        """Run R new rows behind what ``cache`` holds; append them; return final-norm states.
-
-        Raises:
-            AssertionError: the rows do not fit into the cache.
-        """
-        batch, rows, width = x.shape
-        start, end = cache.length, cache.length + rows
-        assert end <= cache.max_length, f"cache of {cache.max_length} positions, {end} needed"
-        cos, sin = self._rotation(cache, start, end)
-        mask = self._mask(cache, start, end)
-        causal = mask is None and rows > 1
-        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
-        half = dim // 2
-        for index, layer in enumerate(self.layers):
-            normed = F.rms_norm(x, (width,), layer.norm_1, self.eps)
-            qkv = layer.project_qkv(normed).view(batch, rows, heads + 2 * kv_heads, dim)
-            qkv = qkv.transpose(1, 2)
-            rotated = qkv[:, : heads + kv_heads]
-            rotated = rotated * cos + rotated.roll(half, -1) * sin
-            keys, values = cache.append(index, rotated[:, heads:], qkv[:, heads + kv_heads :])
-            attended = F.scaled_dot_product_attention(
-                rotated[:, :heads],
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=causal,
-                enable_gqa=heads != kv_heads,
-            )
-            x = x + layer.out(attended.transpose(1, 2).reshape(batch, rows, heads * dim))
-            normed = F.rms_norm(x, (width,), layer.norm_2, self.eps)
-            gate, up = layer.project_gate_up(normed).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-        cache.advance(rows)
-        return F.rms_norm(x, (width,), self.final_norm, self.eps)
-
-    def _rotation(self, cache: KVCache, start: int, end: int) -> tuple[Tensor, Tensor]:
-        if cache.pad is None:
-            return self.cos[start:end], self.sin[start:end]
-        positions: Int[Tensor, "B R"]
-        positions = torch.arange(start, end, device=self.device)[None] - cache.pad[:, None]
-        positions = positions.clamp(min=0)
-        return self.cos[positions][:, None], self.sin[positions][:, None]
-
-    def _mask(self, cache: KVCache, start: int, end: int) -> Tensor | None:
-        """None where the kernel's own causal mask, or no mask at all, is right."""
-        if cache.pad is None and (start == 0 or end - start == 1):
-            return None
-        columns = torch.arange(end, device=self.device)
-        mask = columns <= torch.arange(start, end, device=self.device)[:, None]
-        if cache.pad is None:
-            return mask
-        # A row of padding sees itself: a softmax over nothing would be NaN.
-        visible = columns >= cache.pad[:, None]
-        own = columns == torch.arange(start, end, device=self.device)[:, None]
-        return ((mask & visible[:, None]) | own)[:, None]
+def _fuse(linears: list[Any]) -> Tensor | None:
+    """Stack plain linears into one weight and make the modules views of it (no second copy)."""
+    if not all(map(_is_plain, linears)):
+        return None
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    parts = weight.split([linear.out_features for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+    return weight

@@ -8,8 +8,8 @@ processors) is the real pair's code at smaller sizes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib import resources
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 

@@ -44,7 +44,7 @@ def speedup_comparison(traces: Sequence[Trace]) -> go.Figure:
     made = figure(
         "Measured speedup over plain decoding",
         "a dot a sample; bar: 5th to 95th percentile; diamond: pooled (sum of times over sum)",
-        height=160 + _ROW_HEIGHT * len(names),
+        height=200 + _ROW_HEIGHT * len(names),
     )
     made.add_vline(x=1, line={"color": INK, "width": 1, "dash": "dot"})
     for group in [name for name in KIND_COLOURS if name in set(points["kind"])]:
@@ -120,7 +120,7 @@ def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
     made = figure(
         "Where the time of an answer goes",
         "mean of the samples; the clock runs from decoded frames in host memory to the last token",
-        height=150 + _ROW_HEIGHT * len(names),
+        height=190 + _ROW_HEIGHT * len(names),
     )
     for part, rows in frame.groupby("part", sort=False):
         # Waits outside both parts are rounding on most machines: no bar, no legend entry.
@@ -175,7 +175,7 @@ def accept_rate_comparison(traces: Sequence[Trace]) -> go.Figure:
         "left: of all drafts checked; right: an answer's tokens by origin, mean of the samples",
         ["accept rate", "tokens of an answer"],
         columns=2,
-        height=170 + _ROW_HEIGHT * max(1, len(names)),
+        height=230 + _ROW_HEIGHT * max(1, len(names)),
         shared_yaxes=True,
         column_widths=[0.38, 0.62],
         horizontal_spacing=0.06,

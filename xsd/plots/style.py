@@ -7,7 +7,7 @@ readers, a little lighter where the original is too dark for a dark page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal
 
 import plotly.graph_objects as go
@@ -120,7 +120,7 @@ def panels(
 
 def label(
     target: go.Figure,
-    x: float,
+    x: float | int,
     y: object,
     text: str,
     colour: str = INK,
@@ -143,6 +143,39 @@ def label(
         col=column,
         **more,
     )
+
+
+def end_labels(
+    target: go.Figure,
+    names: Iterable[str],
+    xs: Iterable[float],
+    ys: Iterable[float],
+    *,
+    row: int,
+    column: int,
+) -> None:
+    """Write levels' names right of their points, moved apart vertically where they would touch.
+
+    The panel's height is read from the figure; its scale from the points of its traces.
+    """
+    axis = next(target.select_yaxes(row=row, col=column))
+    drawn = [y for y in _values(target, axis.plotly_name) if y == y]
+    low, high = axis.range or (min([0.0, *drawn]), max(drawn, default=1.0))
+    bottom, top = axis.domain or (0.0, 1.0)
+    pixels = (target.layout.height - 170) * (top - bottom)
+    gap = 15 * (high - low) / max(1.0, pixels)
+    above = -float("inf")
+    for name, x, y in sorted(zip(names, xs, ys, strict=True), key=lambda point: point[2]):
+        above = max(y, above + gap)
+        shift = (above - y) / gap * 15
+        label(target, x, y, name, LEVEL_COLOURS[name], row=row, column=column, yshift=shift)
+
+
+def _values(target: go.Figure, axis: str) -> Iterator[float]:
+    wanted = axis.replace("axis", "")
+    for trace in target.data:
+        if (trace.yaxis or "y") == wanted:
+            yield from (float(y) for y in trace.y)
 
 
 def kind(strategy: str) -> Kind:

@@ -132,7 +132,7 @@ def ground(
 
     def strip(left: float, right: float) -> Float[np.ndarray, "rows W"]:
         first, last = camera.column(left, depth), camera.column(right, depth)
-        return np.clip(np.minimum(columns + 1, last) - np.maximum(columns, first), 0, 1)
+        return np.asarray((np.minimum(columns + 1, last) - np.maximum(columns, first)).clip(0, 1))
 
     half = ROAD_HALF_WIDTH
     away = (columns + 0.5 - camera.canvas / 2 - camera.bend(depth)) * depth / camera.focal
@@ -163,4 +163,5 @@ def headlights(camera: Camera, time: str) -> Float[np.ndarray, "rows W 1"]:
     across = (columns - camera.column(0.0, camera.depth(rows))) / (0.42 * camera.size)
     along = (rows - 0.8 * camera.size) / (0.34 * camera.size)
     gain = {"day": 0.0, "dusk": 0.25, "night": 1.0}[time]
-    return (1 + gain * np.exp(-(across**2) - along**2))[..., None].astype(np.float32)
+    pool = 1 + gain * np.exp(-(across**2) - along**2)
+    return np.asarray(pool[..., None], np.float32)

@@ -1,4 +1,4 @@
-"""Synthetic scenes written to disk in the data set's own layout."""
+"""Scenes written to disk in the data set's layout. No PyTorch: every worker would import it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,11 @@ from xsd.files import read_json, sha256_file, sha256_json, write_json
 from xsd.scenes.config import EventCameraConfig, ScenesConfig
 from xsd.scenes.events import event_images, save_events
 from xsd.scenes.facts import ROADSIDES, TIMES, Facts
+from xsd.scenes.layout import FACTS_NAME, INDEX_NAME, NUM_EVENT_IMAGES, SceneRecord, index_entry
 from xsd.scenes.questions import QUESTIONS
 from xsd.scenes.synthetic import make_scene, sample_facts
 from xsd.scenes.video import write_mp4
 
-INDEX_NAME = "EventGPT_Instruction_Subset.json"
-FACTS_NAME = "facts.json"
-NUM_EVENT_IMAGES = 5
 RENDERER = 1
 """Raised whenever the same seed gives another picture: older recordings are then made anew."""
 _SPLITS = ("train", "val", "test")
@@ -32,20 +30,6 @@ _MARKERS = ".recordings"
 
 Answer = Callable[[Facts, int], str]
 """The reference answer to question k about a scene with these facts."""
-
-
-@dataclass(frozen=True)
-class SceneRecord:
-    """One scene on disk."""
-
-    key: str
-    split: str
-    facts: Facts
-    entry: dict[str, Any]
-    """Its row of the index, without conversations; paths are relative to the data set."""
-    num_events: int
-    is_reused: bool
-    """It was there already, complete and unaltered."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +58,38 @@ class _Plan:
 
 
 def make_scenes(config: ScenesConfig, answer: Answer | None = None) -> Iterator[SceneRecord]:
-    """Write synthetic scenes, recording by recording; complete ones of an earlier run are kept.
+    """Write synthetic scenes, or index a prepared folder, and yield every scene.
 
-    The files depend on the configuration only, not on the number of workers. The index is written
-    after the last record was taken: a folder without index is unfinished.
+    Synthetic files depend on the configuration only, not on the number of workers; complete
+    recordings of an earlier run are kept. The index is written after the last record was taken: a
+    folder without index is unfinished.
 
     Args:
-        answer: fills the index' conversations; None leaves them empty.
+        answer: fills the conversations of synthetic scenes; None leaves them empty.
 
     Raises:
         XsdError: the configuration cannot be met.
     """
+    if config.source == "prepared":
+        from xsd.scenes.prepared import index_prepared
+
+        yield from index_prepared(config.dataset_dir)
+        return
     plans = _plans(config)
     root = config.output_dir
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise XsdError(
+            f"{root}: cannot be made ({error.strerror}); choose another output_dir"
+        ) from error
     records = []
     for record in _produce(plans, config.num_workers):
-        if not record.is_reused:
-            (root / INDEX_NAME).unlink(missing_ok=True)
         records.append(record)
         yield record
-    write_json(root / FACTS_NAME, {record.key: record.facts.as_dict() for record in records})
-    entries = [{**r.entry, "conversations": _conversations(r.facts, answer)} for r in records]
+    facts = {record.key: record.facts for record in records if record.facts}
+    write_json(root / FACTS_NAME, {key: value.as_dict() for key, value in facts.items()})
+    entries = [{**r.entry, "conversations": _conversations(facts[r.key], answer)} for r in records]
     write_json(root / INDEX_NAME, entries)
 
 
@@ -107,6 +101,8 @@ def _plans(config: ScenesConfig) -> list[_Plan]:
     per = config.clips_per_recording
     if per < 1 or config.size < 32 or config.size % 2:
         raise XsdError("clips_per_recording must be at least 1, and size even and at least 32")
+    if config.seed < 0 or config.event_camera.num_subframes < 2:
+        raise XsdError("seed must not be negative, and num_subframes at least 2")
     counts = (config.num_train, config.num_val, config.num_test)
     if min(counts) < 0 or not sum(counts):
         raise XsdError("num_train, num_val and num_test must not be negative, nor all zero")
@@ -146,9 +142,12 @@ def _record(plan: _Plan) -> list[SceneRecord]:
     found = _finished(plan)
     if found is not None:
         return found
+    # From here on an older index would name files that are being replaced.
+    plan.marker.unlink(missing_ok=True)
+    (plan.root / INDEX_NAME).unlink(missing_ok=True)
     split = _SPLITS.index(plan.split)
     rng = np.random.default_rng([plan.seed, split, plan.number])
-    shared = _shared_facts(plan, split)
+    shared = _shared_facts(plan, split, rng)
     appearance = int(rng.integers(1 << 16))
     clips = []
     for clip in range(plan.num_clips):
@@ -159,31 +158,16 @@ def _record(plan: _Plan) -> list[SceneRecord]:
     return [_scene_record(plan, clip, is_reused=False) for clip in clips]
 
 
-def _shared_facts(plan: _Plan, split: int) -> Facts:
-    """Time and roadside of a recording: all twelve pairs in turn, so that no split lacks one."""
-    turn = np.random.default_rng([plan.seed, split, 97]).permutation(12)[plan.number % 12]
-    base = sample_facts(np.random.default_rng(0))
-    return Facts(
-        **{
-            **{name: getattr(base, name) for name in ("road", "light", "pedestrian", "vehicles")},
-            "time": TIMES[turn % len(TIMES)],
-            "roadside": ROADSIDES[turn % len(ROADSIDES)],
-        }
-    )
+def _shared_facts(plan: _Plan, split: int, rng: np.random.Generator) -> Facts:
+    """Time and roadside of a recording: all pairs in turn, so that few recordings cover both."""
+    turn = plan.number + int(np.random.default_rng([plan.seed, split]).integers(12))
+    time, roadside = TIMES[turn % len(TIMES)], ROADSIDES[turn % len(ROADSIDES)]
+    return replace(sample_facts(rng), time=time, roadside=roadside)
 
 
 def _write_clip(plan: _Plan, clip: int, facts: Facts, seed: int, appearance: int) -> dict[str, Any]:
     rendered, events = make_scene(facts, seed, plan.size, appearance, plan.event_camera)
-    name, stem = plan.name, f"{clip:06d}"
-    entry: dict[str, Any] = {
-        "id": f"{name}/{stem}",
-        "split": plan.split,
-        "event_data": f"event_npy/{name}/{stem}.npy",
-        "video_data": None,
-        "mp4_data": f"mp4/{name}/{stem}.mp4",
-        "event_image": [f"event_image/{name}/{stem}_{k}.png" for k in range(NUM_EVENT_IMAGES)],
-        "event_image_1f": [f"event_image_1f/{name}/{stem}_0.png"],
-    }
+    entry = index_entry(plan.name, clip, plan.split)
     save_events(plan.root / entry["event_data"], events)
     write_mp4(plan.root / entry["mp4_data"], rendered.frames)
     images = event_images(events, NUM_EVENT_IMAGES) + event_images(events, 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 from xsd.errors import XsdError
 from xsd.files import inside, read_json, sha256_file
-from xsd.scenes.dataset import FACTS_NAME, INDEX_NAME
+from xsd.scenes.layout import FACTS_NAME, INDEX_NAME
 from xsd.scenes.questions import QUESTIONS
 from xsd.types import Sample, Scene, Split
 
@@ -83,7 +83,10 @@ def _edges(path: Path) -> bytes:
 
 def _facts(dataset_dir: Path) -> Mapping[str, Any]:
     path = dataset_dir / FACTS_NAME
-    return read_json(path) if path.is_file() else {}
+    facts = read_json(path) if path.is_file() else {}
+    if not isinstance(facts, dict):
+        raise XsdError(f"{path}: not a map of scenes; recreate or remove it")
+    return facts
 
 
 def _scene(root: Path, entry: Mapping[str, Any], facts: Mapping[str, Any]) -> Scene:
@@ -93,7 +96,9 @@ def _scene(root: Path, entry: Mapping[str, Any], facts: Mapping[str, Any]) -> Sc
     def paths(key: str) -> tuple[Path, ...]:
         value = entry.get(key) or []
         listed = [value] if isinstance(value, str) else value
-        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+        if not isinstance(listed, list) or not all(
+            isinstance(item, str) and item.isprintable() for item in listed
+        ):
             raise XsdError(f"{where}: {key} is not a path or a list of paths; recreate the index")
         return tuple(inside(root, item) for item in listed)
 

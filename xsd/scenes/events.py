@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
+import tokenize
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -102,6 +104,9 @@ def load_events(path: Path) -> Events:
         raise XsdError(f"{path}: {error}; recreate or remove it") from error
 
 
+_OPCODES = frozenset(
+    ["PROTO", "FRAME", "STOP", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"]
+)
 _BROKEN = (
     pickle.UnpicklingError,
     ValueError,
@@ -114,8 +119,10 @@ _BROKEN = (
     MemoryError,
     OverflowError,
     struct.error,
+    SyntaxError,
+    tokenize.TokenError,
 )
-"""What a damaged or hostile stream makes the unpickler raise."""
+"""What a damaged or hostile file makes the header parser and the unpickler raise."""
 
 
 def _unpickle(handle: BinaryIO) -> Any:
@@ -128,10 +135,21 @@ def _unpickle(handle: BinaryIO) -> Any:
         raise ValueError(f"npy format {version[0]}.{version[1]}")
     if shape != () or dtype != np.dtype(object):
         raise ValueError(f"an array of {dtype} and shape {shape}, not a dict in a 0-d object array")
-    outer = _ArraysOnly(io.BytesIO(handle.read())).load()
+    stream = handle.read()
+    _check_opcodes(stream)
+    outer = _ArraysOnly(io.BytesIO(stream)).load()
     if not isinstance(outer, _Array) or not isinstance(outer.data, list) or len(outer.data) != 1:
         raise ValueError("the pickle does not hold a 0-d object array")
     return outer.data[0]
+
+
+def _check_opcodes(stream: bytes) -> None:
+    """Refuse what arrays and dicts do not need, before any of it costs memory."""
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"its pickle uses {opcode.name}, which no event file needs")
+        if opcode.name == "LONG_BINPUT" and argument > len(stream):
+            raise ValueError("its pickle claims more objects than it has bytes")
 
 
 def _checked(content: Any) -> Events:

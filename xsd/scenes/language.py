@@ -195,7 +195,12 @@ def _full(s: _Speaker, vehicle: Vehicle) -> str:
 
 
 def _moving(s: _Speaker, vehicle: Vehicle) -> str:
-    kind, motion, lane, color = s.kind(vehicle), s.motion(vehicle), s.lane(vehicle), s.color(vehicle)
+    kind, motion, lane, color = (
+        s.kind(vehicle),
+        s.motion(vehicle),
+        s.lane(vehicle),
+        s.color(vehicle),
+    )
     orders = (
         f"a {color} {kind} {motion} on the {lane}",
         f"on the {lane} {motion} a {kind} in {color}",
@@ -215,7 +220,10 @@ def _placed(s: _Speaker, vehicle: Vehicle) -> str:
 
 
 def _named(s: _Speaker, vehicle: Vehicle) -> str:
-    orders = (f"a {s.color(vehicle)} {s.kind(vehicle)}", f"a {s.kind(vehicle)} in {s.color(vehicle)}")
+    orders = (
+        f"a {s.color(vehicle)} {s.kind(vehicle)}",
+        f"a {s.kind(vehicle)} in {s.color(vehicle)}",
+    )
     return _pick(orders, s.light + f.LANES.index(vehicle.lane))
 
 
@@ -254,7 +262,12 @@ def _road(s: _Speaker) -> str:
 
 def _side(s: _Speaker) -> str:
     word = s.side_word()
-    forms = (f"{word} line the way", f"it passes {word}", f"with {word} alongside", f"{word} all around")
+    forms = (
+        f"{word} line the way",
+        f"it passes {word}",
+        f"with {word} alongside",
+        f"{word} all around",
+    )
     return _pick(forms, s.road)
 
 

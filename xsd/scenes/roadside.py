@@ -1,4 +1,4 @@
-"""What stands beside the road: an upright plane on either side, with a texture that scrolls past."""
+"""What stands beside the road: an upright plane on either side, whose texture scrolls past."""
 
 from __future__ import annotations
 

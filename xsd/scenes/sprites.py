@@ -237,13 +237,16 @@ def _pack(
 def _finish(
     phases: list[Float[np.ndarray, "h w 5"]], anchor: tuple[float, float], resolution: float
 ) -> Sprite:
-    """Filter to the size of a picture pixel, and frame with transparency for clipped look-ups."""
-    soft = [_soften(phase) for phase in phases]
-    height, width = soft[0].shape[:2]
-    texture = np.ascontiguousarray(np.concatenate(soft).reshape(-1, 5).T, np.float32)
-    row, column = anchor
-    pad = float(_OVERSAMPLING)
-    return Sprite(texture, height, width, (row + pad, column + pad), len(phases), resolution)
+    """Filter to the size of a picture pixel, and crop to one transparent pixel around."""
+    soft = np.stack([_soften(phase) for phase in phases])
+    shown = soft[..., 3].max(axis=0) > 0
+    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+    top, left = int(rows[0]) - 1, int(columns[0]) - 1
+    soft = soft[:, top : int(rows[-1]) + 2, left : int(columns[-1]) + 2]
+    _, height, width, _ = soft.shape
+    texture = np.ascontiguousarray(soft.reshape(-1, 5).T, np.float32)
+    row, column = anchor[0] + _OVERSAMPLING - top, anchor[1] + _OVERSAMPLING - left
+    return Sprite(texture, height, width, (row, column), len(phases), resolution)
 
 
 def _soften(picture: Float[np.ndarray, "h w 5"]) -> Float[np.ndarray, "h2 w2 5"]:
@@ -294,7 +297,7 @@ def light_sprite(state: str, time: str) -> Sprite:
             ("green", 2.5, (30, 255, 110), (16, 56, 32)),
         ):
             if lit == name:
-                pen.disc(0.0, y, 0.95, 0.95, (on[0], on[1], on[2], 130))
+                pen.disc(0.0, y, 0.9, 0.9, _tone(on, 0.55))
             pen.disc(0.0, y, 0.8, 0.8, on if lit == name else off)
             if lit == "neither":
                 pen.disc(0.0, y, 0.8, 0.8, (150, 150, 150))

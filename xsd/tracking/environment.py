@@ -24,8 +24,6 @@ from types import ModuleType
 from typing import Any, Final
 
 _BACKEND: Final = "mlflow.projects.backend.local"
-_KEY: Final = "env_manager"
-"""``mlflow.projects.utils.PROJECT_ENV_MANAGER``; a test compares."""
 
 
 class RunContext:
@@ -75,16 +73,17 @@ def patch(backend: ModuleType) -> None:
     original = getattr(getattr(backend, "LocalBackend", None), "run", None)
     if original is None:
         return
+    from mlflow.projects.utils import PROJECT_ENV_MANAGER as key  # noqa: N811
 
     def run(self: Any, project_uri: str, *args: Any, **kwargs: Any) -> Any:
         settings = kwargs.get("backend_config") or next(
-            (arg for arg in args if isinstance(arg, dict) and _KEY in arg), {}
+            (arg for arg in args if isinstance(arg, dict) and key in arg), {}
         )
-        if settings.get(_KEY, "given") is None and _is_ours(project_uri):
-            settings[_KEY] = choose_manager()
-            if settings[_KEY] == "local":
+        if settings.get(key, "given") is None and _is_ours(project_uri):
+            settings[key] = choose_manager()
+            if settings[key] == "local":
                 print("xsd: no conda here; running in the current environment", file=sys.stderr)
-        if settings.get(_KEY) == "local" and _is_ours(project_uri):
+        if settings.get(key) == "local" and _is_ours(project_uri):
             # MLproject says "python": let it be the one that runs this.
             os.environ["PATH"] = os.pathsep.join([sys.prefix + "/bin", os.environ.get("PATH", "")])
         return original(self, project_uri, *args, **kwargs)

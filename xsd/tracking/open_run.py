@@ -42,6 +42,8 @@ class Run:
     stage: str
     pair: str
     artifact_uri: str
+    key: str | None = None
+    """The stage key, where it became known after the run was opened."""
     manifest: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Artifact path -> sha256 and size; written as an artifact when the run ends well."""
     _metrics: list[Metric] = field(default_factory=list)
@@ -52,6 +54,12 @@ class Run:
     @property
     def uri(self) -> str:
         return f"runs:/{self.run_id}"
+
+    @property
+    def work_name(self) -> str:
+        """A folder name that the same work finds again after an interruption."""
+        assert self.key is not None, "connect the run to its inputs first"
+        return f"{self.stage}_{self.key[:12]}"
 
     @property
     def folder(self) -> Path | None:

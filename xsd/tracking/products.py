@@ -106,7 +106,7 @@ def _load_run(uri: str) -> Product:
     except MlflowException as error:
         raise XsdError(f"{uri}: no such run in {store.tracking_uri()}") from error
     product = from_run(run, subfolder)
-    if not product.path.exists():
+    if subfolder and not product.path.exists():
         raise XsdError(f"{uri}: the run has no such artifact")
     root = product.path if not subfolder else product.path.parents[subfolder.count("/")]
     if damage := altered(root, subfolder):

@@ -94,8 +94,13 @@ def promote(
 
 def versions(pair: str | None = None) -> list[ModelVersion]:
     """All versions of xsd's models, newest first; for listing."""
+    client = store.client()
     prefix = f"xsd-{pair}-" if pair else "xsd-"
-    found = store.client().search_model_versions(f"name LIKE '{prefix}%'")
+    # A search leaves the aliases out; a version asked for by itself has them.
+    found = [
+        client.get_model_version(version.name, version.version)
+        for version in client.search_model_versions(f"name LIKE '{prefix}%'")
+    ]
     return sorted(found, key=lambda version: (version.name, -int(version.version)))
 
 

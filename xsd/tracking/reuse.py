@@ -52,11 +52,11 @@ def find_finished(key: str) -> Product | None:
     for run in _search(f"tags.`xsd.key` = '{key}'"):
         product = from_run(run)
         name = run.info.run_name
-        damage = _damage(product)
-        if damage is None:
+        harm = damage(product)
+        if harm is None:
             print(f"{name}: reused run {run.info.run_id}")
             return product
-        print(f"{name}: run {run.info.run_id} is not reused: {damage}")
+        print(f"{name}: run {run.info.run_id} is not reused: {harm}")
     return None
 
 
@@ -72,15 +72,17 @@ def newest_finished(
     for name, value in (filters or {}).items():
         family = "params" if name.startswith("cfg.") else "tags"
         conditions.append(f"{family}.`{name}` = '{value}'")
-    return next((from_run(run) for run in _search(" AND ".join(conditions))), None)
+    found = _search(" AND ".join(conditions))
+    # A run that ``mlflow run`` began and that reused another one left nothing itself.
+    return next((from_run(run) for run in found if "xsd.reused" not in run.data.tags), None)
 
 
-def _damage(product: Product) -> str | None:
+def damage(product: Product) -> str | None:
     """Why a finished run's files cannot be taken again; None: they can."""
     if not product.path.is_dir():
         return "its artifacts are gone"
-    if damage := altered(product.path):
-        return damage
+    if harm := altered(product.path):
+        return harm
     try:
         if product.model_id:
             load(f"models:/{product.model_id}")
@@ -96,7 +98,7 @@ def _search(condition: str) -> list[Run]:
             store.experiment_ids(),
             f"attributes.status = 'FINISHED' AND {condition}",
             order_by=["attributes.end_time DESC"],
-            max_results=10,
+            max_results=100,
         )
     )
 

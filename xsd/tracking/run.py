@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from xsd.tracking.products import Product
 
-__all__ = ["Run", "Terminated", "active", "reap", "stage_run"]
+__all__ = ["Run", "Terminated", "active", "connect", "reap", "stage_run"]
 
 _active: contextvars.ContextVar[Run | None] = contextvars.ContextVar("xsd_run", default=None)
 
@@ -85,7 +85,7 @@ def stage_run(
             yield run
             run.finish_manifest()
         # Set last: a run found by its key is complete.
-        run.tag({"xsd.key": key})
+        run.tag({"xsd.key": run.key or key})
         status = "FINISHED"
     except killing:
         status = "KILLED"
@@ -96,6 +96,13 @@ def stage_run(
     finally:
         _active.reset(token)
         run.end(status)
+
+
+def connect(run: Run, inputs: Mapping[str, Product], key: str) -> None:
+    """Tell an open run what it reads, where that became known only after it was opened."""
+    run.key = key
+    run.tag(_input_tags(inputs))
+    _link_models(run, inputs)
 
 
 def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xsd.cli import main
+from xsd.tracking import registry, store
+from xsd.tracking.run import stage_run
+
+pytestmark = pytest.mark.usefixtures("tracking")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "best_model.safetensors"
+    path.write_text("w")
+    with stage_run("train", "tiny", {}, tags={"level": "L4"}) as run:
+        run.artifact(path)
+        return run.log_model("adapter", [path], tags={"pair": "tiny", "level": "L4"})
+
+
+def test_registry_lists_champions(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["registry"]) == 0
+    assert "no adapter" in capsys.readouterr().out
+    tags = {"metric_name": "accepted_prefix_22", "metric": 5.5}
+    registry.promote("tiny", "L4", model, lambda _: [], tags)
+    assert main(["registry"]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[:5] == ["xsd-tiny-L4", "1", "champion", "accepted_prefix_22", "5.5"]
+
+
+def test_lineage_walks_back(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lineage", "--uri", f"models:/{model}"]) == 0
+    assert capsys.readouterr().out.startswith(f"train L4  models:/{model}  digest ")
+    assert main(["lineage"]) == 2
+    assert "no finished benchmark" in capsys.readouterr().err
+
+
+def test_gc_deletes_what_failed_only_when_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = tmp_path / "a"
+    original.write_text("a")
+    with pytest.raises(RuntimeError), stage_run("train", "tiny", {}) as run:
+        run.artifact(original)
+        raise RuntimeError
+    assert run.folder is not None
+    assert main(["gc"]) == 0
+    assert "0 runs" in capsys.readouterr().out
+    assert main(["gc", "--older_than_days", "0"]) == 0
+    assert "1 runs to delete" in capsys.readouterr().out
+    assert run.folder.is_dir()
+    assert main(["gc", "--older_than_days", "0", "--apply"]) == 0
+    assert not run.folder.is_dir()
+    assert original.read_text() == "a"
+    assert store.client().get_run(run.run_id).info.lifecycle_stage == "deleted"

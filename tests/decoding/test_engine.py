@@ -1,0 +1,159 @@
+"""Speculation never changes a token, whatever the drafts are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xsd import bench
+from xsd.bench import BenchItem, first_difference
+from xsd.clock import Stopwatch
+from xsd.decoding.config import ALL_CONFIGS, BASELINE, DecodingConfig
+from xsd.decoding.engine import Engine
+from xsd.decoding.strategies import parse
+from xsd.errors import XsdError
+from xsd.pairs.base import Media, ModelPair
+from xsd.pairs.config import PairConfig
+from xsd.pairs.generate import generate
+from xsd.types import Span, Trace
+
+MAX_NEW = 30
+
+
+class Scripted:
+    """Drafts the verifier's own answer, wrong at every ``period``-th position (0: never wrong)."""
+
+    wants_projected = wants_prefilled = False
+
+    def __init__(self, answer: Sequence[int], period: int, gap: int) -> None:
+        self.answer, self.period, self.gap = list(answer), period, gap
+
+    def start(self, media: Media, question: str, watch: Stopwatch) -> None: ...
+    def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None: ...
+    def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None: ...
+
+    def _draft(self, position: int) -> int:
+        right = self.answer[position] if position < len(self.answer) else 7
+        return (right + 1) % 1024 if self.period and position % self.period == 0 else right
+
+    def gap_drafts(self) -> list[int]:
+        return [self._draft(i) for i in range(self.gap)]
+
+    def propose(
+        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> list[int]:
+        return [self._draft(len(tokens) + i) for i in range(gamma)]
+
+    def finish(self) -> list[Span]:
+        return []
+
+
+@pytest.fixture(scope="module")
+def engine(pair: ModelPair, items: list[BenchItem]) -> Engine:
+    return Engine(pair.verifier, MAX_NEW, bench.longest_prompt(pair, items))
+
+
+@pytest.mark.parametrize("gap", [0, 1, 5, 40])
+@pytest.mark.parametrize("gamma", [0, 1, 3, 8])
+@pytest.mark.parametrize("period", [0, 1, 2, 5], ids=["always", "never", "alternate", "mostly"])
+def test_any_drafts_give_the_plain_answer(
+    engine: Engine, items: list[BenchItem], period: int, gamma: int, gap: int
+) -> None:
+    for item in items:
+        question = item.sample.question
+        plain = engine.plain(item.media, question)
+        script = Scripted(plain.token_ids, period, gap)
+        decoded = engine.speculate(item.media, question, script, gamma)
+        assert decoded.token_ids == plain.token_ids
+        assert sum(decoded.cycle_accepted) <= sum(decoded.cycle_drafted)
+        if period == 0 and gap == 0 and gamma:
+            assert decoded.cycle_accepted == decoded.cycle_drafted
+            assert len(decoded.cycle_drafted) < len(plain.token_ids)
+        if period == 1:
+            assert decoded.gap_accepted == 0 and not any(decoded.cycle_accepted)
+
+
+def test_plain_decoding_is_what_generate_says(
+    pair: ModelPair, engine: Engine, items: list[BenchItem]
+) -> None:
+    for item in items:
+        prompt = pair.verifier.prompt_embeddings(item.media, item.sample.question)
+        (answer,) = generate(pair.verifier, [prompt[0]], MAX_NEW)
+        decoded = engine.plain(item.media, item.sample.question)
+        assert decoded.token_ids == answer.ids.tolist()
+
+
+@pytest.mark.parametrize("name", ALL_CONFIGS[1:])
+def test_every_config_is_lossless(
+    name: str, pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline")
+    strategies = [parse(BASELINE, 0), parse(name, 3), parse(f"{name}@shuffled_events", 3)]
+    templates = {item.sample.question: (5, 6, 7) for item in items}
+    records = list(
+        bench.run(
+            pair, PairConfig(device="cpu"), items, strategies, adapters, templates, config,
+            repeats=1, warmup=0,
+        )
+    )  # fmt: skip
+    assert len(records) == len(items) * len(strategies)
+    for record in records:
+        assert isinstance(record, Trace), record
+        assert record.lossless and record.first_difference is None
+        assert record.total_ms == pytest.approx(record.prefill_ms + record.decode_ms)
+    drafted = [r for r in records if isinstance(r, Trace) and r.strategy == name]
+    assert all(trace.gap_drafted or trace.cycle_drafted for trace in drafted)
+
+
+def test_the_drafter_process_gives_the_same_answers(
+    pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    names = ["L4+VL", "X1+VL", "L4+VL:free", "E2_decode", "L4+L5F", "X1+E3", "drafter+VL"]
+    strategies = [parse(BASELINE, 0), *(parse(name, 3) for name in names)]
+    records = list(
+        bench.run(
+            pair, PairConfig(device="cpu"), items[:2], strategies, adapters, {},
+            DecodingConfig(max_new_tokens=MAX_NEW, overlap="process"), repeats=1, warmup=1,
+        )
+    )  # fmt: skip
+    for record in records:
+        assert isinstance(record, Trace), record
+        assert record.first_difference is None, record.strategy
+        lanes = {span.lane for span in record.timeline}
+        assert lanes == ({"verifier"} if record.strategy == BASELINE else {"verifier", "drafter"})
+
+
+def test_an_adapter_that_is_missing_or_does_not_fit_is_named(
+    pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    for paths, match in (({}, "L4"), ({"L4": adapters["L3"]}, "holds level L3")):
+        with pytest.raises(XsdError, match=match):
+            bench.load_adapters(pair, [parse("L4+VL", 0)], paths)
+
+
+def test_first_difference() -> None:
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 9, 3], [1, 2, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([], [1]) == 0
+
+
+def test_shuffled_events_change_the_drafts_but_not_the_answer(
+    pair: ModelPair, items: list[BenchItem]
+) -> None:
+    config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline")
+    strategies = [parse(n, 0) for n in (BASELINE, "drafter+VL", "drafter+VL@shuffled_events")]
+    records = bench.run(
+        pair, PairConfig(device="cpu"), items, strategies, {}, {}, config, repeats=1, warmup=0
+    )
+    assert all(isinstance(record, Trace) and record.lossless for record in records)
+    drafts = [
+        pair.drafter.prompt_embeddings(media, items[0].sample.question)
+        for media in (items[0].media, items[0].other_events)
+    ]
+    assert not torch.equal(drafts[0], drafts[1])

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from xsd.decoding.config import ALL_CONFIGS
+from xsd.decoding.strategies import adapter_names, needs_drafter, parse
+from xsd.errors import XsdError
+
+
+def test_every_config_of_the_table_parses_under_its_own_name() -> None:
+    for name in ALL_CONFIGS:
+        assert parse(name, 4).name == name
+
+
+def test_what_a_name_means() -> None:
+    both = parse("X1+E3@shuffled_events", 5)
+    assert (both.gap, both.head, both.gamma, both.shuffled_events) == ("X1", "E3", 5, True)
+    assert adapter_names(both) == ["X1", "E3"]
+    free = parse("L4+VL:free", 5)
+    assert (free.gap_mode, free.gamma, adapter_names(free)) == ("free", 0, ["L4:free"])
+    assert adapter_names(parse("template+VL", 1)) == []
+    assert not needs_drafter(parse("E3_decode", 4)) and not needs_drafter(parse("template+VL", 1))
+    assert all(needs_drafter(parse(n, 4)) for n in ("L5_decode", "E2_decode", "drafter+VL"))
+
+
+@pytest.mark.parametrize("name", ["L9+VL", "L5+VL", "E3", "L4_decode", "L4+VL@upside_down", ""])
+def test_unknown_names_are_refused_with_the_list(name: str) -> None:
+    with pytest.raises(XsdError, match=r"known|only"):
+        parse(name, 4)

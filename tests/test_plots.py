@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from PIL import Image
+
+from xsd.adapters.catalog import LEVELS
+from xsd.metrics import Counts, PositionCounts
+from xsd.plots import clock, learning, offline, style, timeline
+from xsd.speedup import Costs
+from xsd.types import EpochReport, Span, Trace
+
+
+def trace(strategy: str, sample: str, total_ms: float, **changes: object) -> Trace:
+    made = Trace(
+        sample_key=sample,
+        strategy=strategy,
+        repeat=0,
+        question="what is <this>?",
+        token_ids=(5, 6, 7, 8, 9, 2),
+        text="a road and a car",
+        prefill_ms=40.0,
+        decode_ms=total_ms - 42.0,
+        total_ms=total_ms,
+        num_free=0,
+        gap_drafted=0,
+        gap_accepted=0,
+        cycle_drafted=(),
+        cycle_accepted=(),
+        first_difference=None,
+        timeline=(
+            Span("verifier", "prefill", 0.0, 40.0),
+            Span("verifier", "decode", 40.0, total_ms),
+        ),
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+FAST = {
+    "num_free": 3,
+    "gap_drafted": 3,
+    "gap_accepted": 2,
+    "cycle_drafted": (4,),
+    "cycle_accepted": (2,),
+    "timeline": (
+        Span("drafter", "prefill", 1.0, 10.0),
+        Span("drafter", "draft", 10.0, 12.0),
+        Span("drafter", "draft", 12.0, 14.0),
+        Span("verifier", "prefill", 0.0, 40.0),
+    ),
+}
+TRACES = [
+    trace("vl_baseline", "a", 100.0),
+    trace("vl_baseline", "b", 200.0),
+    trace("X1+E3", "a", 50.0, **FAST),
+    trace("X1+E3", "b", 160.0, **FAST, first_difference=2),
+]
+COSTS = Costs(10.0, 6.0, 1.0, 300.0, 90.0, {25: 22.0})
+COUNTS = Counts(
+    target=PositionCounts(
+        num_samples=10,
+        cos_sum=15.0,
+        accepted=(18, 12, 6, 0),
+        consecutive=(9, 8, 7, 0),
+        top=(12, 16, 20),
+        cos_histogram=(0,) * 30 + (5, 15) + (0,) * 8,
+        scored=(10, 8, 2),
+        cos_by_position=(8.0, 6.0, 1.0),
+        accepted_90=(5, 1, 0),
+        matched=(8, 3, 1),
+        reached=(10, 7, 1),
+        matched_reached=(8, 3, 0),
+    ),
+    prefix_histogram=(2, 5, 3) + (0,) * 20,
+    cycles=(20,) * 8,
+    emitted=(30,) * 8,
+)
+MODELLED = {"modelled.speedup_e2e": 1.2, "modelled.bound_free_decode": 2.0, "modelled.tau": 3.0}
+REPORTS = [
+    EpochReport(
+        epoch=epoch,
+        step=10 * (epoch + 1),
+        learning_rate=1e-3,
+        train={"loss": 2.0 - epoch},
+        val={"cos_sim_mean": 0.1 * epoch, "accepted_prefix_22": 1.0 + epoch % 2},
+        is_best=epoch < 2,
+        seconds=1.0,
+    )
+    for epoch in range(3)
+]
+EXAMPLE = timeline.Example(
+    plain=TRACES[0],
+    fast=TRACES[2],
+    pieces=("a", " <b>", " c", " d", " e", "."),
+    event_images=("data:image/png;base64,AA==",),
+    frames=("data:image/png;base64,AA==",) * 2,
+)
+FIGURES: dict[str, Callable[[], go.Figure]] = {
+    "speedup_comparison": lambda: clock.speedup_comparison(TRACES),
+    "timing_breakdown": lambda: clock.timing_breakdown(TRACES),
+    "accept_rate_comparison": lambda: clock.accept_rate_comparison(TRACES),
+    "prefill_hiding": lambda: timeline.prefill_hiding(EXAMPLE),
+    "prefill_hiding_bare": lambda: timeline.prefill_hiding(
+        replace(EXAMPLE, event_images=(), frames=())
+    ),
+    "stage_timeline": lambda: timeline.stage_timeline(COSTS, 40, 8, 1.5),
+    "metrics_summary": lambda: offline.metrics_summary("L4", COUNTS, MODELLED),
+    "token_metrics": lambda: offline.token_metrics("L4", COUNTS),
+    "acceptance_by_position": lambda: offline.acceptance_by_position({"L4": COUNTS, "E3": COUNTS}),
+    "feature_against_tokens": lambda: offline.feature_against_tokens({"L4": COUNTS.rates()}),
+    "training_curves": lambda: learning.training_curves("L4", REPORTS),
+    "curves_comparison": lambda: learning.curves_comparison(
+        {name: pd.DataFrame({"step": [1, 2], "value": [1.0, 2.0]}) for name in ("L4", "X1", "E3")}
+    ),
+}
+
+
+class TestFrames:
+    def test_speedup(self) -> None:
+        frame = clock.speedup_frame(TRACES)
+        fast = frame[frame["strategy"] == "X1+E3"]
+        assert fast["ratio"].tolist() == [2.0, 1.25] and set(fast["kind"]) == {"both"}
+
+    def test_timing_adds_up(self) -> None:
+        frame = clock.timing_frame(TRACES)
+        sums = frame.groupby("strategy")["ms"].sum()
+        assert sums["vl_baseline"] == 150 and sums["X1+E3"] == 105
+        assert frame[frame["part"] == "prefill"]["ms"].tolist() == [40, 40]
+
+    def test_acceptance_names_the_origin_of_every_token(self) -> None:
+        frame = clock.acceptance_frame(TRACES)
+        assert frame["strategy"].tolist() == ["X1+E3"]
+        row = frame.iloc[0]
+        assert row["accept_rate"] == pytest.approx(4 / 7)
+        assert (row["gap"], row["decode"], row["verifier"]) == (2, 2, 2)
+
+    def test_histogram(self) -> None:
+        frame = offline.histogram_frame(COUNTS.target)
+        assert frame["share"].sum() == pytest.approx(1)
+        assert frame["cos_sim"].iloc[[0, -1]].tolist() == pytest.approx([-0.975, 0.975])
+
+    def test_positions_of_few_answers_are_blank(self) -> None:
+        frame = offline.position_frame({"L4": COUNTS})
+        assert frame["match"].tolist()[:2] == pytest.approx([0.8, 3 / 8])
+        assert math.isnan(frame["match"][2])
+        assert frame["match_given_prefix"].tolist()[:2] == pytest.approx([0.8, 3 / 7])
+
+    def test_consecutive(self) -> None:
+        frame = offline.consecutive_frame(COUNTS).set_index("what")["num"]
+        assert frame["cos > 0.90"] == 0.7 and frame["tokens"] == pytest.approx(1.1)
+
+    def test_modelled_only(self) -> None:
+        assert offline.speedup_frame(MODELLED)["speedup"].tolist() == [1.2, 2.0]
+
+    def test_selection_metric_is_the_levels_own(self) -> None:
+        frame = offline.selection_frame({"L4": COUNTS.rates(), "E3": COUNTS.rates()})
+        assert frame["accept_length"].tolist() == pytest.approx([1.1, 1.5])
+        assert frame["phase"].tolist() == ["gap", "decode"]
+
+    def test_training(self) -> None:
+        frame = learning.training_frame(REPORTS)
+        assert len(frame) == 9
+        assert frame[frame["split"] == "train"]["value"].tolist() == [2, 1, 0]
+
+    def test_stages(self) -> None:
+        frame = timeline.stage_frame(COSTS, 40, 8, 2.0)
+        ends = frame.groupby("lane")["end_ms"].max()
+        assert ends["plain<br>verifier"] == COSTS.plain_ms(40)
+        assert ends["speculative<br>verifier"] == COSTS.gap_ms(40, COSTS.num_free(40), 8, 2.0)
+        assert ends["speculative<br>drafter"] == 90 + 30 * 7
+        nothing = timeline.stage_frame(COSTS, 40, 0, 1.0)
+        assert "verify" not in set(nothing["what"])
+
+    def test_neighbours_of_a_kind_are_one_bar(self) -> None:
+        frame = timeline.lanes_frame([EXAMPLE.fast])
+        draft = frame[frame["what"] == "draft"].iloc[0]
+        assert (draft["start_ms"], draft["end_ms"], draft["count"]) == (10, 14, 2)
+
+
+class TestExample:
+    @pytest.mark.parametrize(
+        ("changes", "origins"),
+        [
+            ({}, "vvvvvv"),
+            ({"gap_drafted": 3, "gap_accepted": 2}, "ggvvvv"),
+            ({"gap_drafted": 1, "gap_accepted": 1}, "gvvvvv"),
+            ({"gap_drafted": 9, "gap_accepted": 6}, "gggggg"),
+            ({"cycle_drafted": (4, 4), "cycle_accepted": (1, 3)}, "vdvddd"),
+            (FAST, "ggvddv"),
+        ],
+    )
+    def test_whose_token_is_whose(self, changes: dict[str, object], origins: str) -> None:
+        found = timeline.token_origins(trace("X1+E3", "a", 50.0, **changes))
+        assert "".join(origin[0] for origin in found) == origins
+
+    def test_text_is_escaped_and_marked(self) -> None:
+        html = timeline.answer_html(EXAMPLE)
+        assert "&lt;b&gt;" in html and "<b> c" not in html
+        assert html.count(style.BLUE) == 2 and html.count(style.ORANGE) == 2
+
+    def test_through_json(self) -> None:
+        assert timeline.Example.from_dict(json.loads(json.dumps(EXAMPLE.as_dict()))) == EXAMPLE
+
+    def test_trace_through_json(self) -> None:
+        for made in TRACES:
+            assert timeline.trace_from(json.loads(json.dumps(asdict(made)))) == made
+
+    def test_data_uri_is_a_small_png(self) -> None:
+        image = np.zeros((300, 600, 3), np.uint8)
+        head, _, body = timeline.data_uri(image, size=50).partition(",")
+        assert head == "data:image/png;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(body))).size == (50, 25)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+class TestFigures:
+    def test_is_titled_sized_and_serialises(self, name: str) -> None:
+        made = FIGURES[name]()
+        assert made.layout.title.text and made.layout.width == 960 and made.layout.height >= 220
+        assert made.layout.paper_bgcolor is None  # the template's transparent one
+        assert json.loads(made.to_json())["data"]
+
+    def test_axes_name_their_unit(self, name: str) -> None:
+        text = FIGURES[name]().to_json()
+        units = ("milliseconds", "position", "plain ", "tokens", "step", "accept@0.90")
+        assert any(unit in text for unit in units)
+
+
+def test_every_level_has_a_colour() -> None:
+    assert set(style.LEVEL_COLOURS) == set(LEVELS)
+    for phase in ("gap", "decode"):
+        colours = [style.LEVEL_COLOURS[n] for n, row in LEVELS.items() if row.phase == phase]
+        assert len(set(colours)) == len(colours)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("vl_baseline", "plain"),
+        ("L4+VL", "gap"),
+        ("L4+VL:free", "gap"),
+        ("E3_decode", "decode"),
+        ("X1+E3", "both"),
+        ("drafter+VL", "control"),
+        ("template+VL", "control"),
+        ("X1+E3@shuffled_events", "control"),
+    ],
+)
+def test_kinds(name: str, kind: str) -> None:
+    assert style.kind(name) == kind
+
+
+def test_labels_that_would_touch_move_apart() -> None:
+    made = style.panels("t", "s", ["a"], columns=1)
+    made.add_scatter(x=[0, 1], y=[0.0, 10.0], row=1, col=1)
+    style.end_labels(made, ["L1", "L2"], [1, 1], [5.0, 5.01], row=1, column=1)
+    low, high = (made.layout.annotations[i].yshift for i in (1, 2))
+    assert low == pytest.approx(0) and 14 < high < 16

@@ -1,0 +1,140 @@
+"""Traces to what people read: the table, the example, the files, the logged numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from xsd import speedup
+from xsd.bench import BenchItem, Failure
+from xsd.decoding.config import BASELINE
+from xsd.files import write_json, write_text
+from xsd.pairs.base import ModelPair
+from xsd.plots import clock, timeline
+from xsd.plots.timeline import Example, data_uri
+from xsd.types import Trace
+
+if TYPE_CHECKING:
+    from xsd.tracking.run import Run
+
+
+def write(
+    run: Run,
+    records: Sequence[Trace | Failure],
+    items: Sequence[BenchItem],
+    pair: ModelPair,
+    config: Any,
+) -> None:
+    """Per-sample JSON, the table, four plots; and all of it into the run."""
+    traces = [record for record in records if isinstance(record, Trace)]
+    failures = [record for record in records if isinstance(record, Failure)]
+    folder = config.output_dir / run.work_name
+    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    num_attempted = len(items)
+    summary = speedup.measured(traces, num_attempted=num_attempted)
+    text = table(summary, traces, items)
+    print(text)
+    write_json(
+        folder / f"e2e_wallclock_{stamp}.json",
+        {
+            "config": {name: str(value) for name, value in asdict(config).items()},
+            "media_ms_mean": sum(item.media_ms for item in items) / len(items),
+            "summary": json.loads(summary.to_json(orient="records")),
+            "traces": [asdict(trace) for trace in traces],
+            "failures": [asdict(failure) for failure in failures],
+        },
+    )
+    write_text(folder / f"e2e_wallclock_{stamp}.md", text + "\n")
+    run.artifacts(folder)
+    figures = {
+        "speedup_comparison": clock.speedup_comparison(traces),
+        "timing_breakdown": clock.timing_breakdown(traces),
+        "accept_rate_comparison": clock.accept_rate_comparison(traces),
+    }
+    shown = example(traces, items, pair)
+    if shown is not None:
+        write_json(folder / "example.json", shown.as_dict())
+        run.artifact(folder / "example.json")
+        figures["prefill_hiding"] = timeline.prefill_hiding(shown)
+    for name, figure in figures.items():
+        run.figure(f"{name}_{stamp}", figure, folder)
+    run.table("benchmark", summary)
+    run.table("per_sample", speedup.per_sample(traces))
+    run.log(metrics(summary))
+    run.tag({"lossless": bool(summary["lossless"].all()), "num_failures": len(failures)})
+
+
+def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair) -> Example | None:
+    """The sample in which the gap's drafts (else a head's) held the longest."""
+    drafted = [t for t in traces if t.strategy != BASELINE and "@" not in t.strategy and t.lossless]
+    if not drafted:
+        return None
+    fast = max(
+        drafted, key=lambda t: (bool(t.gap_accepted), t.gap_accepted + sum(t.cycle_accepted))
+    )
+    same = (fast.sample_key, fast.repeat, BASELINE)
+    plain = next(t for t in traces if (t.sample_key, t.repeat, t.strategy) == same)
+    media = next(item.media for item in items if item.sample.key == fast.sample_key)
+    tokens = pair.verifier.tokenizer.convert_ids_to_tokens(list(fast.token_ids))
+    return Example(
+        plain,
+        fast,
+        tuple(token.replace("▁", " ") for token in tokens),
+        tuple(data_uri(image) for image in media.event_images),
+        tuple(data_uri(frame) for frame in media.frames),
+    )
+
+
+def metrics(summary: pd.DataFrame) -> dict[str, float]:
+    """``measured.<config>.<quantity>``; MLflow refuses some characters of config names."""
+    kept = ("speedup", "decode_speedup", "ratio_mean", "ratio_p5", "ratio_p95", "share_slower",
+            "prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free",
+            "num_different")  # fmt: skip
+    found = {}
+    for _, row in summary.iterrows():
+        name = re.sub(r"[^\w.-]+", "_", str(row["strategy"]))
+        found |= {f"measured.{name}.{key}": float(row[key]) for key in kept if row[key] == row[key]}
+    return found
+
+
+def table(summary: pd.DataFrame, traces: Sequence[Trace], items: Sequence[BenchItem]) -> str:
+    """The seed's columns, with spread and losslessness, as Markdown."""
+    header = (
+        "Config", "Prefill", "Decode", "Total", "Accept", "Accepted", "Tau", "Speedup",
+        "Per sample (mean ± sd)", "Slower", "Free Tokens", "Lossless",
+    )  # fmt: skip
+    rows = [
+        (
+            row["strategy"],
+            f"{row['prefill_ms']:.1f} ms",
+            f"{row['decode_ms']:.1f} ms",
+            f"{row['total_ms']:.1f} ms",
+            _or_dash(row["accept_rate"], "{:.1%}"),
+            f"{row['tokens_accepted']:.1f}",
+            _or_dash(row["tau"], "{:.2f}"),
+            f"{row['speedup']:.2f}x",
+            f"{row['ratio_mean']:.2f} ± {row['ratio_std']:.2f}",
+            f"{row['share_slower']:.0%}",
+            f"{row['num_free']:.1f}" if row["num_free"] else "-",
+            "yes" if row["lossless"] else f"NO ({row['num_different']:.0f} differ)",
+        )
+        for _, row in summary.iterrows()
+    ]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *rows)]
+    media_ms = sum(item.media_ms for item in items) / len(items)
+    note = (
+        f"{len(items)} samples, median of {1 + max(t.repeat for t in traces)} interleaved repeats; "
+        f"speedup pooled (sum over sum). The clock starts with decoded media; decoding the files "
+        f"takes {media_ms:.1f} ms more, the same for every config."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _or_dash(value: float, form: str) -> str:
+    return form.format(value) if value == value else "-"

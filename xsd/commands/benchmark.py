@@ -1,0 +1,105 @@
+"""``benchmark``: wall-clock time of speculative configs against plain decoding, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xsd.bench_config import BenchConfig
+from xsd.cli import main
+from xsd.commands import stage
+from xsd.pairs.config import PairConfig
+
+if TYPE_CHECKING:
+    from xsd.tracking.products import Product
+    from xsd.tracking.run import Run
+
+HELP = "measure speculative decoding end to end against plain decoding"
+
+
+@dataclass(frozen=True)
+class Config(BenchConfig, PairConfig, stage.StageConfig):
+    """Options of the benchmark stage."""
+
+    scenes: str | None = None
+    """Scenes: folder or runs:/ URI; null: the newest of the pair, made if there are none."""
+    data: str | None = None
+    """Extraction whose training answers give the template control; null: the newest."""
+    adapter_dir: str | None = None
+    """Folder with a subfolder a level (best_model.safetensors); null: the registry's champions."""
+    output_dir: Path = Path("tasks")
+    """Where the result files are written."""
+
+
+def perform(config: Config) -> Product:
+    """Measure, compare, write the files, and log them."""
+    from xsd.decoding.strategies import adapter_names, parse_all
+
+    strategies = parse_all(config.configs, config.gamma, config.control)
+    names = dict.fromkeys(name for s in strategies for name in adapter_names(s))
+
+    def resolve() -> dict[str, Product]:
+        inputs = {
+            "scenes": stage.upstream("scenes", config.scenes, config),
+            "data": stage.upstream(
+                "extract", config.data, config, {"cfg.conditioning": "teacher_forced"}
+            ),
+        }
+        for name in names:
+            inputs[f"adapter.{name}"] = _adapter(name, config)
+        return inputs
+
+    def work(run: Run, inputs: Mapping[str, Product]) -> None:
+        from tqdm import tqdm
+
+        from xsd import bench, bench_report
+        from xsd.hidden.store import HiddenStore, find_folder
+        from xsd.pairs.catalog import load_pair
+
+        pair = load_pair(config)
+        items = bench.choose_items(inputs["scenes"].path / "scenes", config, pair)
+        adapters = {name: inputs[f"adapter.{name}"].path for name in names}
+        answers = HiddenStore.open(find_folder(inputs["data"].path, "train"))
+        records = bench.run(
+            pair, config, items, strategies, adapters, bench.templates(answers), config,
+            repeats=config.repeats, warmup=config.warmup,
+        )  # fmt: skip
+        total = len(items) * len(strategies) * config.repeats
+        found = bench.check_failures(
+            tqdm(records, desc="benchmark", unit="answer", total=total), total, config.max_failures
+        )
+        bench_report.write(run, found, items, pair, config)
+
+    return stage.perform(
+        "benchmark",
+        config,
+        resolve=resolve,
+        rooms=["pairs", "adapters", "decoding", "bench", "speedup"],
+        work=work,
+    )
+
+
+def _adapter(name: str, config: Config) -> Product:
+    """The champion of the level; a fresh one is trained and promoted where there is none."""
+    from xsd.commands import promote, train
+    from xsd.tracking import products, registry
+
+    level, _, mode = name.partition(":")
+    if config.adapter_dir is not None:
+        return products.load(str(Path(config.adapter_dir) / name.replace(":", "_")))
+    key = f"{level}-free" if mode == "free" else level
+    if registry.champion(config.pair, key) is None:
+        conditioning = "free_running" if mode == "free" else "teacher_forced"
+        trained = stage.make(train, config, level=level, conditioning=conditioning)
+        stage.make(promote, config, candidate=trained.uri)
+    return products.load(registry.champion_uri(config.pair, key), {"pair": config.pair})
+
+
+def run(config: Config) -> None:
+    perform(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(command="benchmark"))

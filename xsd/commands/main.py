@@ -1,0 +1,123 @@
+"""``main``: every stage in order, from event files to a report, reusing what is already there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xsd.cli import main
+from xsd.errors import XsdError
+
+if TYPE_CHECKING:
+    from xsd.tracking.products import Product
+
+HELP = "run all stages in order on one pair"
+DEMO = "experiments/demo.yaml"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the whole pipeline; each stage's own are in the recipe."""
+
+    pair: str = "tiny"
+    """Pair of the catalog."""
+    recipe: Path = Path(DEMO)
+    """YAML with a section a stage; the demo is a cut of experiments/tiny.yaml."""
+    levels: str = "L1,L2,L3,L4,L4:feature,L4:free,L5,L5F,B1,E1,E2,E3,X1"
+    """Adapters to train; ':feature' trains with the seed's loss, ':free' on free-running pairs."""
+    two_phase: str = "L4+L5F,X1+E3"
+    """Pairs of a gap adapter and a head for the two-phase evaluation."""
+    seed: int = 0
+    """Seed of every stage that draws."""
+
+
+class _Stages:
+    """Stage configurations from the recipe, and the stages' products."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def perform(self, stage: str, **overrides: object) -> Product:
+        """Run (or reuse) one stage with the recipe's section and what came out of the others."""
+        from xsd.cli import section_class
+        from xsd.config import parse
+
+        module = import_module(f"xsd.commands.{stage}")
+        flags = ["--config", str(self.config.recipe), "--pair", self.config.pair]
+        for name, value in overrides.items():
+            flags += [f"--{name}", str(value)]
+        settings = parse(module.Config, flags, prog=f"xsd {stage}", sections=section_class)
+        product: Product = module.perform(settings)
+        return product
+
+
+def run(config: Config) -> None:
+    """Pull every stage; print the two tables and where to look further."""
+    from xsd.tracking.run import stage_run
+
+    if not config.recipe.is_file():
+        raise XsdError(f"{config.recipe}: no such recipe; give one with --recipe")
+    values = {name: str(value) for name, value in vars(config).items()}
+    with stage_run("main", config.pair, values, tags={"recipe": config.recipe.name}) as parent:
+        products = _walk(_Stages(config), config)
+        _summarise(products, parent.link(), config)
+
+
+def _walk(stages: _Stages, config: Config) -> dict[str, Product]:
+    scenes = stages.perform("scenes")
+    head = stages.perform("lm_head")
+    pairs = {"": stages.perform("extract", dataset_dir=scenes.uri)}
+    names = [name.strip() for name in config.levels.split(",")]
+    if any(name.endswith(":free") for name in names):
+        pairs["free"] = stages.perform(
+            "extract", dataset_dir=scenes.uri, conditioning="free_running"
+        )
+    trained: dict[str, Product] = {}
+    found: dict[str, Product] = {}
+    for name in names:
+        level, _, variant = name.partition(":")
+        given: Mapping[str, Any] = {"loss": "feature"} if variant == "feature" else {}
+        data = pairs.get(variant, pairs[""])
+        trained[name] = stages.perform(
+            "train", level=level, data=data.uri, lm_head=head.uri, **given
+        )
+        found[f"evaluate {name}"] = stages.perform(
+            "evaluate", checkpoint=trained[name].uri, data=data.uri, lm_head=head.uri
+        )
+    for both in filter(None, config.two_phase.split(",")):
+        gap, _, decode = both.strip().partition("+")
+        found[f"two_phase {both}"] = stages.perform(
+            "two_phase",
+            prefill_checkpoint=trained[gap].uri,
+            decode_checkpoint=trained[decode].uri,
+            data=pairs[""].uri,
+            lm_head=head.uri,
+        )
+    for name in names:
+        found[f"promote {name}"] = stages.perform("promote", candidate=trained[name].uri)
+    found["benchmark"] = stages.perform("benchmark", scenes=scenes.uri, data=pairs[""].uri)
+    runs = [product.run_id for product in found.values() if product.run_id]
+    runs += [product.run_id for product in trained.values() if product.run_id]
+    found["report"] = stages.perform("report", runs=",".join(map(str, runs)))
+    return found
+
+
+def _summarise(products: Mapping[str, Product], link: str, config: Config) -> None:
+    """The two tables of a demo's end, the report's path, and how to open the UI."""
+    from xsd.tracking import query, store
+
+    print()
+    print(query.level_table([p.run_id for n, p in products.items() if n.startswith("evaluate ")]))
+    print()
+    print(query.config_table(products["benchmark"].run_id))
+    if config.recipe.name == Path(DEMO).name:
+        print("\nThis is the demo, a cut of experiments/tiny.yaml: its numbers are a taste only.")
+    print(f"\nReport:    {products['report'].path / 'report.html'}")
+    print(f"MLflow UI: mlflow ui --backend-store-uri {store.tracking_uri()}\n           {link}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(command="main"))

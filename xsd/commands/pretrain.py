@@ -1,0 +1,83 @@
+"""``pretrain``: make the embedded tiny pair from scratch, and write its card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xsd.cli import main
+from xsd.commands import stage
+from xsd.learning.pretrain_config import PretrainConfig
+
+if TYPE_CHECKING:
+    from xsd.tracking.products import Product
+    from xsd.tracking.run import Run
+
+HELP = "train the embedded tiny pair from scratch on synthetic scenes (about an hour)"
+HELD_OUT_RECORDINGS = 1_000_000
+"""Recordings from this number on are never trained on."""
+
+
+@dataclass(frozen=True)
+class Config(PretrainConfig, stage.StageConfig):
+    """Options of the pretrain stage."""
+
+    pair: str = "tiny"
+    """The pair whose experiment the run goes to."""
+    output_dir: Path = Path("tasks")
+    """Where the weights and the card are written; copy them to xsd/pairs/tiny_weights to ship."""
+
+
+def perform(config: Config) -> Product:
+    """Render, train both models, examine them, save."""
+
+    def work(run: Run, _: Mapping[str, Product]) -> None:
+        from tqdm import tqdm
+
+        from xsd.learning import pretrain
+
+        print(f"rendering {config.num_scenes} clips to train on and {config.num_held_out} to test")
+        corpus = pretrain.make_corpus(config, config.num_scenes, 0)
+        models = pretrain.TinyModels.new(config)
+        bar = tqdm(pretrain.pretrain(config, corpus, models), desc="pretrain", unit="report")
+        for report in bar:
+            bar.set_postfix_str(f"{report.phase} {report.loss:.3f}")
+            values = {f"{report.phase}.{k.replace('.', '_')}": v for k, v in report.metrics.items()}
+            run.log({f"{report.phase}.loss": report.loss, **values}, step=report.step)
+        folder = config.output_dir / run.work_name
+        models.save(folder)
+        held_out = pretrain.make_corpus(config, config.num_held_out, HELD_OUT_RECORDINGS)
+        write_card(folder, config, held_out)
+        run.artifacts(folder)
+
+    return stage.perform(
+        "pretrain",
+        config,
+        resolve=dict,
+        rooms=["scenes", "pairs", "learning/pretrain", "card"],
+        work=work,
+    )
+
+
+def write_card(folder: Path, config: PretrainConfig, held_out: Any) -> dict[str, Any]:
+    """Examine the saved pair on unseen recordings; write ``card.json`` and ``README.md``."""
+    from xsd.card import examine_pair, render
+    from xsd.files import write_json, write_text
+    from xsd.pairs.catalog import load_folder
+
+    card = examine_pair(load_folder(folder), held_out, config)
+    write_json(folder / "card.json", card)
+    write_text(folder / "README.md", render(card))
+    print(json.dumps(card["verifier"]["facts_right"], indent=2))
+    return card
+
+
+def run(config: Config) -> None:
+    perform(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(command="pretrain"))

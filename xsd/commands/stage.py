@@ -1,0 +1,106 @@
+"""What every stage does around its own work: find its inputs, be reused, or run and keep.
+
+A stage module has ``perform(config) -> Product``; ``run(config)`` calls it and throws the product
+away. A stage that lacks an input calls the ``perform`` of the stage before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xsd.tracking.products import Product
+    from xsd.tracking.run import Run
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What all stages have."""
+
+    rerun: bool = False
+    """Run even if a finished run with the same key is there."""
+
+
+def perform(
+    stage: str,
+    config: Any,
+    *,
+    resolve: Callable[[], Mapping[str, Product]],
+    rooms: Sequence[str],
+    work: Callable[[Run, Mapping[str, Product]], None],
+    tags: Mapping[str, object] | None = None,
+) -> Product:
+    """Reuse a finished run of this stage with the same key, or make one.
+
+    Args:
+        config: the stage's dataclass, with ``pair`` and ``rerun``.
+        resolve: finds (or makes) the inputs, by role.
+        rooms: the source that decides the product; part of the key.
+        work: does it, logging into the run.
+    """
+    from xsd.config import resolved
+    from xsd.tracking import products, reuse
+    from xsd.tracking.run import connect, stage_run
+
+    values = {name: value for name, value in resolved(config).items() if name != "rerun"}
+    with ExitStack() as stack:
+
+        def open_run() -> Run:
+            return stack.enter_context(stage_run(stage, config.pair, values, tags=tags))
+
+        # ``mlflow run`` has begun a run that is ours: inputs made on the way are its children.
+        run = open_run() if "MLFLOW_RUN_ID" in os.environ else None
+        inputs = resolve()
+        key = reuse.stage_key(stage, values, inputs, rooms)
+        found = None if config.rerun else reuse.find_finished(key)
+        if found is not None:
+            if run is not None:
+                run.tag({"xsd.reused": found.uri})
+            return found
+        run = run or open_run()
+        connect(run, inputs, key)
+        work(run, inputs)
+    return products.from_run(run.client.get_run(run.run_id))
+
+
+def upstream(
+    stage: str,
+    given: str | None,
+    config: Any,
+    filters: Mapping[str, object] | None = None,
+    **overrides: Any,
+) -> Product:
+    """The product of an earlier stage: the one given, else the newest of this pair, else a new one.
+
+    Args:
+        given: path, ``runs:/...`` or ``models:/...``; None: look for it.
+        config: the asking stage's configuration; fields of the same name are passed on.
+        filters: tags or ``cfg.`` values that a finished run must have (``newest_finished``).
+        overrides: fields of the earlier stage's configuration.
+    """
+    from xsd.tracking import products, reuse
+
+    if given is not None:
+        return products.load(given, {"pair": config.pair})
+    found = reuse.newest_finished(stage, config.pair, filters)
+    if found is not None and not reuse.damage(found):
+        print(f"{stage}: takes {found.uri}")
+        return found
+    module = import_module(f"xsd.commands.{stage}")
+    return make(module, config, **overrides)
+
+
+def make(module: Any, config: Any, **overrides: Any) -> Product:
+    """Perform another stage with its defaults, this stage's shared fields, and ``overrides``."""
+    shared = ("pair", "drafter", "verifier", "quant", "device", "seed")
+    names = {field.name for field in fields(module.Config)}
+    values = {
+        name: getattr(config, name) for name in shared if name in names and hasattr(config, name)
+    }
+    product: Product = module.perform(module.Config(**{**values, **overrides}))
+    return product
