@@ -115,11 +115,16 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "stage_timeline": lambda: timeline.stage_timeline(COSTS, 40, 8, 1.5),
     "metrics_summary": lambda: offline.metrics_summary("L4", COUNTS, MODELLED),
     "token_metrics": lambda: offline.token_metrics("L4", COUNTS),
-    "acceptance_by_position": lambda: offline.acceptance_by_position({"L4": COUNTS, "E3": COUNTS}),
+    "acceptance_by_position": lambda: offline.acceptance_by_position(
+        dict.fromkeys(("L4", "L4:feature", "E3"), COUNTS.target.positions())
+    ),
     "feature_against_tokens": lambda: offline.feature_against_tokens({"L4": COUNTS.rates()}),
     "training_curves": lambda: learning.training_curves("L4", REPORTS),
     "curves_comparison": lambda: learning.curves_comparison(
-        {name: pd.DataFrame({"step": [1, 2], "value": [1.0, 2.0]}) for name in ("L4", "X1", "E3")}
+        {
+            name: pd.DataFrame({"step": [1, 2], "value": [1.0, 2.0]})
+            for name in ("L4", "L4:free", "E3")
+        }
     ),
 }
 
@@ -149,7 +154,7 @@ class TestFrames:
         assert frame["cos_sim"].iloc[[0, -1]].tolist() == pytest.approx([-0.975, 0.975])
 
     def test_positions_of_few_answers_are_blank(self) -> None:
-        frame = offline.position_frame({"L4": COUNTS})
+        frame = offline.position_frame({"L4": COUNTS.target.positions()})
         assert frame["match"].tolist()[:2] == pytest.approx([0.8, 3 / 8])
         assert math.isnan(frame["match"][2])
         assert frame["match_given_prefix"].tolist()[:2] == pytest.approx([0.8, 3 / 7])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.errors import XsdError
@@ -166,6 +166,7 @@ class TestMeasured:
         with pytest.raises(XsdError, match="vl_baseline"):
             per_sample([])
 
+    @settings(max_examples=25)
     @given(st.lists(st.floats(41, 1000), min_size=1, max_size=8), st.floats(1.0, 5.0))
     def test_uniform_gain_is_every_statistic(self, totals: list[float], gain: float) -> None:
         plain = [trace("vl_baseline", str(i), t) for i, t in enumerate(totals)]

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import UInt8
+from torch.nn import functional
 
 from xsd.decoding.controls import NGramTable, commonest_answers, ngram_tau, template_prefix
 from xsd.learning.pretrain import Corpus, clip_facts, normalise
@@ -110,7 +110,7 @@ def _loss(
     ]
     states = torch.cat(teacher_force(decoder, prompts, answers))
     targets = torch.cat(answers)
-    loss = F.cross_entropy(decoder.logits(states).float(), targets, reduction="sum")
+    loss = functional.cross_entropy(decoder.logits(states).float(), targets, reduction="sum")
     return float(loss), len(targets)
 
 

@@ -157,15 +157,15 @@ def test_find_folder(folder: Path, copy: Path, tmp_path: Path) -> None:
         find_folder(copy.parent, "train")
 
 
-def seed_folder(folder: Path, split: str = "train", **config: object) -> Path:
+def seed_folder(folder: Path, split: str = "train", width: int = 3, **config: object) -> Path:
     """Two chunks of another longest answer each, 40 answers, 10 questions a clip."""
     (folder / "chunks").mkdir(parents=True)
     chunks = []
     for start, longest in ((0, 4), (20, 6)):
         random = torch.Generator().manual_seed(start)
         content = seed_chunk(
-            egpt_hidden=torch.randn(20, longest, 3, generator=random),
-            vl_hidden=torch.randn(20, longest, 3, generator=random),
+            egpt_hidden=torch.randn(20, longest, width, generator=random),
+            vl_hidden=torch.randn(20, longest, width, generator=random),
             seq_lens=torch.randint(1, longest + 1, (20,), generator=random),
             metadata={"longest": longest},
         )

@@ -122,6 +122,21 @@ def test_hostile_pickle_is_refused_unexecuted(tmp_path: Path, place: str) -> Non
 
 
 @pytest.mark.parametrize(
+    "stream",
+    [
+        b"\x80\x04r\xff\xff\xff\x7f.",
+        b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".",
+        b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b".",
+        b"\x80\x04\x82\x01.",
+    ],
+    ids=["memo of gigabytes", "bytearray", "bytes beyond the end", "extension registry"],
+)
+def test_stream_that_costs_memory_is_refused(tmp_path: Path, stream: bytes) -> None:
+    with pytest.raises(XsdError, match="not an event file"):
+        load_events(write_pickle(tmp_path / "clip.npy", stream))
+
+
+@pytest.mark.parametrize(
     ("value", "what"),
     [
         ([1, 2], "does not hold a dict"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow.projects.utils import PROJECT_ENV_MANAGER
 
-from xsd.tracking import environment, query
+from xsd.tracking import environment, query, store
 
 
 @pytest.fixture
@@ -115,3 +115,5 @@ def test_mlflow_run_works_without_conda(tracking: Path, project: Path) -> None:
     assert done.stderr.count("no conda here") == 1
     frame = query.runs(only_finished=False)
     assert frame["status"].tolist() == ["FINISHED"]
+    (run_id,) = frame["run_id"]
+    assert store.client().get_run(run_id).info.experiment_id == store.experiment_id("tiny")

@@ -19,7 +19,7 @@ STAGES: Final = (
 )
 """The entry points of MLproject, in the order in which a tensor meets them."""
 
-VERBS: Final = ("levels", "generate", "store", "registry", "lineage", "gc")
+VERBS: Final = ("levels", "registry", "lineage", "gc")
 """Plain commands that make no run."""
 
 COMMANDS: Final = {

@@ -23,13 +23,13 @@ HELP = "measure speculative decoding end to end against plain decoding"
 class Config(BenchConfig, PairConfig, stage.StageConfig):
     """Options of the benchmark stage."""
 
-    scenes: str | None = None
+    dataset_dir: str | None = None
     """Scenes: folder or runs:/ URI; null: the newest of the pair, made if there are none."""
     data: str | None = None
     """Extraction whose training answers give the template control; null: the newest."""
     adapter_dir: str | None = None
     """Folder with a subfolder a level (best_model.safetensors); null: the registry's champions."""
-    output_dir: Path = Path("tasks")
+    output_dir: Path = Path("outputs/benchmark")
     """Where the result files are written."""
 
 
@@ -42,7 +42,7 @@ def perform(config: Config) -> Product:
 
     def resolve() -> dict[str, Product]:
         inputs = {
-            "scenes": stage.upstream("scenes", config.scenes, config),
+            "dataset_dir": stage.upstream("scenes", config.dataset_dir, config),
             "data": stage.upstream(
                 "extract", config.data, config, {"cfg.conditioning": "teacher_forced"}
             ),
@@ -59,7 +59,7 @@ def perform(config: Config) -> Product:
         from xsd.pairs.catalog import load_pair
 
         pair = load_pair(config)
-        items = bench.choose_items(inputs["scenes"].path / "scenes", config, pair)
+        items = bench.choose_items(inputs["dataset_dir"].path / "scenes", config, pair)
         adapters = {name: inputs[f"adapter.{name}"].path for name in names}
         answers = HiddenStore.open(find_folder(inputs["data"].path, "train"))
         records = bench.run(

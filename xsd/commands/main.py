@@ -98,7 +98,7 @@ def _walk(stages: _Stages, config: Config) -> dict[str, Product]:
         )
     for name in names:
         found[f"promote {name}"] = stages.perform("promote", candidate=trained[name].uri)
-    found["benchmark"] = stages.perform("benchmark", scenes=scenes.uri, data=pairs[""].uri)
+    found["benchmark"] = stages.perform("benchmark", dataset_dir=scenes.uri, data=pairs[""].uri)
     runs = [product.run_id for product in found.values() if product.run_id]
     runs += [product.run_id for product in trained.values() if product.run_id]
     found["report"] = stages.perform("report", runs=",".join(map(str, runs)))

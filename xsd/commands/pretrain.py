@@ -27,7 +27,7 @@ class Config(PretrainConfig, stage.StageConfig):
 
     pair: str = "tiny"
     """The pair whose experiment the run goes to."""
-    output_dir: Path = Path("tasks")
+    output_dir: Path = Path("outputs/pretrain")
     """Where the weights and the card are written; copy them to xsd/pairs/tiny_weights to ship."""
 
 

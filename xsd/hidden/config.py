@@ -14,9 +14,9 @@ class ExtractConfig:
     """Which answers are given, how the two models are paired on them, and what is kept."""
 
     dataset_dir: str | None = None
-    """Scenes: a folder, or a runs:/ URI; null: the newest scenes run, made if there is none."""
+    """Scenes: folder or runs:/ URI; null: the newest of the pair, made if there are none."""
     output_dir: Path | None = None
-    """Where the chunks go; null: a folder of its own below outputs/extract."""
+    """Where the chunks go; null: a folder of their own in outputs/extract."""
     split: Literal["all", "train", "test"] = "all"
     """'train' holds the train and the val recordings, each sample tagged with its own."""
     conditioning: Literal["teacher_forced", "free_running"] = "teacher_forced"

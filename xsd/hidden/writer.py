@@ -90,8 +90,8 @@ class HiddenWriter:
         return self.index.num_batches + len(self._parts)
 
     @property
-    def num_failures(self) -> int:
-        return len(self.index.failures) + sum(len(part.failures) for part in self._parts)
+    def failures(self) -> tuple[Failure, ...]:
+        return self.index.failures + tuple(f for part in self._parts for f in part.failures)
 
     def add(self, extracted: Extracted) -> None:
         """Keep the next batch of the plan; the last one completes the index."""
@@ -165,12 +165,11 @@ class HiddenWriter:
                 save_file(states, temporary)
             scenes = tuple(scene for part in self._parts for scene in part.scenes)
             visuals += (VisualEntry(path.name, scenes, *_size_and_digest(path)),)
-        failures = (*self.index.failures, *(f for part in self._parts for f in part.failures))
         self.index = replace(
             self.index,
             chunks=chunks,
             visual=visuals,
-            failures=failures,
+            failures=self.failures,
             num_batches=self.num_stored,
             complete=self.num_stored == len(self._plan),
         )

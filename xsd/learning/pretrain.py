@@ -18,16 +18,16 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from transformers import AttentionInterface, VideoLlavaForConditionalGeneration
+from torch.nn import functional
 
 from xsd.learning.pretrain_config import PretrainConfig
 from xsd.pairs import eventgpt, tiny, video_llava
 from xsd.pairs.base import Decoder
 from xsd.pairs.eventgpt import EventGPT, EventGPTDecoder
-from xsd.pairs.video_llava import VideoLlavaDecoder
+from xsd.pairs.segments import attend_in_segments
+from xsd.pairs.video_llava import VideoLlava, VideoLlavaDecoder
 from xsd.scenes import facts as f
 from xsd.scenes.facts import Facts
 from xsd.scenes.language import House, answer
@@ -170,7 +170,7 @@ def teach_facts(
             chosen = order[start : start + batch]
             outputs = head(visual(normalise(images[chosen.numpy()])))
             loss = sum(
-                (F.cross_entropy(out, labels[chosen, i]) for i, out in enumerate(outputs)),
+                (functional.cross_entropy(out, labels[chosen, i]) for i, out in enumerate(outputs)),
                 torch.zeros(()),
             )
             optimizer.zero_grad()
@@ -187,6 +187,79 @@ def teach_facts(
             for i, (slot, out) in enumerate(zip(slots, outputs, strict=True))
         }
         yield PretrainReport(f"{name}.facts", step, total / (len(order) // batch), right)
+
+
+# ---------------------------------------------------------------- visual tokens -> language model
+
+
+class Readout(nn.Module):
+    """Linear readings of the scene's facts from one layer's state at the last visual position.
+
+    A deep language model is slow to find out, from answers alone, that it should gather what the
+    frames show. Asked for the facts a third of the way up, it gathers them there, where all later
+    layers and positions can look them up. Training aid only.
+    """
+
+    def __init__(self, language_model: Any, width: int, slots: Slots) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.outputs = nn.ModuleList([nn.Linear(width, size) for size in slots.values()])
+        depth = max(1, 5 * len(language_model.layers) // 12)
+        self.depth = depth
+        self._state: Tensor | None = None
+        language_model.layers[depth - 1].register_forward_hook(self._keep)
+
+    def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._state = output[0] if isinstance(output, tuple) else output
+
+    def loss(self, position: int, labels: Int[Tensor, "B slots"]) -> Float[Tensor, ""]:
+        """Mean cross-entropy of the facts, from the pass that has just been run."""
+        assert self._state is not None
+        state = self.norm(self._state[:, position])
+        losses = [
+            functional.cross_entropy(output(state), labels[:, index])
+            for index, output in enumerate(self.outputs)
+        ]
+        return torch.stack(losses).mean()
+
+
+def teach_gathering(
+    prompts: Decoder,
+    language_model: Any,
+    readout: Readout,
+    visual: Float[Tensor, "clips visual D"],
+    labels: Int[Tensor, "clips slots"],
+    house: House,
+    config: PretrainConfig,
+) -> Iterator[PretrainReport]:
+    """Train the lower layers, on prefixes alone, until the facts can be read where they should."""
+    lower = copy.copy(language_model)
+    lower.layers = language_model.layers[: readout.depth]
+    before = torch.tensor([prompts.prompt(QUESTIONS[0]).before])
+    rng = np.random.default_rng(config.seed)
+    inner = [p for p in lower.layers.parameters() if p.ndim == 2]
+    muon = torch.optim.Muon(inner, lr=config.muon_learning_rate, weight_decay=0.01)
+    adamw = torch.optim.AdamW(readout.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    batch, step = 24, 0
+    total = config.gathering_epochs * (len(visual) // batch)
+    for _ in range(config.gathering_epochs):
+        running = 0.0
+        for chosen in np.array_split(rng.permutation(len(visual)), len(visual) // batch):
+            scale = min(1.0, (step + 1) / 50) * (1 - 0.95 * step / total)
+            muon.param_groups[0]["lr"] = config.muon_learning_rate * scale
+            adamw.param_groups[0]["lr"] = config.learning_rate * scale
+            start = language_model.embed_tokens(before).expand(len(chosen), -1, -1)
+            lower(inputs_embeds=torch.cat([start, visual[chosen]], dim=1), use_cache=False)
+            loss = readout.loss(-1, labels[chosen])
+            muon.zero_grad()
+            adamw.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([*inner, *readout.parameters()], 1.0)
+            muon.step()
+            adamw.step()
+            step += 1
+            running += loss.item()
+        yield PretrainReport(f"{house}.gathering", step, running / (len(visual) // batch), {})
 
 
 # ---------------------------------------------------------------- language
@@ -241,37 +314,6 @@ def _fill(ids: list[int], length: int, value: int) -> list[int]:
     return ids + [value] * (length - len(ids))
 
 
-def _segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    num_prefix: int,
-    segment_length: int,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of ``Rows``: causal over the prefix, and of every segment over prefix and itself.
-
-    A third of the work of one dense mask over the whole row.
-    """
-    batch, heads, _, dim = query.shape
-    prefix = [x[:, :, :num_prefix] for x in (query, key, value)]
-    first = F.scaled_dot_product_attention(*prefix, is_causal=True)
-    queries, keys, values = (
-        x[:, :, num_prefix:].unflatten(2, (-1, segment_length)).transpose(1, 2).flatten(0, 1)
-        for x in (query, key, value)
-    )
-    num_segments = len(queries) // batch
-    keys = torch.cat([prefix[1].repeat_interleave(num_segments, 0), keys], dim=2)
-    values = torch.cat([prefix[2].repeat_interleave(num_segments, 0), values], dim=2)
-    sees = torch.ones(segment_length, num_prefix + segment_length, dtype=torch.bool)
-    rest = F.scaled_dot_product_attention(queries, keys, values, attn_mask=sees.tril(num_prefix))
-    rest = rest.unflatten(0, (batch, num_segments)).transpose(1, 2).reshape(batch, heads, -1, dim)
-    return torch.cat([first, rest], dim=2).transpose(1, 2), None
-
-
 def language_parameters(model: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Matrices inside the decoder layers (for Muon) and everything else of the language model."""
     inner = [p for p in model.layers.parameters() if p.ndim == 2]
@@ -288,17 +330,18 @@ def teach_language(
     house: House,
     minutes: float,
     config: PretrainConfig,
+    readout: Readout,
+    labels: Int[Tensor, "clips slots"],
 ) -> Iterator[PretrainReport]:
-    """Train the language model on frozen visual tokens for a given time.
+    """Train the language model on frozen visual tokens for a given time; ``readout`` goes along.
 
     ``prompts`` only words the prompts: a decoder takes its model's weights over, so it is built
     on a copy of ``model``.
     """
-    AttentionInterface.register("clip_segments", _segment_attention)
-    language_model.config._attn_implementation = "clip_segments"
+    attend_in_segments(language_model)
     rng = np.random.default_rng(config.seed)
     inner, outer = language_parameters(language_model)
-    outer = [p for p in outer if p.ndim > 0] + [model.lm_head.weight]
+    outer = [*outer, model.lm_head.weight, *readout.parameters()]
     muon = torch.optim.Muon(inner, lr=config.muon_learning_rate, weight_decay=0.01)
     adamw = torch.optim.AdamW(outer, lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     started, step, running = time.monotonic(), 0, 0.0
@@ -323,16 +366,18 @@ def teach_language(
         for optimizer, rate in ((muon, config.muon_learning_rate), (adamw, config.learning_rate)):
             optimizer.param_groups[0]["lr"] = rate * scale
         loss = _language_loss(model.lm_head, language_model, visual[chosen], rows)
+        facts_loss = readout.loss(rows.num_prefix - 1, labels[chosen])
         muon.zero_grad()
         adamw.zero_grad()
-        loss.backward()
+        (loss + facts_loss).backward()
         nn.utils.clip_grad_norm_([*inner, *outer], 1.0)
         muon.step()
         adamw.step()
         step += 1
         running = loss.item() if step == 1 else 0.95 * running + 0.05 * loss.item()
         if step % 25 == 0:
-            yield PretrainReport(f"{house}.language", step, running, {"share_of_time": elapsed})
+            metrics = {"share_of_time": elapsed, "facts_loss": facts_loss.item()}
+            yield PretrainReport(f"{house}.language", step, running, metrics)
 
 
 def _language_loss(
@@ -349,7 +394,7 @@ def _language_loss(
         use_cache=False,
     ).last_hidden_state
     answered = rows.targets >= 0
-    return F.cross_entropy(lm_head(states[answered]), rows.targets[answered])
+    return functional.cross_entropy(lm_head(states[answered]), rows.targets[answered])
 
 
 def normalise(images: UInt8[np.ndarray, "*batch H W 3"]) -> Float[Tensor, "*batch 3 H W"]:
@@ -375,14 +420,14 @@ class TinyModels:
     """The two models in training, and the tokenizer they share."""
 
     drafter: EventGPT
-    verifier: VideoLlavaForConditionalGeneration
+    verifier: VideoLlava
     tokenizer: Any
 
     @classmethod
     def new(cls, config: PretrainConfig) -> TinyModels:
         torch.manual_seed(config.seed)
         drafter = EventGPT(tiny.drafter_config())
-        verifier = VideoLlavaForConditionalGeneration(tiny.verifier_config())
+        verifier = VideoLlava(tiny.verifier_config())
         return cls(drafter, verifier, tiny.train_tokenizer(_texts(config)))
 
     def save(self, folder: Path) -> None:
@@ -458,4 +503,9 @@ def _pretrain_one(
     slots = VERIFIER_SLOTS if house == "verifier" else DRAFTER_SLOTS
     yield from teach_facts(visual, visual_parameters, images, facts, slots, config, house)
     tokens = visual_table(visual, images)
-    yield from teach_language(prompts, model, language_model, tokens, facts, house, minutes, config)
+    labels = torch.tensor([[_label(fact, slot) for slot in slots] for fact in facts])
+    readout = Readout(language_model, tokens.shape[2], slots)
+    yield from teach_gathering(prompts, language_model, readout, tokens, labels, house, config)
+    yield from teach_language(
+        prompts, model, language_model, tokens, facts, house, minutes, config, readout, labels
+    )

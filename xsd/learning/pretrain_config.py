@@ -19,6 +19,8 @@ class PretrainConfig:
     """Side of the rendered frames, in pixels."""
     facts_epochs: int = 10
     """Epochs of teaching the visual tokens the scene's facts."""
+    gathering_epochs: int = 4
+    """Epochs of teaching the language model's lower layers to gather the facts."""
     language_minutes: float = 20.0
     """Time for the verifier's language training; the drafter gets a quarter of it."""
     questions_per_scene: int = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ from xsd.files import sha256_file, sha256_json
 from xsd.pairs import eventgpt, tiny, video_llava
 from xsd.pairs.base import ModelPair
 from xsd.pairs.config import PairConfig
+from xsd.pairs.device import choose_device
 from xsd.pairs.eventgpt import EventGPTDecoder
 from xsd.pairs.video_llava import VideoLlavaDecoder
 
@@ -39,8 +40,7 @@ class Folders:
     verifier_tokenizer: Path
 
 
-def _tiny(config: PairConfig) -> Folders:
-    root = tiny.weights_folder()
+def _inside(root: Path) -> Folders:
     drafter, verifier, tokenizer = (root / name for name in ("drafter", "verifier", "tokenizer"))
     for folder in (drafter, verifier, tokenizer):
         if not folder.is_dir():
@@ -48,9 +48,15 @@ def _tiny(config: PairConfig) -> Folders:
                 f"{folder}: the tiny pair's weights are missing; install the package again, "
                 "or make them with 'xsd pretrain'"
             )
-    return Folders(
-        Path(config.drafter or drafter), Path(config.verifier or verifier), tokenizer, tokenizer
-    )
+    return Folders(drafter, verifier, tokenizer, tokenizer)
+
+
+def _tiny(config: PairConfig) -> Folders:
+    shipped = _inside(tiny.weights_folder())
+    given = {
+        role: Path(path) for role in ("drafter", "verifier") if (path := getattr(config, role))
+    }
+    return replace(shipped, **given)
 
 
 def _released(config: PairConfig) -> Folders:
@@ -95,10 +101,18 @@ def load_pair(config: PairConfig) -> ModelPair:
         XsdError: unknown pair, missing or unfit checkpoint, a precision or device that is not to
             be had, tokenizers that disagree.
     """
-    folders = checkpoint_folders(config)
-    quant, device = precision(config), _device(config.device)
+    quant = precision(config)
     if quant not in DTYPES:
         raise XsdError(f"--quant {quant}: choose one of {', '.join(DTYPES)}")
+    return _load(checkpoint_folders(config), config.pair, quant, choose_device(config.device))
+
+
+def load_folder(folder: Path) -> ModelPair:
+    """A pair as ``pretrain`` leaves it: ``drafter``, ``verifier`` and their ``tokenizer``."""
+    return _load(_inside(folder), "tiny", "fp32", torch.device("cpu"))
+
+
+def _load(folders: Folders, name: str, quant: str, device: torch.device) -> ModelPair:
     how: dict[str, Any] = {"dtype": DTYPES[quant], "device": device}
     model, processing = eventgpt.load(folders.drafter, **how)
     drafter = EventGPTDecoder(model, _tokenizer(folders.drafter_tokenizer), processing)
@@ -106,7 +120,7 @@ def load_pair(config: PairConfig) -> ModelPair:
     verifier = VideoLlavaDecoder(other, _tokenizer(folders.verifier_tokenizer), processing)
     _refuse_other_tokens(drafter.tokenizer, verifier.tokenizer)
     return ModelPair(
-        name=config.pair,
+        name=name,
         drafter=drafter,
         verifier=verifier,
         num_event_images=tiny.NUM_EVENT_IMAGES,
@@ -125,18 +139,6 @@ def _row(config: PairConfig) -> _Row:
     if config.pair not in PAIRS:
         raise XsdError(f"unknown pair {config.pair!r}; choose one of {', '.join(PAIRS)}")
     return PAIRS[config.pair]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise XsdError(f"--device {name}: not a device; say cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise XsdError(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs")
-    return device
 
 
 def _tokenizer(folder: Path) -> Any:

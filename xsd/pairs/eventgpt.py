@@ -59,7 +59,7 @@ class EventGPTConfig(LlamaConfig):  # type: ignore[misc]
     vision_config: dict[str, Any] | CLIPVisionConfig | None = None
     mm_visual_tower: str = TOWER_FOLDER
     event_feature_adaptor: bool | str | None = None
-    """Any value: the model has a feature adaptor."""
+    """The published code asks whether the key is there: any value but null means an adaptor."""
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = False
     tokenizer_model_max_length: int | None = None
@@ -79,7 +79,7 @@ class EventGPT(LlamaForCausalLM):  # type: ignore[misc]
         self.model.visual_projector = nn.Sequential(
             nn.Linear(vision.hidden_size, width), nn.GELU(), nn.Linear(width, width)
         )
-        has_adaptor = config.event_feature_adaptor not in (None, False)
+        has_adaptor = config.event_feature_adaptor is not None
         self.model.feature_adaptor = nn.Linear(width, width) if has_adaptor else nn.Identity()
         self.post_init()
 
@@ -128,9 +128,11 @@ def save(model: EventGPT, processing: ImageProcessing, folder: Path) -> None:
     """Write the published layout: the tower's configuration apart, in a folder of its own."""
     with staged(folder) as staging:
         model.save_pretrained(staging)
-        config = read_json(staging / "config.json")
+        config = read_json(staging / "config.json") | {"mm_visual_tower": TOWER_FOLDER}
         vision = config.pop("vision_config")
-        write_json(staging / "config.json", config | {"mm_visual_tower": TOWER_FOLDER})
+        # To the published code a key that is there, even as null, says something.
+        present = {key: value for key, value in config.items() if value is not None}
+        write_json(staging / "config.json", present)
         write_json(staging / TOWER_FOLDER / "config.json", vision)
         processing.save(staging / TOWER_FOLDER)
 

@@ -107,6 +107,7 @@ class ImageProcessing:
         return table
 
     def resize_and_crop(self, image: UInt8[np.ndarray, "_h _w 3"]) -> UInt8[np.ndarray, "H W 3"]:
+        """The geometric half, still bytes: shortest edge resized, centre cropped."""
         height, width = image.shape[:2]
         edge = self.shortest_edge
         if width <= height:

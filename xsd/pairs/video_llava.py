@@ -62,6 +62,9 @@ def visual_tokens(
     return projected.reshape(*pixels.shape[:-4], -1, projected.shape[-1])
 
 
+VideoLlava = VideoLlavaForConditionalGeneration
+
+
 class VideoLlavaDecoder(Decoder):
     """Video-LLaVA as a half of a pair. Takes the model over: its projections are fused."""
 

@@ -9,7 +9,18 @@ import plotly.graph_objects as go
 
 from xsd.adapters.catalog import level
 from xsd.plots.offline import PHASE_NAMES, SELECTION_NAMES
-from xsd.plots.style import BLUE, GREEN, GREY, INK, LEVEL_COLOURS, end_labels, label, panels
+from xsd.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    base_level,
+    end_labels,
+    label,
+    level_colour,
+    level_line,
+    panels,
+)
 from xsd.types import EpochReport
 
 _PANELS = {
@@ -36,7 +47,7 @@ def training_frame(reports: Sequence[EpochReport]) -> pd.DataFrame:
 def training_curves(name: str, reports: Sequence[EpochReport]) -> go.Figure:
     """Loss and validation metrics over optimizer steps; the kept epoch is marked."""
     frame = training_frame(reports)
-    selection = level(name).selection_metric
+    selection = level(base_level(name)).selection_metric
     names = {**_PANELS, selection: SELECTION_NAMES[selection]}
     shown = [metric for metric in names if metric in set(frame["metric"])]
     best = int(frame.loc[frame["is_best"], "step"].max())
@@ -85,7 +96,7 @@ def curves_frame(histories: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Level -> its steps and values (columns step, value), in long form with level and phase."""
     return pd.concat(
         [
-            frame[["step", "value"]].assign(level=name, phase=level(name).phase)
+            frame[["step", "value"]].assign(level=name, phase=level(base_level(name)).phase)
             for name, frame in histories.items()
         ],
         ignore_index=True,
@@ -107,12 +118,11 @@ def curves_comparison(histories: Mapping[str, pd.DataFrame]) -> go.Figure:
     for column, phase in enumerate(phases, start=1):
         part = frame[frame["phase"] == phase]
         for name, points in part.groupby("level", sort=False):
-            colour = LEVEL_COLOURS[str(name)]
             made.add_scatter(
                 x=points["step"],
                 y=points["value"],
                 mode="lines",
-                line={"color": colour, "width": 2.2},
+                line=level_line(str(name)),
                 hovertemplate=f"{name}, step %{{x}}: %{{y:.2f}}<extra></extra>",
                 row=1,
                 col=column,
@@ -122,14 +132,14 @@ def curves_comparison(histories: Mapping[str, pd.DataFrame]) -> go.Figure:
             x=best["step"],
             y=best["value"],
             mode="markers",
-            marker={"size": 9, "color": [LEVEL_COLOURS[name] for name in best["level"]]},
+            marker={"size": 9, "color": [level_colour(name) for name in best["level"]]},
             hoverinfo="skip",
             row=1,
             col=column,
         )
         ends = part.groupby("level", sort=False).tail(1)
         end_labels(made, ends["level"], ends["step"], ends["value"], row=1, column=column)
-        metric = level(str(part["level"].iloc[0])).selection_metric
+        metric = level(base_level(part["level"].iloc[0])).selection_metric
         made.update_yaxes(title=SELECTION_NAMES[metric], row=1, col=column)
         made.update_xaxes(title="optimizer step", row=1, col=column)
     made.update_layout(showlegend=False, margin_r=60)

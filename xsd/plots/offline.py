@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,15 +15,19 @@ from xsd.plots.style import (
     GREEN,
     GREY,
     INK,
-    LEVEL_COLOURS,
     ORANGE,
     TIMES,
+    base_level,
     end_labels,
     label,
+    level_colour,
+    level_line,
     panels,
     rgba,
 )
 
+Positions = Sequence[Mapping[str, float]]
+"""Rows of ``PositionCounts.positions``, also after a journey through JSON."""
 _MIN_NUM = 5
 """A rate of fewer answers than this is noise, and not drawn."""
 PHASE_NAMES = {"gap": "levels of the prefill gap", "decode": "heads of decode"}
@@ -62,13 +66,16 @@ def speedup_frame(modelled: Mapping[str, float]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["what", "speedup"])
 
 
-def position_frame(counts: Mapping[str, Counts]) -> pd.DataFrame:
-    """Long form over levels: level, phase, position, num, cos_sim, accept_90, match, num_reached,
-    match_given_prefix; rates of fewer than five answers are NaN."""
+def position_frame(positions: Mapping[str, Positions]) -> pd.DataFrame:
+    """Long form over levels and their variants.
+
+    Columns: level, phase, position, num, cos_sim, accept_90, match, num_reached,
+    match_given_prefix; rates of fewer than five answers are NaN.
+    """
     frame = pd.DataFrame(
-        {"level": name, "phase": level(name).phase, **row}
-        for name, one in counts.items()
-        for row in one.target.positions()
+        {"level": name, "phase": level(base_level(name)).phase, **row}
+        for name, rows in positions.items()
+        for row in rows
     )
     for column, num in (
         ("cos_sim", "num"),
@@ -85,10 +92,10 @@ def selection_frame(rates: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "level": name,
-            "phase": level(name).phase,
+            "phase": level(base_level(name)).phase,
             "accept_90": row["accept_90"],
             "cos_sim_mean": row["cos_sim_mean"],
-            "accept_length": row[level(name).selection_metric],
+            "accept_length": row[level(base_level(name)).selection_metric],
         }
         for name, row in rates.items()
     )
@@ -120,7 +127,7 @@ def metrics_summary(name: str, counts: Counts, modelled: Mapping[str, float]) ->
     made.add_vline(x=0.9, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=1)
     made.update_xaxes(title="cosine", row=1, col=1)
     made.update_yaxes(title="share of positions", tickformat=".0%", row=1, col=1)
-    _add_positions(made, position_frame({name: counts}), row=1, column=2)
+    _add_positions(made, position_frame({name: counts.target.positions()}), row=1, column=2)
     runs = consecutive_frame(counts)
     colours = [GREEN if what == "tokens" else rgba(BLUE, 0.8) for what in runs["what"]]
     _add_bars(made, runs["what"], runs["num"], colours, "{:.2f}", row=2, column=1)
@@ -151,7 +158,7 @@ def token_metrics(name: str, counts: Counts) -> go.Figure:
     names = pd.Series([f"k = {k}" for k in TOP])
     _add_bars(made, names, shares, [BLUE] * len(TOP), "{:.1%}", row=1, column=1)
     made.update_yaxes(tickformat=".0%", range=[0, 1.08], row=1, col=1)
-    frame = position_frame({name: counts})
+    frame = position_frame({name: counts.target.positions()})
     for column, text, colour in (
         ("match", "marginal", BLUE),
         ("match_given_prefix", "conditional", ORANGE),
@@ -163,9 +170,9 @@ def token_metrics(name: str, counts: Counts) -> go.Figure:
     return made
 
 
-def acceptance_by_position(counts: Mapping[str, Counts]) -> go.Figure:
+def acceptance_by_position(positions: Mapping[str, Positions]) -> go.Figure:
     """Several levels: marginal token hits above, given an accepted prefix below."""
-    frame = position_frame(counts)
+    frame = position_frame(positions)
     phases = [phase for phase in PHASE_NAMES if phase in set(frame["phase"])]
     kinds = {"match": "any prefix", "match_given_prefix": "accepted prefix only"}
     made = panels(
@@ -184,8 +191,7 @@ def acceptance_by_position(counts: Mapping[str, Counts]) -> go.Figure:
         for row, kind in enumerate(kinds, start=1):
             part = frame[(frame["phase"] == phase) & frame[kind].notna()]
             for name, points in part.groupby("level", sort=False):
-                colour = LEVEL_COLOURS[str(name)]
-                _add_line(made, points, kind, str(name), colour, row=row, column=column)
+                _add_line(made, points, kind, str(name), row=row, column=column)
             ends = part.groupby("level", sort=False).tail(1)
             end_labels(made, ends["level"], ends["position"], ends[kind], row=row, column=column)
         made.update_xaxes(title="answer position", row=2, col=column)
@@ -212,7 +218,7 @@ def feature_against_tokens(rates: Mapping[str, Mapping[str, float]]) -> go.Figur
             x=part["accept_90"],
             y=part["accept_length"],
             mode="markers",
-            marker={"size": 13, "color": [LEVEL_COLOURS[name] for name in part["level"]]},
+            marker={"size": 13, "color": [level_colour(name) for name in part["level"]]},
             customdata=part[["level", "cos_sim_mean"]],
             hovertemplate="%{customdata[0]}: accept@0.90 %{x:.1%}, cos_sim %{customdata[1]:.3f}, "
             "accept length %{y:.2f}<extra></extra>",
@@ -222,7 +228,7 @@ def feature_against_tokens(rates: Mapping[str, Mapping[str, float]]) -> go.Figur
         end_labels(
             made, part["level"], part["accept_90"], part["accept_length"], row=1, column=column
         )
-        metric = level(str(part["level"].iloc[0])).selection_metric
+        metric = level(base_level(part["level"].iloc[0])).selection_metric
         made.update_yaxes(title=SELECTION_NAMES[metric], rangemode="tozero", row=1, col=column)
         reach = 1.25 * max(0.04, part["accept_90"].max())
         made.update_xaxes(
@@ -249,17 +255,18 @@ def _add_line(
     frame: pd.DataFrame,
     key: str,
     text: str,
-    colour: str,
+    colour: str | None = None,
     *,
     row: int,
     column: int,
 ) -> None:
+    """A line in its own colour, or in that of the level that ``text`` names."""
     made.add_scatter(
         x=frame["position"],
         y=frame[key],
         mode="lines",
         name=text,
-        line={"color": colour, "width": 2.2},
+        line={"color": colour, "width": 2.2} if colour else level_line(text),
         hovertemplate=text + " at %{x}: %{y:.1%}<extra></extra>",
         row=row,
         col=column,

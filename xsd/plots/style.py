@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from xsd.decoding.strategies import parse
@@ -33,6 +34,8 @@ LEVEL_COLOURS: Final = {
     # Heads are never drawn in one panel with the levels above.
     **{"L5": SKY, "B1": BLUE, "L5F": GREEN, "E1": ORANGE, "E2": PURPLE, "E3": VERMILLION},
 }
+
+_DASHES: Final = {"": "solid", "feature": "dot", "free": "dash"}
 
 Kind = Literal["plain", "gap", "decode", "both", "control"]
 KIND_COLOURS: Final[dict[str, str]] = {
@@ -168,7 +171,7 @@ def end_labels(
     for name, x, y in sorted(zip(names, xs, ys, strict=True), key=lambda point: point[2]):
         above = max(y, above + gap)
         shift = (above - y) / gap * 15
-        label(target, x, y, name, LEVEL_COLOURS[name], row=row, column=column, yshift=shift)
+        label(target, x, y, name, level_colour(name), row=row, column=column, yshift=shift)
 
 
 def _values(target: go.Figure, axis: str) -> Iterator[float]:
@@ -176,6 +179,27 @@ def _values(target: go.Figure, axis: str) -> Iterator[float]:
     for trace in target.data:
         if (trace.yaxis or "y") == wanted:
             yield from (float(y) for y in trace.y)
+
+
+def level_colour(name: str) -> str:
+    """Colour of a level, or of a variant of it such as ``L4:feature``."""
+    return LEVEL_COLOURS[base_level(name)]
+
+
+def level_line(name: str) -> dict[str, object]:
+    """Line style of a level; its variants share the colour and differ in their dashes."""
+    dash = _DASHES.get(name.partition(":")[2], "dashdot")
+    return {"color": level_colour(name), "width": 2.2, "dash": dash}
+
+
+def base_level(name: str) -> str:
+    """``L4:feature`` -> ``L4``."""
+    return name.partition(":")[0]
+
+
+def plotly_js() -> str:
+    """Plotly's own script, to be embedded once in a page of many figures."""
+    return str(get_plotlyjs())
 
 
 def kind(strategy: str) -> Kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import re
 import struct
 import tokenize
 from dataclasses import dataclass
@@ -104,9 +105,12 @@ def load_events(path: Path) -> Events:
         raise XsdError(f"{path}: {error}; recreate or remove it") from error
 
 
-_OPCODES = frozenset(
-    ["PROTO", "FRAME", "STOP", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"]
+_OPCODES = re.compile(
+    "PROTO|FRAME|STOP|(STACK_)?GLOBAL|REDUCE|BUILD|MARK|(EMPTY_)?TUPLE[123]?|EMPTY_(LIST|DICT)"
+    "|APPENDS?|SETITEMS?|NONE|NEW(TRUE|FALSE)|BININT[12]?|LONG1|BINFLOAT|(SHORT_)?BINUNICODE"
+    "|(SHORT_)?BINBYTES8?|(LONG_)?BIN(PUT|GET)|MEMOIZE"
 )
+"""The pickle opcodes that arrays and dicts need."""
 _BROKEN = (
     pickle.UnpicklingError,
     ValueError,
@@ -146,9 +150,9 @@ def _unpickle(handle: BinaryIO) -> Any:
 def _check_opcodes(stream: bytes) -> None:
     """Refuse what arrays and dicts do not need, before any of it costs memory."""
     for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name not in _OPCODES:
+        if not _OPCODES.fullmatch(opcode.name):
             raise ValueError(f"its pickle uses {opcode.name}, which no event file needs")
-        if opcode.name == "LONG_BINPUT" and argument > len(stream):
+        if opcode.name == "LONG_BINPUT" and (argument or 0) > len(stream):
             raise ValueError("its pickle claims more objects than it has bytes")
 
 

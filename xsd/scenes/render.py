@@ -10,32 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
-from xsd.scenes import backdrop
+from xsd.scenes import actors, backdrop
 from xsd.scenes import roadside as rs
-from xsd.scenes.camera import (
-    DEPTH,
-    DURATION_US,
-    EGO_SPEED,
-    FPS,
-    MARGIN,
-    NUM_FRAMES,
-    Camera,
-)
-from xsd.scenes.facts import Facts, Vehicle
-from xsd.scenes.sprites import (
-    Sprite,
-    lane_position,
-    light_sprite,
-    pedestrian_sprite,
-    vehicle_sprite,
-)
+from xsd.scenes.camera import DURATION_US, FPS, MARGIN, NUM_FRAMES, Camera
+from xsd.scenes.facts import Facts
+from xsd.scenes.view import View, over
 
 NUM_VARIANTS = 8
-_GROWTH = {"approaching": 0.36, "receding": -0.36}
-"""Half the change of log size in a second."""
-_PEDESTRIAN_DEPTH = 6.6
 _CROSSING_LENGTH = 6.5
 _ZEBRA_LENGTH = 2.2
 
@@ -48,29 +31,6 @@ class Rendered:
     luma: Float[np.ndarray, "S H W"]
     """Linear luminance in (0, 1] at ``times_us``."""
     times_us: Float[np.ndarray, " S"]
-
-
-@dataclass(frozen=True)
-class _View:
-    """What the painters share: facts, camera, the clip's own random place, and the instants."""
-
-    facts: Facts
-    camera: Camera
-    phase: float
-    """Random place along the road, metres."""
-    channels: tuple[int, ...]
-    """Rows of a packed texture that are painted: (0, 1, 2) colours or (4,) luma."""
-    seconds: Float[np.ndarray, " T"]
-
-    @property
-    def travel(self) -> Float[np.ndarray, " T"]:
-        """Metres driven, relative to the middle of the clip."""
-        return EGO_SPEED * (self.seconds - 0.5)
-
-    def tint(self, rgb: Float[np.ndarray, "... 3"]) -> Float[np.ndarray, "C ..."]:
-        """A colour, or a picture, as planes of the channels painted."""
-        planes = np.moveaxis(rgb, -1, 0) if len(self.channels) == 3 else backdrop.luma(rgb)[None]
-        return np.ascontiguousarray(planes, np.float32)
 
 
 def render(
@@ -90,29 +50,28 @@ def render(
     camera = Camera(size, facts.road, variant)
     shake = rng.uniform(0, 2 * np.pi, 4)
     phase = float(rng.uniform(0, 32))
-    colors = _View(facts, camera, phase, (0, 1, 2), np.arange(NUM_FRAMES) / FPS)
+    colors = View(facts, camera, phase, (0, 1, 2), np.arange(NUM_FRAMES) / FPS)
     times_us = np.arange(num_subframes) * (DURATION_US / num_subframes)
-    sensed = _View(facts, camera, phase, (4,), times_us / DURATION_US)
+    sensed = View(facts, camera, phase, (4,), times_us / DURATION_US)
     planes = (_shaken(_paint(colors), colors, shake) * 255 + 0.5).clip(0, 255).astype(np.uint8)
     frames = np.ascontiguousarray(planes.transpose(1, 2, 3, 0))
     return Rendered(frames, _shaken(_paint(sensed), sensed, shake)[0], times_us)
 
 
-def _paint(view: _View) -> Float[np.ndarray, "C H W T"]:
+def _paint(view: View) -> Float[np.ndarray, "C H W T"]:
     # Time is the last axis: what a pixel shows over the second then lies together in memory.
     picture = _backdrop(view)
     _paint_roadside(picture, view)
-    for vehicle in sorted(view.facts.vehicles, key=lambda v: v.distance != "far"):
-        _paint_vehicle(picture, view, vehicle)
+    actors.paint_vehicles(picture, view)
     if view.facts.pedestrian != "none":
-        _paint_pedestrian(picture, view)
+        actors.paint_pedestrian(picture, view)
     if view.facts.light != "none":
-        _paint_light(picture, view)
+        actors.paint_light(picture, view)
     return picture
 
 
 def _shaken(
-    picture: Float[np.ndarray, "C H W T"], view: _View, shake: Float[np.ndarray, " 4"]
+    picture: Float[np.ndarray, "C H W T"], view: View, shake: Float[np.ndarray, " 4"]
 ) -> Float[np.ndarray, "C T h w"]:
     """The inner part of the picture, moved by fractions of a pixel as the car pitches and yaws."""
     size, time = view.camera.size, 2 * np.pi * view.seconds
@@ -134,7 +93,7 @@ def _shaken(
 
 
 def _share(
-    view: _View, start: float, length: float, period: float | None = None
+    view: View, start: float, length: float, period: float | None = None
 ) -> Float[np.ndarray, "rows T"]:
     """Part of every row's footprint that lies in a stretch of road, or in a repeated one."""
     camera = view.camera
@@ -149,7 +108,7 @@ def _share(
     return np.asarray(share, np.float32)
 
 
-def _crossing_start(view: _View) -> float:
+def _crossing_start(view: View) -> float:
     """Where the side road begins in the middle of the clip, metres ahead."""
     return 9.5 + (view.phase % 2.5)
 
@@ -158,7 +117,7 @@ def _rgb(*color: int) -> Float[np.ndarray, " 3"]:
     return np.array(color, np.float32) / 255
 
 
-def _backdrop(view: _View) -> Float[np.ndarray, "C H W T"]:
+def _backdrop(view: View) -> Float[np.ndarray, "C H W T"]:
     """Sky and ground."""
     camera, time = view.camera, view.facts.time
     terms = _ground_terms(view)
@@ -177,7 +136,7 @@ def _backdrop(view: _View) -> Float[np.ndarray, "C H W T"]:
 
 
 def _ground_terms(
-    view: _View,
+    view: View,
 ) -> list[tuple[Float[np.ndarray, "rows T"], Float[np.ndarray, "rows W 3"]]]:
     """The ground as a sum of (weight by row and time) x (picture)."""
     mask, ground = backdrop.ground(view.camera, view.facts.roadside)
@@ -205,24 +164,7 @@ def _ground_terms(
     return terms
 
 
-def _over(
-    area: Float[np.ndarray, "C ..."],
-    view: _View,
-    texture: Float[np.ndarray, "5 cells"],
-    index: Int[np.ndarray, ...],
-    gain: Float[np.ndarray, " C"] | None = None,
-) -> None:
-    """Premultiplied 'over', in place."""
-    keep = 1 - texture[3].take(index)
-    for k, channel in enumerate(view.channels):
-        shown = texture[channel].take(index)
-        if gain is not None:
-            shown *= gain[k]
-        area[k] *= keep
-        area[k] += shown
-
-
-def _paint_roadside(picture: Float[np.ndarray, "C H W T"], view: _View) -> None:
+def _paint_roadside(picture: Float[np.ndarray, "C H W T"], view: View) -> None:
     facts, camera = view.facts, view.camera
     row, column, base, cells = rs.plane_cells(camera, facts.roadside)
     crossing = facts.road == "crossing"
@@ -235,76 +177,5 @@ def _paint_roadside(picture: Float[np.ndarray, "C H W T"], view: _View) -> None:
     index &= along - 1
     index += base[:, None]
     area = picture[:, row, column]
-    _over(area, view, texture, index)
+    over(area, view, texture, index)
     picture[:, row, column] = area
-
-
-def _paint_sprite(
-    picture: Float[np.ndarray, "C H W T"],
-    view: _View,
-    sprite: Sprite,
-    place: tuple[Float[np.ndarray, " T"], Float[np.ndarray, " T"], Float[np.ndarray, " T"]],
-    phase: Int[np.ndarray, " T"],
-    gain: Float[np.ndarray, " C"] | None = None,
-) -> None:
-    """Draw a sprite with its anchor at rows, columns, and so many pixels a metre, per instant."""
-    limit = picture.shape[1]
-    # In parts of the second, so that the box around a growing sprite stays tight.
-    for part in np.array_split(np.arange(len(view.seconds)), 4):
-        row, column, scale = (value[part] for value in place)
-        zoom = sprite.resolution / scale
-        (up, left), (height, width) = sprite.anchor, (sprite.height, sprite.width)
-        top, bottom = np.min(row - up / zoom), np.max(row + (height - up) / zoom)
-        first, last = np.min(column - left / zoom), np.max(column + (width - left) / zoom)
-        y = np.arange(max(int(top), 0), min(int(bottom) + 1, limit))
-        x = np.arange(max(int(first), 0), min(int(last) + 1, limit))
-        if not len(y) or not len(x):
-            continue
-        v = ((y[:, None] + 0.5 - row) * zoom + up).clip(0, height - 1).astype(np.intp)
-        u = ((x[:, None] + 0.5 - column) * zoom + left).clip(0, width - 1).astype(np.intp)
-        v += phase[part].astype(np.intp) * height
-        index = (v * width)[:, None] + u[None]
-        area = picture[:, y[0] : y[-1] + 1, x[0] : x[-1] + 1, part[0] : part[-1] + 1]
-        _over(area, view, sprite.texture, index, gain)
-
-
-def _object_light(view: _View) -> Float[np.ndarray, " C"]:
-    """Things on the road stand in our own headlights: colours stay visible at night."""
-    light = backdrop.ambient(view.facts.time)
-    return view.tint(light + (1 - light) * (0.5 if view.facts.time == "night" else 0.3))
-
-
-def _paint_vehicle(picture: Float[np.ndarray, "C H W T"], view: _View, vehicle: Vehicle) -> None:
-    camera, middle = view.camera, DEPTH[vehicle.distance]
-    x = np.full_like(view.seconds, lane_position(vehicle))
-    if vehicle.motion == "parked":
-        depth = middle - view.travel
-    else:
-        depth = middle * np.exp(-2 * _GROWTH[vehicle.motion] * (view.seconds - 0.5))
-    phase = (view.seconds * 4).astype(int) % 2
-    if vehicle.kind == "cyclist" and vehicle.motion != "parked":
-        x = x + 0.12 * np.sin(2 * np.pi * 1.5 * view.seconds)
-        phase = (view.seconds * 5).astype(int) % 2
-    place = (camera.row(0.0, depth), camera.column(x, depth), camera.focal / depth)
-    _paint_sprite(picture, view, vehicle_sprite(vehicle), place, phase, _object_light(view))
-
-
-def _paint_pedestrian(picture: Float[np.ndarray, "C H W T"], view: _View) -> None:
-    facts, camera = view.facts, view.camera
-    sign = 1.0 if facts.pedestrian == "right" else -1.0
-    depth = _PEDESTRIAN_DEPTH - 0.4 * view.travel
-    x = sign * 3.6 * (view.seconds - 0.5) + (view.phase % 3.0 - 1.5)
-    phase = (view.seconds * 10).astype(int) % 4
-    place = (camera.row(0.0, depth), camera.column(x, depth), camera.focal / depth)
-    sprite = pedestrian_sprite(facts.pedestrian, camera.variant)
-    _paint_sprite(picture, view, sprite, place, phase, _object_light(view))
-
-
-def _paint_light(picture: Float[np.ndarray, "C H W T"], view: _View) -> None:
-    unit = view.camera.size / 96
-    grow = 1 + 0.06 * (view.seconds - 0.5)
-    row = np.full_like(grow, MARGIN + unit * 27.0)
-    column = view.camera.canvas / 2 + unit * 33.0 * grow
-    place = (row, column, unit * 3.9 * grow)
-    sprite = light_sprite(view.facts.light, view.facts.time)
-    _paint_sprite(picture, view, sprite, place, np.zeros(len(grow), int))

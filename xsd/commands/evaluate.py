@@ -1,0 +1,108 @@
+"""``evaluate``: offline metrics of one adapter on held-out answers, and the speedup they model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xsd.cli import main
+from xsd.commands import stage
+from xsd.commands.adapter_data import find_inputs, open_head, open_store
+from xsd.config import Level
+from xsd.pairs.config import PairConfig
+from xsd.speedup_config import CostsConfig
+
+if TYPE_CHECKING:
+    from xsd.tracking.products import Product
+    from xsd.tracking.run import Run
+
+HELP = "score one adapter on held-out answers"
+
+
+@dataclass(frozen=True)
+class Config(CostsConfig, PairConfig, stage.StageConfig):
+    """Options of the evaluate stage."""
+
+    checkpoint: str | None = None
+    """Adapter: file, folder or URI; null: the newest training of the pair (and level)."""
+    level: Level | None = None
+    """Level that the checkpoint must hold; null: whichever it holds."""
+    data: str | None = None
+    """Extraction; null: the newest of the pair and the adapter's conditioning."""
+    lm_head: str | None = None
+    """The verifier's LM head; null: the newest of the pair."""
+    batch_size: int = 64
+    """Answers scored together."""
+    output_dir: Path | None = None
+    """Where results go; null: beside a checkpoint given by path, else outputs/evaluate."""
+
+
+def perform(config: Config) -> Product:
+    """Count, divide, model, write."""
+
+    def resolve() -> dict[str, Product]:
+        level = {} if config.level is None else {"level": config.level}
+        adapter = stage.upstream("train", config.checkpoint, config, level, **level)
+        return {"checkpoint": adapter, **find_inputs(config, "test", _conditioning(adapter.path))}
+
+    def work(run: Run, inputs: Mapping[str, Product]) -> None:
+        from xsd.adapters import checkpoint
+        from xsd.commands.offline import Evaluation
+        from xsd.pairs.device import choose_device
+
+        store = open_store(inputs["data"].path, "test")
+        adapter, about = checkpoint.load(
+            inputs["checkpoint"].path,
+            expect_level=config.level,
+            expect_widths=(store.d_drafter, store.d_verifier),
+        )
+        head = open_head(inputs["lm_head"].path, store)
+        found = Evaluation.of(
+            adapter.to(choose_device(config.device)), store, head, config, config.batch_size
+        )
+        found.write(_folder(config, run.work_name), run)
+        run.log(found.metrics, model_id=inputs["checkpoint"].model_id)
+        kept = ("loss", "conditioning", "selected_on_test", "approximate_split")
+        tags = {name: about["extra"].get(name) for name in kept}
+        run.tag(
+            {**tags, "level": adapter.row.name, "mlflow.runName": f"evaluate {adapter.row.name}"}
+        )
+        print(found.line)
+
+    return stage.perform(
+        "evaluate",
+        config,
+        resolve=resolve,
+        rooms=["adapters", "hidden", "metrics", "decoding/accept", "speedup"],
+        work=work,
+        tags={"level": config.level},
+    )
+
+
+def _conditioning(path: Path) -> str:
+    """What the adapter was trained on, and so is scored on."""
+    from xsd.adapters.checkpoint import CONFIG
+    from xsd.files import read_json
+
+    about = (path if path.is_dir() else path.parent) / CONFIG
+    extra = read_json(about).get("extra", {}) if about.is_file() else {}
+    return str(extra.get("conditioning", "teacher_forced"))
+
+
+def _folder(config: Config, work_name: str) -> Path:
+    if config.output_dir is not None:
+        return config.output_dir
+    given = Path(config.checkpoint or "")
+    if config.checkpoint is not None and given.exists():
+        return given if given.is_dir() else given.parent
+    return Path("outputs/evaluate") / work_name
+
+
+def run(config: Config) -> None:
+    perform(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(command="evaluate"))

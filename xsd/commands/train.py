@@ -1,0 +1,216 @@
+"""``train``: fit one adapter on stored states; validation accept length chooses its weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from xsd.adapters.config import AdapterSizes
+from xsd.cli import main
+from xsd.commands import stage
+from xsd.commands.adapter_data import DataConfig, TrainingData, find_inputs
+from xsd.commands.progress import progress
+from xsd.config import Level, resolved
+from xsd.learning.config import FitConfig
+from xsd.pairs.config import PairConfig
+
+if TYPE_CHECKING:
+    from xsd.adapters.base import Adapter
+    from xsd.tracking.products import Product
+    from xsd.tracking.run import Run
+    from xsd.types import EpochReport
+
+HELP = "train the adapter of one level"
+ROOMS = ["adapters", "learning", "metrics", "decoding/accept"]
+"""The source that decides what training gives."""
+_UNFINISHED = ".unfinished"
+"""Folder of a training's state; it goes when the training ends."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Config(FitConfig, AdapterSizes, DataConfig, PairConfig, stage.StageConfig):
+    """Options of the train stage."""
+
+    level: Level = Level("L1")
+    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3 or X1; or the published 1 to 6."""
+    output_dir: Path = Path("outputs/train")
+    """A folder <level>/<level>_<time> is made in it."""
+    resume: bool = True
+    """Go on with an interrupted training of the same configuration; false: begin anew."""
+
+
+def perform(config: Config) -> Product:
+    """Train, keep the best epoch's weights as a logged model."""
+
+    def resolve() -> dict[str, Product]:
+        from xsd.tracking import products
+
+        inputs = find_inputs(config, "train", config.conditioning)
+        if config.val_data is not None:
+            inputs["val_data"] = products.load(config.val_data, {"pair": config.pair})
+        return inputs
+
+    def work(run: Run, inputs: Mapping[str, Product]) -> None:
+        data = TrainingData.open(inputs)
+        folder = _folder(config, str(run.key))
+        adapter, history = _train(run, data, folder, config)
+        _keep(run, data, folder, adapter, history, config)
+        shutil.rmtree(folder / _UNFINISHED)
+
+    return stage.perform(
+        "train", config, resolve=resolve, rooms=ROOMS, work=work, tags={"level": config.level}
+    )
+
+
+def part(of: type[T], config: Any) -> T:
+    """The fields of one room's configuration, out of a command's."""
+    return of(**{field.name: getattr(config, field.name) for field in fields(of)})  # type: ignore[arg-type]
+
+
+def new_adapter(config: Any, data: TrainingData) -> Adapter:
+    """Initialised by the seed, on the device asked for."""
+    import torch
+
+    from xsd.adapters.catalog import build, configure
+    from xsd.pairs.device import choose_device
+
+    widths = data.store.d_drafter, data.store.d_verifier
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        adapter = build(configure(config.level, *widths, part(AdapterSizes, config)))
+    return adapter.to(choose_device(config.device))
+
+
+def _train(
+    run: Run, data: TrainingData, folder: Path, config: Config
+) -> tuple[Adapter, list[EpochReport]]:
+    from xsd.adapters import checkpoint
+    from xsd.files import write_json
+    from xsd.learning.batches import TrainBatches
+    from xsd.learning.fit import fit
+
+    adapter, settings = new_adapter(config, data), part(FitConfig, config)
+    row = adapter.row
+    batches = TrainBatches(
+        data.store, row, batch_size=config.batch_size, seed=config.seed, head=data.head
+    )
+    history = _history(folder)
+    _log(run, history, row.selection_metric)
+    reports = fit(
+        adapter,
+        batches,
+        settings,
+        data.scorer(row, settings),
+        lm_head=data.head.lm_head.to(next(adapter.parameters()).device),
+        state=folder / _UNFINISHED / "state.safetensors",
+    )
+    with progress(f"train {row.name}", config.num_epochs, "epochs", len(history)) as bar:
+        for report in reports:
+            history = [*(r for r in history if r.epoch < report.epoch), report]
+            if report.is_best:
+                checkpoint.save(adapter, folder, extra=_about(data, report, config))
+            write_json(folder / "history.json", [asdict(r) for r in history])
+            _log(run, [report], row.selection_metric)
+            bar.set_postfix_str(f"{row.selection_metric} {report.val[row.selection_metric]:.3f}")
+            bar.update()
+    return adapter, history
+
+
+def _keep(
+    run: Run,
+    data: TrainingData,
+    folder: Path,
+    adapter: Adapter,
+    history: Sequence[EpochReport],
+    config: Config,
+) -> None:
+    """Files, figure, logged model, and one line about it."""
+    from xsd.adapters import checkpoint
+    from xsd.plots.learning import training_curves
+
+    best = [report for report in history if report.is_best][-1]
+    row = adapter.row
+    about = _about(data, best, config)
+    checkpoint.save(adapter, folder, name="final_model", extra=about)
+    run.artifacts(folder)
+    run.figure("training_curves", training_curves(row.name, history), folder)
+    accept_length = best.val[row.selection_metric]
+    tags = {
+        **data.tags,
+        "pair": config.pair,
+        "level": row.name,
+        "loss": config.loss or row.loss,
+        "selection_metric": row.selection_metric,
+        "deployable": str(adapter.deployable).lower(),
+    }
+    run.tag(tags)
+    metrics = {f"val.{name}": value for name, value in best.val.items()}
+    run.log_model(
+        row.name,
+        [folder / "best_model.safetensors", folder / checkpoint.CONFIG],
+        params=asdict(adapter.config),
+        tags=tags,
+        metrics={**metrics, "val.accept_length": accept_length},
+        step=best.step,
+    )
+    num_parameters = sum(x.numel() for x in adapter.parameters())
+    run.log({"best_epoch": best.epoch, "num_parameters": num_parameters}, step=best.step)
+    print(f"train {row.name}: {row.selection_metric} {accept_length:.3f} (val): {folder}")
+
+
+def _log(run: Run, reports: Sequence[EpochReport], selection: str) -> None:
+    for report in reports:
+        values = {f"train.{name}": value for name, value in report.train.items()}
+        values |= {f"val.{name}": value for name, value in report.val.items()}
+        values |= {"val.accept_length": report.val[selection], "epoch": report.epoch}
+        values |= {"learning_rate": report.learning_rate, "epoch_seconds": report.seconds}
+        run.log(values, step=report.step)
+
+
+def _about(data: TrainingData, best: EpochReport, config: Config) -> dict[str, Any]:
+    """What a checkpoint says of itself, beside its architecture."""
+    return {
+        **data.tags,
+        "pair": config.pair,
+        "provenance": dict(data.store.header.provenance),
+        "best": asdict(best),
+        "training": resolved(config),
+    }
+
+
+def _folder(config: Config, key: str) -> Path:
+    """The folder of an interrupted training with this key, else a new one."""
+    from xsd.files import write_text
+
+    root = config.output_dir / config.level
+    mark = Path(_UNFINISHED) / "key"
+    for path in sorted(root.glob(f"{config.level}_*/{mark}")):
+        if config.resume and path.read_text(encoding="utf-8") == key:
+            return path.parent.parent
+    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    names = [f"{config.level}_{stamp}", *(f"{config.level}_{stamp}_{n}" for n in range(2, 100))]
+    folder = next(root / name for name in names if not (root / name).exists())
+    write_text(folder / mark, key)
+    return folder
+
+
+def _history(folder: Path) -> list[EpochReport]:
+    from xsd.files import read_json
+    from xsd.types import EpochReport
+
+    path = folder / "history.json"
+    return [EpochReport(**values) for values in read_json(path)] if path.is_file() else []
+
+
+def run(config: Config) -> None:
+    perform(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(command="train"))
