@@ -86,9 +86,8 @@ def table(
         + "</tr>"
         for index, row in enumerate(rows)
     )
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{whole}</div>'
 
 
 def figure(made: Figure | None) -> str:

@@ -135,8 +135,23 @@ def _parser(config_class: type, prog: str, description: str, epilog: str) -> Arg
         prog=prog, description=description, epilog=epilog, exit_on_error=False, default_env=False
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Recipe; flags override it.")
+    _resolve_annotations(config_class)
     parser.add_class_arguments(config_class, as_group=False)
     return parser
+
+
+def _resolve_annotations(config_class: type) -> None:
+    """Put types in place of the strings that a postponed annotation is.
+
+    Left to itself, jsonargparse would execute the ``TYPE_CHECKING`` blocks of every module in
+    question: seconds of imports, and names that shadow those meant here.
+    """
+    kinds = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        field.type = kinds[field.name]
+        if dataclasses.is_dataclass(field.type):
+            _resolve_annotations(typing.cast(type, field.type))
+    config_class.__init__.__annotations__ = kinds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

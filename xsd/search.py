@@ -111,10 +111,15 @@ def run_trials(
     Args:
         metric: key of ``EpochReport.val``; higher is better.
     """
-    finished = (TrialState.COMPLETE, TrialState.PRUNED)
-    for _ in range(num_trials - len(study.get_trials(deepcopy=False, states=finished))):
+    for _ in range(num_trials - num_finished(study)):
         trial = study.ask(fixed_distributions=dict(space))
         yield _run(objective, study, trial, metric)
+
+
+def num_finished(study: optuna.Study) -> int:
+    """Trials that were completed or pruned."""
+    finished = (TrialState.COMPLETE, TrialState.PRUNED)
+    return len(study.get_trials(deepcopy=False, states=finished))
 
 
 def best_trial(study: optuna.Study) -> tuple[int, Params, float]:

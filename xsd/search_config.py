@@ -19,7 +19,7 @@ class SearchConfig:
     """Stops trials that fall behind: below the median of the others, or by Hyperband's brackets."""
     num_startup_trials: int = 4
     """Random trials before the sampler learns from them and the median prunes."""
-    output_dir: Path = Path("tasks/sweep")
+    output_dir: Path = Path("outputs/sweep")
     """Where studies and trial checkpoints are kept; a sweep of the same question goes on there."""
 
     def __post_init__(self) -> None:

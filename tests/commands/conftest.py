@@ -21,6 +21,7 @@ from xsd.hidden.writer import HiddenWriter
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 from xsd.scenes.dsec import load_index
+from xsd.tracking import figures
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class World:
             "num_heads": 4,
             "ffn_dim": 16,
             "bottleneck_dim": 8,
-            "max_positions": 16,
+            "max_positions": 64,
             "unroll_steps": 2,
         }
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -77,7 +78,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def workplace(tracking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in, with a store of its own."""
+    """An empty folder to be in, with a store of its own; no browser is started for PNGs."""
+    monkeypatch.setattr(figures, "_browser_found", lambda: False)
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)

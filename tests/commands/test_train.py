@@ -10,7 +10,7 @@ import pytest
 from tests.commands.conftest import World, tags, xsd
 from tests.hidden.test_store import seed_folder
 from xsd.adapters import checkpoint
-from xsd.adapters.catalog import LEVELS, level
+from xsd.adapters.catalog import level
 from xsd.commands import train
 from xsd.learning import fit as fit_module
 from xsd.tracking import products, store
@@ -22,14 +22,14 @@ def only_folder(name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", LEVELS)
-def test_every_level_trains(world: World, runs: Callable[..., list[Any]], name: str) -> None:
+@pytest.mark.parametrize("name", ["L1", "L4", "L5F", "E2", "E3", "X1"])
+def test_what_a_training_leaves(world: World, runs: Callable[..., list[Any]], name: str) -> None:
     xsd("train", *world.train_flags, "--level", name)
     folder, row = only_folder(name), level(name)
     assert folder.name.startswith(f"{name}_2")
     found = {path.name for path in folder.iterdir()}
     expected = {"best_model.safetensors", "final_model.safetensors", "config.json", "history.json"}
-    assert found - {"training_curves.png"} == {*expected, "training_curves.html"}
+    assert found == {*expected, "training_curves.html"}
     history = json.loads((folder / "history.json").read_text())
     assert [entry["epoch"] for entry in history] == [0, 1]
     assert {"accept_90", "token_top1_match", "loss", row.selection_metric} <= set(history[0]["val"])
@@ -37,7 +37,7 @@ def test_every_level_trains(world: World, runs: Callable[..., list[Any]], name: 
     assert run.info.run_name == f"train {name}"
     kept = products.load(f"runs:/{run.info.run_id}")
     for path in (folder, kept.path, products.load(f"models:/{kept.model_id}").path):
-        adapter, about = checkpoint.load(path, expect_level=name, expect_widths=(24, 32))
+        _, about = checkpoint.load(path, expect_level=name, expect_widths=(24, 32))
         assert about["extra"]["conditioning"] == "teacher_forced"
     best = max(entry["val"][row.selection_metric] for entry in history)
     model = store.client().get_logged_model(kept.model_id)

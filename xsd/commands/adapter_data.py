@@ -13,8 +13,8 @@ from xsd.errors import XsdError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from xsd.adapters import catalog
     from xsd.adapters.base import Adapter
-    from xsd.adapters.catalog import Level
     from xsd.hidden.index import Half
     from xsd.hidden.lm_head import VerifierHead
     from xsd.hidden.store import HiddenStore
@@ -134,7 +134,7 @@ class TrainingData:
             tags["approximate_split"] = "true"
         return tags
 
-    def scorer(self, row: Level, config: FitConfig) -> Scorer:
+    def scorer(self, row: catalog.Level, config: FitConfig) -> Scorer:
         """Validation of an epoch: the rates of ``metrics`` and the loss that training minimises."""
         import torch
 

@@ -95,7 +95,7 @@ def _judge(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
     run.log(gate.scores)
     run.tag(
         {
-            "level": tags["level"],
+            **{name: tags.get(name) for name in ("level", "loss", "conditioning")},
             "promoted": str(outcome.promoted).lower(),
             "reasons": "; ".join(outcome.reasons) or None,
             "champion": outcome.uri,

@@ -82,27 +82,26 @@ class _Sweep:
         """Pull trials, keep the best one's files, report."""
         import pandas as pd
 
-        from xsd.search import best_trial, open_study, run_trials
+        from xsd.search import best_trial, num_finished, open_study, run_trials
         from xsd.tracking.store import lock
 
-        config, rows = self.config, []
-        with lock(f"sweep-{self.name}"), progress("sweep", config.num_trials, "trials") as bar:
+        config, metric, rows = self.config, self.row.selection_metric, []
+        journal = self.folder / "study.log"
+        with lock(f"sweep-{self.name}"):
             study = open_study(
-                self.folder / "study.log",
-                self.name,
-                config,
-                seed=config.seed,
-                num_epochs=config.num_epochs,
+                journal, self.name, config, seed=config.seed, num_epochs=config.num_epochs
             )
-            bar.update(min(config.num_trials, len(study.trials)))
-            metric = self.row.selection_metric
-            for report in run_trials(
+            self.parent.tag({"resumes": study.user_attrs.get("run")})
+            study.set_user_attr("run", self.parent.uri)
+            reports = run_trials(
                 self.trial, study, self.space, metric=metric, num_trials=config.num_trials
-            ):
-                self._keep_only_the_best(report)
-                rows.append({**_summary(report), **report.params})
-                bar.set_postfix_str(f"trial {report.number}: {report.state} {report.value}")
-                bar.update()
+            )
+            with progress("sweep", config.num_trials, "trials", num_finished(study)) as bar:
+                for report in reports:
+                    self._keep_only_the_best(report)
+                    rows.append({**_summary(report), **report.params})
+                    bar.set_postfix_str(f"trial {report.number} {report.state}: {report.value}")
+                    bar.update()
             number, params, value = best_trial(study)
         self.parent.table("trials", pd.DataFrame(rows))
         self._publish(number, params, value)
@@ -131,15 +130,15 @@ class _Sweep:
                 yield report
 
     def _publish(self, number: int, params: Mapping[str, Any], value: float) -> None:
-        """The best trial's checkpoint as a logged model of the parent."""
+        """The best trial's checkpoint as a logged model: a candidate, as ``train`` makes them."""
         from xsd.adapters import checkpoint
         from xsd.commands.train import model_tags
 
-        folder = self._trial_folder(number)
+        folder, metric = self._trial_folder(number), self.row.selection_metric
         adapter, _ = checkpoint.load(folder)
         self.parent.artifacts(folder)
-        metric = self.row.selection_metric
         tags = model_tags(self.data, adapter, replace(self.config, **params))
+        self.parent.tag({**tags, "best_trial": number})
         self.parent.log_model(
             self.row.name,
             [folder / "best_model.safetensors", folder / checkpoint.CONFIG],
@@ -147,7 +146,6 @@ class _Sweep:
             tags=tags,
             metrics={f"val.{metric}": value, "val.accept_length": value},
         )
-        self.parent.tag({**tags, "best_trial": number})
         chosen = ", ".join(f"{name}={item}" for name, item in params.items())
         print(f"sweep {self.row.name}: {metric} {value:.3f} (val) by trial {number}: {chosen}")
 

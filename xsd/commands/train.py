@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -87,37 +87,86 @@ def new_adapter(config: Any, data: TrainingData) -> Adapter:
     return adapter.to(choose_device(config.device))
 
 
+def fit_reports(
+    config: Any, data: TrainingData, state: Path | None = None
+) -> tuple[Adapter, Iterator[EpochReport]]:
+    """A new adapter, and the reports that train it as they are pulled."""
+    from xsd.learning.batches import TrainBatches
+    from xsd.learning.fit import fit
+
+    adapter, settings = new_adapter(config, data), part(FitConfig, config)
+    batches = TrainBatches(
+        data.store, adapter.row, batch_size=config.batch_size, seed=config.seed, head=data.head
+    )
+    reports = fit(
+        adapter,
+        batches,
+        settings,
+        data.scorer(adapter.row, settings),
+        lm_head=data.head.lm_head.to(next(adapter.parameters()).device),
+        state=state,
+    )
+    return adapter, reports
+
+
+def log_epoch(run: Run, report: EpochReport, selection: str) -> None:
+    """One epoch's values; the step is the optimizer's."""
+    values = {f"train.{name}": value for name, value in report.train.items()}
+    values |= {f"val.{name}": value for name, value in report.val.items()}
+    values |= {"val.accept_length": report.val[selection], "epoch": report.epoch}
+    values |= {"learning_rate": report.learning_rate, "epoch_seconds": report.seconds}
+    run.log(values, step=report.step)
+
+
+def about(data: TrainingData, best: EpochReport, config: Any) -> dict[str, Any]:
+    """What a checkpoint says of itself, beside its architecture."""
+    return {
+        **data.tags,
+        "pair": config.pair,
+        "loss": loss_of(config),
+        "provenance": dict(data.store.header.provenance),
+        "best": asdict(best),
+        "training": resolved(config),
+    }
+
+
+def model_tags(data: TrainingData, adapter: Adapter, config: Any) -> dict[str, str]:
+    """What run and logged model are found and judged by."""
+    return {
+        **data.tags,
+        "pair": config.pair,
+        "level": adapter.row.name,
+        "loss": loss_of(config),
+        "selection_metric": adapter.row.selection_metric,
+        "deployable": str(adapter.deployable).lower(),
+    }
+
+
+def loss_of(config: Any) -> str:
+    """The loss asked for, else the level's own."""
+    from xsd.adapters.catalog import level
+
+    return str(config.loss or level(config.level).loss)
+
+
 def _train(
     run: Run, data: TrainingData, folder: Path, config: Config
 ) -> tuple[Adapter, list[EpochReport]]:
     from xsd.adapters import checkpoint
     from xsd.files import write_json
-    from xsd.learning.batches import TrainBatches
-    from xsd.learning.fit import fit
 
-    adapter, settings = new_adapter(config, data), part(FitConfig, config)
-    row = adapter.row
-    batches = TrainBatches(
-        data.store, row, batch_size=config.batch_size, seed=config.seed, head=data.head
-    )
-    history = _history(folder)
-    _log(run, history, row.selection_metric)
-    reports = fit(
-        adapter,
-        batches,
-        settings,
-        data.scorer(row, settings),
-        lm_head=data.head.lm_head.to(next(adapter.parameters()).device),
-        state=folder / _UNFINISHED / "state.safetensors",
-    )
-    with progress(f"train {row.name}", config.num_epochs, "epochs", len(history)) as bar:
+    adapter, reports = fit_reports(config, data, folder / _UNFINISHED / "state.safetensors")
+    metric, history = adapter.row.selection_metric, _history(folder)
+    for earlier in history:
+        log_epoch(run, earlier, metric)
+    with progress(f"train {config.level}", config.num_epochs, "epochs", len(history)) as bar:
         for report in reports:
             history = [*(r for r in history if r.epoch < report.epoch), report]
             if report.is_best:
-                checkpoint.save(adapter, folder, extra=_about(data, report, config))
+                checkpoint.save(adapter, folder, extra=about(data, report, config))
             write_json(folder / "history.json", [asdict(r) for r in history])
-            _log(run, [report], row.selection_metric)
-            bar.set_postfix_str(f"{row.selection_metric} {report.val[row.selection_metric]:.3f}")
+            log_epoch(run, report, metric)
+            bar.set_postfix_str(f"{metric} {report.val[metric]:.3f}")
             bar.update()
     return adapter, history
 
@@ -135,21 +184,12 @@ def _keep(
     from xsd.plots.learning import training_curves
 
     best = [report for report in history if report.is_best][-1]
-    row = adapter.row
-    about = _about(data, best, config)
-    checkpoint.save(adapter, folder, name="final_model", extra=about)
+    row, tags = adapter.row, model_tags(data, adapter, config)
+    checkpoint.save(adapter, folder, name="final_model", extra=about(data, best, config))
     run.artifacts(folder)
     run.figure("training_curves", training_curves(row.name, history), folder)
-    accept_length = best.val[row.selection_metric]
-    tags = {
-        **data.tags,
-        "pair": config.pair,
-        "level": row.name,
-        "loss": config.loss or row.loss,
-        "selection_metric": row.selection_metric,
-        "deployable": str(adapter.deployable).lower(),
-    }
     run.tag(tags)
+    accept_length = best.val[row.selection_metric]
     metrics = {f"val.{name}": value for name, value in best.val.items()}
     run.log_model(
         row.name,
@@ -162,26 +202,6 @@ def _keep(
     num_parameters = sum(x.numel() for x in adapter.parameters())
     run.log({"best_epoch": best.epoch, "num_parameters": num_parameters}, step=best.step)
     print(f"train {row.name}: {row.selection_metric} {accept_length:.3f} (val): {folder}")
-
-
-def _log(run: Run, reports: Sequence[EpochReport], selection: str) -> None:
-    for report in reports:
-        values = {f"train.{name}": value for name, value in report.train.items()}
-        values |= {f"val.{name}": value for name, value in report.val.items()}
-        values |= {"val.accept_length": report.val[selection], "epoch": report.epoch}
-        values |= {"learning_rate": report.learning_rate, "epoch_seconds": report.seconds}
-        run.log(values, step=report.step)
-
-
-def _about(data: TrainingData, best: EpochReport, config: Config) -> dict[str, Any]:
-    """What a checkpoint says of itself, beside its architecture."""
-    return {
-        **data.tags,
-        "pair": config.pair,
-        "provenance": dict(data.store.header.provenance),
-        "best": asdict(best),
-        "training": resolved(config),
-    }
 
 
 def _folder(config: Config, key: str) -> Path:

@@ -118,10 +118,16 @@ def results(
     from xsd.speedup import modelled
 
     lengths, accepted = np.array(counts.lengths), np.array(counts.accepted)
-    gap = {"accepted_prefix": accepted}
-    both = modelled(assumed, lengths, **gap, tau=counts.tau, gamma=gamma, with_drafter=with_drafter)
+    both = modelled(
+        assumed,
+        lengths,
+        accepted_prefix=accepted,
+        tau=counts.tau,
+        gamma=gamma,
+        with_drafter=with_drafter,
+    )
     alone = {
-        "gap": modelled(assumed, lengths, **gap),
+        "gap": modelled(assumed, lengths, accepted_prefix=accepted),
         "decode": modelled(
             assumed, lengths, tau=counts.tau_alone, gamma=gamma, with_drafter=with_drafter
         ),

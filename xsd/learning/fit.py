@@ -118,7 +118,7 @@ def _train_epoch(
                 "lower --learning_rate or check the data"
             )
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.max_norm)
         optimizer.step()
         step += 1

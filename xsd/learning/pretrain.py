@@ -193,31 +193,32 @@ def teach_facts(
 
 
 class Readout(nn.Module):
-    """Linear readings of the scene's facts from one layer's state at the last visual position.
+    """Linear readings of the scene's facts from one layer, each at a visual position of its own.
 
     A deep language model is slow to find out, from answers alone, that it should gather what the
-    frames show. Asked for the facts a third of the way up, it gathers them there, where all later
-    layers and positions can look them up. Training aid only.
+    frames show. Asked for the facts a third of the way up, it gathers them there; and as every
+    fact has its own position (the last ones of the prefix), attention can look one up where a
+    word calls for it. Training aid only.
     """
 
     def __init__(self, language_model: Any, width: int, slots: Slots) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.outputs = nn.ModuleList([nn.Linear(width, size) for size in slots.values()])
-        depth = max(1, 5 * len(language_model.layers) // 12)
-        self.depth = depth
+        self.depth = max(1, 5 * len(language_model.layers) // 12)
         self._state: Tensor | None = None
-        language_model.layers[depth - 1].register_forward_hook(self._keep)
+        language_model.layers[self.depth - 1].register_forward_hook(self._keep)
 
     def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
         self._state = output[0] if isinstance(output, tuple) else output
 
-    def loss(self, position: int, labels: Int[Tensor, "B slots"]) -> Float[Tensor, ""]:
+    def loss(self, num_prefix: int, labels: Int[Tensor, "B slots"]) -> Float[Tensor, ""]:
         """Mean cross-entropy of the facts, from the pass that has just been run."""
         assert self._state is not None
-        state = self.norm(self._state[:, position])
+        start = num_prefix - len(self.outputs)
+        states = self.norm(self._state[:, start:num_prefix])
         losses = [
-            functional.cross_entropy(output(state), labels[:, index])
+            functional.cross_entropy(output(states[:, index]), labels[:, index])
             for index, output in enumerate(self.outputs)
         ]
         return torch.stack(losses).mean()
@@ -249,8 +250,9 @@ def teach_gathering(
             muon.param_groups[0]["lr"] = config.muon_learning_rate * scale
             adamw.param_groups[0]["lr"] = config.learning_rate * scale
             start = language_model.embed_tokens(before).expand(len(chosen), -1, -1)
-            lower(inputs_embeds=torch.cat([start, visual[chosen]], dim=1), use_cache=False)
-            loss = readout.loss(-1, labels[chosen])
+            prefix = torch.cat([start, visual[chosen]], dim=1)
+            lower(inputs_embeds=prefix, use_cache=False)
+            loss = readout.loss(prefix.shape[1], labels[chosen])
             muon.zero_grad()
             adamw.zero_grad()
             loss.backward()
@@ -366,7 +368,7 @@ def teach_language(
         for optimizer, rate in ((muon, config.muon_learning_rate), (adamw, config.learning_rate)):
             optimizer.param_groups[0]["lr"] = rate * scale
         loss = _language_loss(model.lm_head, language_model, visual[chosen], rows)
-        facts_loss = readout.loss(rows.num_prefix - 1, labels[chosen])
+        facts_loss = readout.loss(rows.num_prefix, labels[chosen])
         muon.zero_grad()
         adamw.zero_grad()
         (loss + facts_loss).backward()

@@ -66,6 +66,7 @@ def promote(
     about the new incumbent. ``previous_champion`` keeps the way back.
 
     Args:
+        level: the level, or level and variant: ``L4-free`` serves another mode than ``L4``.
         model_id: from ``Run.log_model``; its sha256 tags go to the version.
         tags: metric, dataset_digest, conditioning and the like, of the candidate.
 
@@ -74,7 +75,7 @@ def promote(
     """
     name = model_name(pair, level)
     model = store.client().get_logged_model(model_id)
-    for key, value in (("pair", pair), ("level", level)):
+    for key, value in (("pair", pair), ("level", level.partition("-")[0])):
         if model.tags.get(key, value) != value:
             raise XsdError(f"model {model_id}: {key} is {model.tags[key]!r}, not {value!r}")
     while True:

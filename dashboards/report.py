@@ -1,0 +1,331 @@
+"""The report: levels and configs side by side, from the runs that measured them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dashboards import page
+from xsd.adapters.catalog import LEVELS, level
+from xsd.files import read_json
+from xsd.plots import clock, learning, offline, timeline
+from xsd.plots.style import TIMES, base_level, kind
+from xsd.types import Trace
+
+DEMO = "demo.yaml"
+_DASH = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A finished run, as the report reads it."""
+
+    run_id: str
+    stage: str
+    name: str
+    """Its level, with what sets it apart: ``L4``, ``L4:feature``, ``L4:free``, ``X1+E3``."""
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    folder: Path
+    """Its artifacts."""
+    curve: pd.DataFrame | None = None
+    """Training only: validation accept length, columns step and value."""
+
+
+def variant(tags: Mapping[str, str]) -> str:
+    """``Source.name`` of a run with these tags."""
+    name = tags.get("level", "")
+    if name not in LEVELS:
+        return name
+    if tags.get("conditioning") == "free_running":
+        return f"{name}:free"
+    return f"{name}:feature" if tags.get("loss") == "feature" else name
+
+
+def build(sources: Sequence[Source], pair: str, recipes: Iterable[str] = ()) -> str:
+    """The whole page as HTML.
+
+    Args:
+        sources: the newest last; of two of a stage and name the later one counts.
+        recipes: names of the recipes that the runs were made by.
+    """
+    by_stage: dict[str, dict[str, Source]] = {}
+    for source in sources:
+        by_stage.setdefault(source.stage, {})[source.name] = source
+    evaluated = _in_catalog_order(by_stage.get("evaluate", {}))
+    bench = next(iter(by_stage.get("benchmark", {}).values()), None)
+    files = read_json(_newest(bench.folder, "e2e_wallclock_*.json")) if bench else None
+    traces = [timeline.trace_from(values) for values in files["traces"]] if files else []
+    summary = pd.DataFrame(files["summary"]) if files else pd.DataFrame()
+    sections = [
+        _configs(files, summary, traces),
+        _hiding(bench),
+        _levels(evaluated, by_stage.get("train", {})),
+        _controls(summary),
+        _leakage(evaluated),
+        _two_phase(by_stage.get("two_phase", {})),
+        _promotions(by_stage.get("promote", {})),
+    ]
+    made = datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+    runs = ", ".join(f"{s.stage} {s.name} {s.run_id[:8]}".replace("  ", " ") for s in sources)
+    return page.page(
+        f"Cross-modal speculative decoding: {pair}",
+        _lead(summary, evaluated, DEMO in set(recipes)),
+        sections,
+        footer=f"Made {made} from the runs {runs}.",
+    )
+
+
+def _lead(summary: pd.DataFrame, evaluated: Mapping[str, Source], is_demo: bool) -> str:
+    text = (
+        "A drafter that sees events guesses what a verifier that sees video will say; adapters and "
+        "heads turn states into guesses, and the verifier checks them. Its answer never changes, "
+        "only the time it takes."
+    )
+    parts = [page.paragraph(text)]
+    if is_demo:
+        parts.append(
+            page.paragraph(
+                "These runs are the demo, a cut of experiments/tiny.yaml: fewer scenes, epochs and "
+                "samples. Its numbers are a taste, not results.",
+                "note",
+            )
+        )
+    return "".join([*parts, page.tiles(_headline(summary, evaluated))])
+
+
+def _headline(summary: pd.DataFrame, evaluated: Mapping[str, Source]) -> dict[str, str]:
+    tiles = {}
+    if len(summary):
+        drafted = summary[~summary["strategy"].map(kind).isin(["plain", "control"])]
+        best = drafted.sort_values("speedup").iloc[-1] if len(drafted) else summary.iloc[0]
+        tiles[f"measured speedup of {best['strategy']}"] = f"{best['speedup']:.2f}{TIMES}"
+        changed = summary["num_different"].sum() - summary["num_near_ties"].sum()
+        tiles["answers changed by speculation"] = f"{changed:.0f}"
+        tiles["samples, plain and by every config"] = f"{summary['num_samples'].max():.0f}"
+    for phase, text in (("gap", "drafts accepted in a row"), ("decode", "tokens a call, offline")):
+        rivals = [s for s in evaluated.values() if level(base_level(s.name)).phase == phase]
+        if rivals:
+            best_one = max(rivals, key=lambda source: source.metrics["accept_length"])
+            caption = f"{text}: {best_one.name}, offline".replace(", offline:", ":")
+            tiles[caption] = f"{best_one.metrics['accept_length']:.2f}"
+    return tiles
+
+
+def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
+    if not traces:
+        return ""
+    columns = [
+        *("config", "prefill ms", "decode ms", "total ms", "accepted", "accept rate", "tau"),
+        *("free drafts", "speedup", "p5 to p95", "slower", "lossless"),
+    ]
+    rows = [
+        [
+            row["strategy"],
+            *(f"{row[f'{name}_ms']:.1f}" for name in ("prefill", "decode", "total")),
+            f"{row['tokens_accepted']:.1f}",
+            _text(row["accept_rate"], "{:.0%}"),
+            _text(row["tau"], "{:.2f}"),
+            _text(row["num_free"] or None, "{:.1f}"),
+            f"{row['speedup']:.2f}{TIMES}",
+            f"{row['ratio_p5']:.2f} to {row['ratio_p95']:.2f}",
+            f"{row['share_slower']:.0%}",
+            _lossless(row),
+        ]
+        for _, row in summary.iterrows()
+    ]
+    media = files["media_ms_mean"]
+    note = (
+        f"{summary['num_samples'].max():.0f} samples, every config on each of them, interleaved. "
+        "The clock runs from decoded frames and event images in host memory to the last token, "
+        "with processors, vision towers, both prefills and every wait. Speedups are pooled: sum of "
+        f"times over sum. Decoding the media files takes {media:.1f} ms more, the same for all."
+    )
+    return page.section(
+        "Configs, measured",
+        page.paragraph(note, "soft"),
+        page.table(columns, rows, breaks=_kind_breaks(summary["strategy"])),
+        page.figure(clock.speedup_comparison(traces)),
+        page.figure(clock.timing_breakdown(traces)),
+        page.figure(clock.accept_rate_comparison(traces)),
+    )
+
+
+def _hiding(bench: Source | None) -> str:
+    if bench is None or not (bench.folder / "example.json").is_file():
+        return ""
+    example = timeline.Example.from_dict(read_json(bench.folder / "example.json"))
+    return page.section(
+        "One answer, on the clock",
+        page.paragraph(
+            "While the verifier still reads the video, the drafter has read the events and drafts. "
+            "The verifier checks what is ready in one pass, and never waits for another draft.",
+            "soft",
+        ),
+        page.figure(timeline.prefill_hiding(example)),
+    )
+
+
+def _levels(evaluated: Mapping[str, Source], trained: Mapping[str, Source]) -> str:
+    if not evaluated:
+        return ""
+    columns = [
+        *("level", "reads", "parameters", "cos_sim", "accept@0.90", "token match"),
+        *("accept length", "modelled speedup"),
+    ]
+    rows = [
+        [
+            name,
+            level(base_level(name)).inputs,
+            f"{source.metrics['num_parameters']:,.0f}",
+            f"{source.metrics['cos_sim_mean']:.3f}",
+            f"{source.metrics['accept_90']:.1%}",
+            f"{source.metrics['token_top1_match']:.1%}",
+            f"{source.metrics['accept_length']:.2f}",
+            f"{source.metrics['modelled.speedup_e2e']:.2f}{TIMES}",
+        ]
+        for name, source in evaluated.items()
+    ]
+    phases = [level(base_level(name)).phase for name in evaluated]
+    positions = {
+        name: read_json(source.folder / "position_stats.json")["target"]
+        for name, source in evaluated.items()
+    }
+    curves = {
+        name: curve
+        for name in evaluated
+        if name in trained and (curve := trained[name].curve) is not None
+    }
+    note = (
+        "Offline, on held-out recordings, next token against next token. Accept length is what "
+        "selects: for levels of the gap (above the line) drafts that match before the first miss, "
+        "of 22; for heads (below) tokens a verifier call with six drafts. The modelled speedup "
+        "rests on assumed costs, not on a clock. ':feature' was trained on states, ':free' on "
+        "pairs whose models spoke freely."
+    )
+    return page.section(
+        "Levels, offline",
+        page.paragraph(note, "soft"),
+        page.table(columns, rows, breaks=_changes(phases)),
+        page.figure(offline.acceptance_by_position(positions)),
+        page.figure(offline.feature_against_tokens({n: s.metrics for n, s in evaluated.items()})),
+        page.figure(learning.curves_comparison(curves) if curves else None),
+    )
+
+
+def _controls(summary: pd.DataFrame) -> str:
+    """Every control beside the configs that it questions."""
+    if summary.empty or "control" not in set(summary["strategy"].map(kind)):
+        return ""
+    strategies = summary.set_index("strategy")
+    shuffled = [name for name in strategies.index if "@" in name]
+    rows = []
+    for name in strategies.index:
+        if kind(name) == "control":
+            plain = name.partition("@")[0]
+            pair = (plain, name) if name in shuffled and plain in strategies.index else (name,)
+            rows += [
+                [
+                    one,
+                    f"{strategies.loc[one, 'gap_accepted']:.2f}",
+                    f"{strategies.loc[one, 'tokens_accepted']:.2f}",
+                    f"{strategies.loc[one, 'speedup']:.2f}{TIMES}",
+                ]
+                for one in pair
+            ]
+    note = (
+        "What would have been accepted anyway? template+VL drafts the training set's commonest "
+        "answer to the question, drafter+VL the drafter's own words without an adapter, and "
+        "@shuffled_events shows the drafter another scene. What a config gains over its shuffled "
+        "twin is what the events contribute."
+    )
+    columns = ["config", "accepted in the gap", "accepted in all", "speedup"]
+    return page.section("Controls", page.paragraph(note, "soft"), page.table(columns, rows))
+
+
+def _leakage(evaluated: Mapping[str, Source]) -> str:
+    rows = [
+        [
+            name,
+            f"{source.metrics['same_position.accept_90']:.1%}",
+            f"{source.metrics['accept_90']:.1%}",
+            f"{source.metrics['token_top1_match']:.1%}",
+        ]
+        for name, source in evaluated.items()
+        if "same_position.accept_90" in source.metrics
+    ]
+    note = (
+        "L5, B1 and L5F were once scored at a position whose state B1 and L5F read: an identity "
+        "map would score 100%. Kept for comparison; nothing else in this report uses it."
+    )
+    columns = ["level", "accept@0.90, same position", "accept@0.90, next", "token match, next"]
+    shown = (page.paragraph(note, "soft"), page.table(columns, rows)) if rows else ()
+    return page.section("Same position: leakage", *shown)
+
+
+def _two_phase(sources: Mapping[str, Source]) -> str:
+    rows = [
+        [
+            name,
+            f"{source.metrics['phase1.accepted']:.2f}",
+            f"{source.metrics['modelled.tau']:.2f}",
+            *(
+                f"{source.metrics[f'modelled.{key}']:.2f}{TIMES}"
+                for key in ("gap_only_speedup", "decode_only_speedup", "speedup_e2e")
+            ),
+        ]
+        for name, source in sources.items()
+    ]
+    columns = ["levels", "accepted in the gap", "tau after it", "gap alone", "head alone", "both"]
+    note = "Offline: the head starts where the gap's drafts end. Speedups are modelled."
+    shown = (page.paragraph(note, "soft"), page.table(columns, rows)) if rows else ()
+    return page.section("Two phases, modelled", *shown)
+
+
+def _promotions(sources: Mapping[str, Source]) -> str:
+    rows = [
+        [
+            name,
+            "yes" if source.tags.get("promoted") == "true" else "no",
+            _text(source.metrics.get("candidate"), "{:.3f}"),
+            _text(source.metrics.get("incumbent"), "{:.3f}"),
+            source.tags.get("reasons", ""),
+        ]
+        for name, source in sources.items()
+    ]
+    columns = ["candidate", "promoted", "its accept length", "incumbent's", "reasons against it"]
+    return page.section("Champions", *((page.table(columns, rows),) if rows else ()))
+
+
+def _in_catalog_order(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Gap levels, then heads, each as the catalog has them; variants behind their level."""
+    order = sorted(LEVELS, key=lambda name: LEVELS[name].phase == "decode")
+    known = [name for name in sources if base_level(name) in order]
+    return {n: sources[n] for n in sorted(known, key=lambda n: (order.index(base_level(n)), n))}
+
+
+def _kind_breaks(strategies: Iterable[str]) -> list[int]:
+    return _changes([kind(name) for name in strategies])
+
+
+def _changes(values: Sequence[str]) -> list[int]:
+    return [i for i in range(1, len(values)) if values[i] != values[i - 1]]
+
+
+def _lossless(row: pd.Series[Any]) -> str:
+    if not row["lossless"]:
+        return f"no: {row['num_different'] - row['num_near_ties']:.0f} differ"
+    return f"yes, {row['num_near_ties']:.0f} near ties" if row["num_near_ties"] else "yes"
+
+
+def _text(value: float | None, pattern: str) -> str:
+    return _DASH if value is None or pd.isna(value) else pattern.format(value)
+
+
+def _newest(folder: Path, pattern: str) -> Path:
+    return max(folder.glob(pattern), key=lambda path: path.name)
