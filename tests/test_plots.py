@@ -270,3 +270,8 @@ def test_labels_that_would_touch_move_apart() -> None:
     style.end_labels(made, ["L1", "L2"], [1, 1], [5.0, 5.01], row=1, column=1)
     low, high = (made.layout.annotations[i].yshift for i in (1, 2))
     assert low == pytest.approx(0) and 14 < high < 16
+
+
+def test_labels_of_a_level_that_never_matched() -> None:
+    rows = [{**row, "match": 0.0, "match_given_prefix": 0.0} for row in COUNTS.target.positions()]
+    assert offline.acceptance_by_position({"L1": rows}).layout.annotations

@@ -33,7 +33,7 @@ def test_a_published_path_keeps_its_name(world: World, workplace: Path) -> None:
 def test_missing_checkpoints(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--pair", "eventgpt-video-llava"]
     xsd("lm_head", *words, expect=2)
-    assert "needs --drafter, the folder of its checkpoint" in capsys.readouterr().err
+    assert "needs --drafter, a folder or the hub id" in capsys.readouterr().err
     xsd("lm_head", *words, "--drafter", workplace, "--verifier", "nowhere", expect=2)
     assert "--verifier nowhere: no such folder" in capsys.readouterr().err
     xsd("lm_head", "--pair", "huge", expect=2)

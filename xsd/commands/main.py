@@ -98,25 +98,84 @@ def _walk(stages: _Stages, config: Config) -> dict[str, Product]:
         )
     for name in names:
         found[f"promote {name}"] = stages.perform("promote", candidate=trained[name].uri)
-    found["benchmark"] = stages.perform("benchmark", dataset_dir=scenes.uri, data=pairs[""].uri)
+    found["benchmark"] = stages.perform(
+        "benchmark", dataset_dir=scenes.uri, data=pairs[""].uri, configs=_configs(names)
+    )
     runs = [product.run_id for product in found.values() if product.run_id]
     runs += [product.run_id for product in trained.values() if product.run_id]
     found["report"] = stages.perform("report", runs=",".join(map(str, runs)))
     return found
 
 
+def _configs(names: list[str]) -> str:
+    """The benchmark's configs that need no other adapter than those trained."""
+    from xsd.decoding.config import ALL_CONFIGS
+    from xsd.decoding.strategies import adapter_names, parse
+
+    known = {name for name in names if not name.endswith(":feature")}
+    known |= {name.partition(":")[0] for name in names if name.endswith(":feature")}
+    return ",".join(name for name in ALL_CONFIGS if set(adapter_names(parse(name, 1))) <= known)
+
+
 def _summarise(products: Mapping[str, Product], link: str, config: Config) -> None:
     """The two tables of a demo's end, the report's path, and how to open the UI."""
-    from xsd.tracking import query, store
+    from xsd.tracking import store
 
-    print()
-    print(query.level_table([p.run_id for n, p in products.items() if n.startswith("evaluate ")]))
-    print()
-    print(query.config_table(products["benchmark"].run_id))
+    print(f"\n{_level_table(products)}\n\n{_config_table(products['benchmark'])}")
     if config.recipe.name == Path(DEMO).name:
         print("\nThis is the demo, a cut of experiments/tiny.yaml: its numbers are a taste only.")
     print(f"\nReport:    {products['report'].path / 'report.html'}")
     print(f"MLflow UI: mlflow ui --backend-store-uri {store.tracking_uri()}\n           {link}")
+
+
+def _level_table(products: Mapping[str, Product]) -> str:
+    from xsd.files import read_json
+
+    rows = [("level", "parameters", "cos_sim", "accept@0.90", "token match", "accept length")]
+    for name, product in products.items():
+        stage, _, variant = name.partition(" ")
+        if stage != "evaluate":
+            continue
+        found = read_json(product.path / "acceptance_metrics.json")
+        selected = "of 22" if "accepted_prefix_22" in found else "tau_6"
+        rows.append(
+            (
+                variant,
+                f"{found['num_parameters']:,}",
+                f"{found['cos_sim_mean']:.3f}",
+                f"{found['accept_90']:.1%}",
+                f"{found['token_top1_match']:.1%}",
+                f"{found['accept_length']:.2f} ({selected})",
+            )
+        )
+    return _aligned(rows)
+
+
+def _config_table(product: Product) -> str:
+    from xsd.files import read_json
+
+    (path,) = product.path.glob("e2e_wallclock_*.json")
+    rows = [("config", "tokens accepted", "measured speedup", "per sample", "lossless")]
+    rows += [
+        (
+            str(row["strategy"]),
+            f"{row['tokens_accepted']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['ratio_mean']:.2f} ± {row['ratio_std']:.2f}",
+            "yes" if row["lossless"] else "NO",
+        )
+        for row in read_json(path)["summary"]
+    ]
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ def _validation_inputs(candidate: Product) -> dict[str, Product]:
 
 
 def _judge(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
+    from xsd.files import write_json
     from xsd.tracking import registry
 
     candidate = inputs["candidate"]
@@ -93,6 +95,10 @@ def _judge(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
     incumbent = f"version {outcome.version}" if outcome.version else "none"
     verdict = "promoted" if outcome.promoted else "refused" if outcome.reasons else "stands already"
     run.log(gate.scores)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "gate.json"
+        write_json(path, {**asdict(outcome), "accept_length": gate.scores})
+        run.artifact(path)
     run.tag(
         {
             **{name: tags.get(name) for name in ("level", "loss", "conditioning")},
@@ -188,7 +194,7 @@ class _Gate:
         strategy = parse(name, chosen.gamma)
         if bench.is_lossless(pair, self.config, items, strategy, folder):
             return []
-        return [f"{name} changed one of {num_answers} answers"]
+        return [f"{name} changed, or could not give, one of {num_answers} answers"]
 
 
 def _registered(tags: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from xsd.errors import XsdError
 from xsd.files import sha256_file, sha256_json
@@ -19,11 +22,13 @@ from xsd.pairs.base import ModelPair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.device import choose_device
 from xsd.pairs.eventgpt import EventGPTDecoder
+from xsd.pairs.quantise import COMPUTE_DTYPE, quantise
 from xsd.pairs.video_llava import VideoLlavaDecoder
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 )
+QUANTS = (*DTYPES, "8bit", "4bit")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _HASHED_BYTES = 256 << 20
 _EDGE_BYTES = 1 << 20
@@ -60,13 +65,26 @@ def _tiny(config: PairConfig) -> Folders:
 
 
 def _released(config: PairConfig) -> Folders:
-    for role in ("drafter", "verifier"):
-        if not (given := getattr(config, role)):
-            raise XsdError(f"pair {config.pair!r} needs --{role}, the folder of its checkpoint")
-        if not Path(given).is_dir():
-            raise XsdError(f"--{role} {given}: no such folder; download the checkpoint there")
-    drafter, verifier = Path(str(config.drafter)), Path(str(config.verifier))
+    drafter, verifier = (_folder(config, role) for role in ("drafter", "verifier"))
     return Folders(drafter, verifier, drafter, verifier)
+
+
+def _folder(config: PairConfig, role: str) -> Path:
+    """A checkpoint's folder; one that is on the hub is downloaded (once)."""
+    given = getattr(config, role)
+    if not given:
+        raise XsdError(
+            f"pair {config.pair!r} needs --{role}, a folder or the hub id of a checkpoint"
+        )
+    if not Path(given).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        try:
+            return Path(snapshot_download(given))
+        except (OSError, ValueError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise XsdError(f"--{role} {given}: neither a folder nor on the hub ({line})") from error
+    if not Path(given).is_dir():
+        raise XsdError(f"--{role} {given}: no such folder; download the checkpoint there")
+    return Path(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +120,8 @@ def load_pair(config: PairConfig) -> ModelPair:
             be had, tokenizers that disagree.
     """
     quant = precision(config)
-    if quant not in DTYPES:
-        raise XsdError(f"--quant {quant}: choose one of {', '.join(DTYPES)}")
+    if quant not in QUANTS:
+        raise XsdError(f"--quant {quant}: choose one of {', '.join(QUANTS)}")
     return _load(checkpoint_folders(config), config.pair, quant, choose_device(config.device))
 
 
@@ -113,11 +131,20 @@ def load_folder(folder: Path) -> ModelPair:
 
 
 def _load(folders: Folders, name: str, quant: str, device: torch.device) -> ModelPair:
-    how: dict[str, Any] = {"dtype": DTYPES[quant], "device": device}
-    model, processing = eventgpt.load(folders.drafter, **how)
-    drafter = EventGPTDecoder(model, _tokenizer(folders.drafter_tokenizer), processing)
-    other, processing = video_llava.load(folders.verifier, **how)
-    verifier = VideoLlavaDecoder(other, _tokenizer(folders.verifier_tokenizer), processing)
+    is_quantised = quant in COMPUTE_DTYPE
+    # Quantised weights are rounded on their way to the device, layer by layer.
+    how: dict[str, Any] = {
+        "dtype": {**DTYPES, **COMPUTE_DTYPE}[quant],
+        "device": "cpu" if is_quantised else device,
+    }
+    events, event_processing = eventgpt.load(folders.drafter, **how)
+    video, video_processing = video_llava.load(folders.verifier, **how)
+    if is_quantised:
+        for model, layers in ((events, events.model), (video, video.model.language_model)):
+            quantise(layers, quant)
+            model.to(device)
+    drafter = EventGPTDecoder(events, _tokenizer(folders.drafter_tokenizer), event_processing)
+    verifier = VideoLlavaDecoder(video, _tokenizer(folders.verifier_tokenizer), video_processing)
     _refuse_other_tokens(drafter.tokenizer, verifier.tokenizer)
     return ModelPair(
         name=name,
@@ -142,11 +169,16 @@ def _row(config: PairConfig) -> _Row:
 
 
 def _tokenizer(folder: Path) -> Any:
+    # It wonders aloud about EventGPT's model type, which is not its business.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         line = " ".join(str(error).split())[:200]
         raise XsdError(f"{folder}: its tokenizer cannot be loaded ({line})") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _refuse_other_tokens(drafter: Any, verifier: Any) -> None:

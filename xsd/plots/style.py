@@ -166,7 +166,7 @@ def end_labels(
     low, high = axis.range or (min([0.0, *drawn]), max(drawn, default=1.0))
     bottom, top = axis.domain or (0.0, 1.0)
     pixels = (target.layout.height - 170) * (top - bottom)
-    gap = 15 * (high - low) / max(1.0, pixels)
+    gap = 15 * ((high - low) or 1.0) / max(1.0, pixels)
     above = -float("inf")
     for name, x, y in sorted(zip(names, xs, ys, strict=True), key=lambda point: point[2]):
         above = max(y, above + gap)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import os
+import re
 import signal
 import sys
 import threading
@@ -153,8 +154,10 @@ def _context_tags(stage: str, pair: str) -> dict[str, object]:
 def _input_tags(inputs: Mapping[str, Product] | None) -> dict[str, object]:
     tags: dict[str, object] = {}
     for role, product in (inputs or {}).items():
-        tags[f"input.{role}"] = product.uri
-        tags[f"digest.{role}"] = product.digest
+        # MLflow admits few characters in a tag's name: the role of X1+E3 has none of them.
+        name = re.sub(r"[^\w\-. :/]", "_", role)
+        tags[f"input.{name}"] = product.uri
+        tags[f"digest.{name}"] = product.digest
     return tags
 
 
