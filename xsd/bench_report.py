@@ -13,7 +13,7 @@ import pandas as pd
 
 from xsd import speedup
 from xsd.bench import BenchItem, Failure
-from xsd.decoding.config import BASELINE
+from xsd.decoding.config import BASELINE, GAP_LEVELS, HEAD_LEVELS
 from xsd.files import write_json, write_text
 from xsd.pairs.base import ModelPair
 from xsd.plots import clock, timeline
@@ -72,7 +72,12 @@ def write(
 
 def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair) -> Example | None:
     """The sample in which the gap's drafts (else a head's) held the longest."""
-    drafted = [t for t in traces if t.strategy != BASELINE and "@" not in t.strategy and t.lossless]
+    learned = {*GAP_LEVELS, *HEAD_LEVELS}
+    drafted = [
+        trace
+        for trace in traces
+        if trace.lossless and learned & {*re.split(r"[+_:]", trace.strategy.split("@")[0])}
+    ]
     if not drafted:
         return None
     fast = max(
@@ -96,7 +101,7 @@ def metrics(summary: pd.DataFrame) -> dict[str, float]:
     kept = ("speedup", "decode_speedup", "ratio_mean", "ratio_p5", "ratio_p95", "share_slower",
             "prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free",
             "num_different")  # fmt: skip
-    found = {}
+    found: dict[str, float] = {}
     for _, row in summary.iterrows():
         name = re.sub(r"[^\w.-]+", "_", str(row["strategy"]))
         found |= {f"measured.{name}.{key}": float(row[key]) for key in kept if row[key] == row[key]}

@@ -151,7 +151,7 @@ def _resolve_annotations(config_class: type) -> None:
         field.type = kinds[field.name]
         if dataclasses.is_dataclass(field.type):
             _resolve_annotations(typing.cast(type, field.type))
-    config_class.__init__.__annotations__ = kinds
+    vars(config_class)["__init__"].__annotations__ = kinds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

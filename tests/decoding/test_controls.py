@@ -4,7 +4,14 @@ from xsd.decoding.controls import NGramTable, commonest_answers, ngram_tau, temp
 
 
 def test_the_commonest_answer_is_found_a_question() -> None:
-    answers = [("a", [1, 2]), ("a", [1, 3]), ("a", [1, 3]), ("b", [4]), ("b", [5, 6]), ("b", [5, 7])]
+    answers = [
+        ("a", [1, 2]),
+        ("a", [1, 3]),
+        ("a", [1, 3]),
+        ("b", [4]),
+        ("b", [5, 6]),
+        ("b", [5, 7]),
+    ]
     templates = commonest_answers(answers)
     assert templates["a"] == (1, 3)
     assert templates["b"][0] == 5, "among equals, the opening that most answers share"

@@ -339,4 +339,5 @@ class _Worker:
         return True
 
     def _visual(self, row: int) -> Float[Tensor, "K Dv"]:
-        return self.shared.visual[row, : int(self.views["num_visual"][row])].clone()
+        visual: Tensor = self.shared.visual[row, : int(self.views["num_visual"][row])]
+        return visual.clone()

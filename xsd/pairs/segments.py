@@ -31,22 +31,22 @@ def segment_attention(
     *,
     num_prefix: int,
     segment_length: int,
-    **_: Any,
+    **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: states of B rows, H heads, prefix and segments in one axis.
 
     Exact, at a third of the work of one dense mask over the whole row.
     """
     batch, heads, _, dim = query.shape
-    prefix = [x[:, :, :num_prefix] for x in (query, key, value)]
-    first = functional.scaled_dot_product_attention(*prefix, is_causal=True)
+    q, k, v = (x[:, :, :num_prefix] for x in (query, key, value))
+    first = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     queries, keys, values = (
         x[:, :, num_prefix:].unflatten(2, (-1, segment_length)).transpose(1, 2).flatten(0, 1)
         for x in (query, key, value)
     )
     num_segments = len(queries) // batch
-    keys = torch.cat([prefix[1].repeat_interleave(num_segments, 0), keys], dim=2)
-    values = torch.cat([prefix[2].repeat_interleave(num_segments, 0), values], dim=2)
+    keys = torch.cat([k.repeat_interleave(num_segments, 0), keys], dim=2)
+    values = torch.cat([v.repeat_interleave(num_segments, 0), values], dim=2)
     sees = torch.ones(segment_length, num_prefix + segment_length, dtype=torch.bool)
     rest = functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=sees.tril(num_prefix)
