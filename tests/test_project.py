@@ -82,10 +82,10 @@ def test_recipes_say_nothing_unknown(recipe: Path) -> None:
     from xsd import cli
 
     for stage in STAGES:
-        config_class = cli._section_class(stage)
+        config_class = cli.section_class(stage)
         assert config_class is not None
         argv = ["--config", str(recipe)]
-        parse(config_class, argv, prog=f"xsd {stage}", sections=cli._section_class)
+        parse(config_class, argv, prog=f"xsd {stage}", sections=cli.section_class)
 
 
 def test_no_machine_or_registry_is_named() -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import re
 import types
@@ -151,7 +152,8 @@ def _resolve_annotations(config_class: type) -> None:
         field.type = kinds[field.name]
         if dataclasses.is_dataclass(field.type):
             _resolve_annotations(typing.cast(type, field.type))
-    vars(config_class)["__init__"].__annotations__ = kinds
+    # What wraps the constructor (the tests' type checker) is looked through, as a signature does.
+    inspect.unwrap(vars(config_class)["__init__"]).__annotations__ = kinds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def test_every_published_script_is_covered() -> None:
         ("train", "--vlm_only false --num_epochs 3", "--num_epochs 3"),
         ("evaluate", "--vlm_only --test_data x", "--data x --level B1"),
         ("evaluate", "--egpt_prefill_ms 1 --vl_prefill_ms 2", None),
-        ("extract", "--max_samples -1 --split test", "--max_samples null --split test"),
+        ("extract", "--max_samples -1 --split test", "--max_samples -1 --split test"),
         ("benchmark", "--configs vl_baseline,L4+VL", "--configs vl_baseline,L4+VL"),
         ("train", "--strict -h word", "--strict -h word"),
     ],

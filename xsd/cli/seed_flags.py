@@ -37,11 +37,11 @@ SEED_FLAGS: Final = (
     SeedFlag("lm_head", "output_path", None, "output_path", _RUN_FOLDER),
     SeedFlag("extract", "dataset_dir", None, "dataset_dir", _NEWEST),
     SeedFlag("extract", "output_dir", "./data", "output_dir", _RUN_FOLDER),
-    SeedFlag("extract", "split", "train", "split"),
+    SeedFlag("extract", "split", "train", "split", "all: both halves in one run"),
     SeedFlag("extract", "chunked", False, None, _ALWAYS_CHUNKED),
     SeedFlag("extract", "chunk_size", 1000, "chunk_size"),
     SeedFlag("extract", "quant", "4bit", "quant", "null: the pair's own precision"),
-    SeedFlag("extract", "max_samples", -1, "max_samples", "null: all; -1 is accepted"),
+    SeedFlag("extract", "max_samples", -1, "max_samples"),
     SeedFlag("extract", "max_questions", 10, "max_questions"),
     SeedFlag("extract", "max_new_tokens", 50, "max_new_tokens"),
     SeedFlag("extract", "resume", False, None, "--resume is always on: whole chunks are kept"),
@@ -74,11 +74,11 @@ SEED_FLAGS: Final = (
     SeedFlag("two_phase", "lm_head", None, "lm_head"),
     SeedFlag("benchmark", "dataset_dir", None, "dataset_dir", _NEWEST),
     SeedFlag("benchmark", "adapter_dir", "./tasks/", "adapter_dir", "null: the champions"),
-    SeedFlag("benchmark", "max_samples", None, "max_samples"),
+    SeedFlag("benchmark", "max_samples", None, "max_samples", "a short run by default; -1: all"),
     SeedFlag("benchmark", "max_new_tokens", 50, "max_new_tokens"),
     SeedFlag("benchmark", "gamma", 1, "gamma", "heads are unrolled: one draft would waste them"),
     SeedFlag("benchmark", "warmup", 3, "warmup"),
-    SeedFlag("benchmark", "configs", None, "configs"),
+    SeedFlag("benchmark", "configs", None, "configs", "all, by its name"),
     SeedFlag("benchmark", "output_dir", "./tasks/", "output_dir", _RUN_FOLDER),
 )
 
@@ -108,9 +108,7 @@ def translate(stage: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
         elif row.ours is None:
             notes.append(row.why)
         else:
-            # "all samples" is -1 there and null here.
-            value = "null" if row.name == "max_samples" and text == "-1" else text
-            words += [f"--{row.ours}"] if value is None else [f"--{row.ours}", value]
+            words += [f"--{row.ours}"] if text is None else [f"--{row.ours}", text]
     if is_vlm_only:
         words = _as_b1(stage, words)
     return words, list(dict.fromkeys(notes))

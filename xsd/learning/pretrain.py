@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -205,7 +206,8 @@ class Readout(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.outputs = nn.ModuleList([nn.Linear(width, size) for size in slots.values()])
-        self.depth = max(1, 5 * len(language_model.layers) // 12)
+        num_layers = len(language_model.layers)
+        self.depth = num_layers if num_layers < 4 else 5 * num_layers // 12
         self._state: Tensor | None = None
         language_model.layers[self.depth - 1].register_forward_hook(self._keep)
 
@@ -224,6 +226,24 @@ class Readout(nn.Module):
         return torch.stack(losses).mean()
 
 
+@contextmanager
+def shallow(language_model: Any, depth: int) -> Iterator[None]:
+    """For a while, the language model is its first ``depth`` layers.
+
+    Deep models are slow to learn where to look; shallow ones learn it in minutes. The layers that
+    come back afterwards begin as the identity, so that nothing is lost, and are trained then.
+    """
+    layers = language_model.layers
+    language_model.layers = layers[:depth]
+    try:
+        yield
+    finally:
+        language_model.layers = layers
+        for layer in layers[depth:]:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
 def teach_gathering(
     prompts: Decoder,
     language_model: Any,
@@ -233,12 +253,10 @@ def teach_gathering(
     house: House,
     config: PretrainConfig,
 ) -> Iterator[PretrainReport]:
-    """Train the lower layers, on prefixes alone, until the facts can be read where they should."""
-    lower = copy.copy(language_model)
-    lower.layers = language_model.layers[: readout.depth]
+    """Train on prefixes alone, until the facts can be read where they should."""
     before = torch.tensor([prompts.prompt(QUESTIONS[0]).before])
     rng = np.random.default_rng(config.seed)
-    inner = [p for p in lower.layers.parameters() if p.ndim == 2]
+    inner = [p for p in language_model.layers.parameters() if p.ndim == 2]
     muon = torch.optim.Muon(inner, lr=config.muon_learning_rate, weight_decay=0.01)
     adamw = torch.optim.AdamW(readout.parameters(), lr=config.learning_rate, weight_decay=0.0)
     batch, step = 24, 0
@@ -251,7 +269,7 @@ def teach_gathering(
             adamw.param_groups[0]["lr"] = config.learning_rate * scale
             start = language_model.embed_tokens(before).expand(len(chosen), -1, -1)
             prefix = torch.cat([start, visual[chosen]], dim=1)
-            lower(inputs_embeds=prefix, use_cache=False)
+            language_model(inputs_embeds=prefix, use_cache=False)
             loss = readout.loss(prefix.shape[1], labels[chosen])
             muon.zero_grad()
             adamw.zero_grad()
@@ -507,7 +525,13 @@ def _pretrain_one(
     tokens = visual_table(visual, images)
     labels = torch.tensor([[_label(fact, slot) for slot in slots] for fact in facts])
     readout = Readout(language_model, tokens.shape[2], slots)
-    yield from teach_gathering(prompts, language_model, readout, tokens, labels, house, config)
-    yield from teach_language(
-        prompts, model, language_model, tokens, facts, house, minutes, config, readout, labels
-    )
+    with shallow(language_model, readout.depth):
+        yield from teach_gathering(prompts, language_model, readout, tokens, labels, house, config)
+        yield from teach_language(
+            prompts, model, language_model, tokens, facts, house, minutes, config, readout, labels
+        )
+    grown = minutes * config.grown_share
+    if readout.depth < len(language_model.layers):
+        yield from teach_language(
+            prompts, model, language_model, tokens, facts, house, grown, config, readout, labels
+        )

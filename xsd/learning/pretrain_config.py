@@ -21,8 +21,10 @@ class PretrainConfig:
     """Epochs of teaching the visual tokens the scene's facts."""
     gathering_epochs: int = 4
     """Epochs of teaching the language model's lower layers to gather the facts."""
-    language_minutes: float = 20.0
-    """Time for the verifier's language training; the drafter gets a quarter of it."""
+    language_minutes: float = 25.0
+    """Language training of the verifier's first layers; the drafter gets a quarter of the time."""
+    grown_share: float = 0.4
+    """Time with all layers, as a share of the time before."""
     questions_per_scene: int = 5
     """Questions drawn for a clip each time it is seen."""
     batch_scenes: int = 6
