@@ -182,8 +182,12 @@ class TestFrames:
         assert ends["plain<br>verifier"] == COSTS.plain_ms(40)
         assert ends["speculative<br>verifier"] == COSTS.gap_ms(40, COSTS.num_free(40), 8, 2.0)
         assert ends["speculative<br>drafter"] == 90 + 30 * 7
-        nothing = timeline.stage_frame(COSTS, 40, 0, 1.0)
-        assert "verify" not in set(nothing["what"])
+        missed = timeline.stage_frame(COSTS, 40, 0, 1.0)
+        assert "verify" not in set(missed["what"]) and "draft" in set(missed["what"])
+        head = timeline.stage_frame(COSTS, 40, None, 2.0)
+        assert set(head["phase"]) == {"prefill", "decode"}
+        assert head["end_ms"].max() == COSTS.plain_ms(40)
+        assert head["end_ms"].iloc[-1] == pytest.approx(300 + 39 * 5)
 
     def test_neighbours_of_a_kind_are_one_bar(self) -> None:
         frame = timeline.lanes_frame([EXAMPLE.fast])

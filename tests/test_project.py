@@ -77,9 +77,14 @@ def test_mlproject_passes_flags_that_exist(stage: str) -> None:
     assert parse(config_class, argv, prog=f"xsd {stage}") == config_class()
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "experiments").glob("*.yaml")), ids=str)
-def test_recipes_say_nothing_unknown(recipe: Path) -> None:
+RECIPES = sorted(path.name for path in (ROOT / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("sweep")])
+def test_recipes_say_nothing_unknown(name: str) -> None:
     from xsd import cli
+
+    recipe = ROOT / "experiments" / name
 
     for stage in STAGES:
         config_class = cli.section_class(stage)

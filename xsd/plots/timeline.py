@@ -142,47 +142,58 @@ def prefill_hiding(example: Example) -> go.Figure:
 
 
 def stage_frame(
-    costs: Costs, num_tokens: int, num_accepted: int, decode_speedup: float
+    costs: Costs, num_tokens: int, num_accepted: int | None, decode_speedup: float
 ) -> pd.DataFrame:
     """The modelled answer as lanes: plain decoding above, prefill hiding and decode below.
 
-    Columns as of ``lanes_frame``. All from ``costs``; nothing here was timed.
+    Columns as of ``lanes_frame``. All from ``costs``; nothing here was timed. ``num_accepted`` None
+    means that nothing drafts in the gap.
     """
-    step, prefill = costs.step_ms, costs.verifier_prefill_ms
-    free = costs.num_free(num_tokens)
-    slow_prefill = costs.verifier_slowdown * prefill
-    drafter_ready = costs.drafter_slowdown * costs.drafter_prefill_ms
-    draft_ms = costs.drafter_slowdown * (costs.drafter_step_ms + costs.adapter_ms)
-    total = costs.gap_ms(num_tokens, free, num_accepted, decode_speedup)
-    verify = costs.verify_ms(free) if min(free, num_accepted) and num_tokens > 1 else 0.0
-    num_left = max(0, num_tokens - 1 - min(free, num_accepted))
-    decode = f"decode at {step / decode_speedup:.1f} ms a token"
-    plain, fast = "plain<br>verifier", "speculative<br>"
-    drafting_ends = drafter_ready + max(0, free - 1) * draft_ms
+    step, slowdown = costs.step_ms / decode_speedup, costs.verifier_slowdown
     rows = [
-        (plain, "prefill", "prefill", 0.0, prefill, 1),
-        (plain, "decode", "decode", prefill, costs.plain_ms(num_tokens), num_tokens - 1),
-        (fast + "drafter", "prefill", "prefill", 0.0, drafter_ready, 1),
-        (fast + "drafter", "draft", "draft", drafter_ready, drafting_ends, free),
-        (fast + "verifier", "prefill", "prefill", 0.0, slow_prefill, 1),
-        (fast + "verifier", "verify", "verify", slow_prefill, slow_prefill + verify, 1),
-        (fast + "verifier", decode, "decode", slow_prefill + verify, total, num_left),
+        ("plain<br>verifier", "prefill", 0.0, costs.verifier_prefill_ms),
+        ("plain<br>verifier", "decode", costs.verifier_prefill_ms, costs.plain_ms(num_tokens)),
     ]
-    frame = pd.DataFrame(rows, columns=["lane", "what", "phase", "start_ms", "end_ms", "count"])
+    drafter, verifier = "speculative<br>drafter", "speculative<br>verifier"
+    free, verify = 0, 0.0
+    prefill = (slowdown if num_accepted is not None else 1.0) * costs.verifier_prefill_ms
+    if num_accepted is not None:
+        free = costs.num_free(num_tokens)
+        ready = costs.drafter_slowdown * costs.drafter_prefill_ms
+        draft = costs.drafter_slowdown * (costs.drafter_step_ms + costs.adapter_ms)
+        rows.append((drafter, "prefill", 0.0, ready))
+        rows.append((drafter, "draft", ready, ready + max(0, free - 1) * draft))
+        verify = costs.verify_ms(free) if min(free, num_accepted) and num_tokens > 1 else 0.0
+    num_left = max(0, num_tokens - 1 - min(free, num_accepted or 0))
+    rows.append((verifier, "prefill", 0.0, prefill))
+    rows.append((verifier, "verify", prefill, prefill + verify))
+    end = prefill + verify + num_left * step
+    rows.append((verifier, f"decode at {step:.1f} ms a token", prefill + verify, end))
+    frame = pd.DataFrame(rows, columns=["lane", "what", "start_ms", "end_ms"])
+    frame = frame.assign(phase=frame["what"].map(_phase), count=1)
     return frame[frame["end_ms"] > frame["start_ms"]].reset_index(drop=True)
 
 
 def stage_timeline(
-    costs: Costs, num_tokens: int, num_accepted: int, decode_speedup: float = 1.0
+    costs: Costs, num_tokens: int, num_accepted: int | None, decode_speedup: float = 1.0
 ) -> go.Figure:
-    """Plain decoding against the modelled pipeline, for an answer of average length."""
+    """Plain decoding against the modelled pipeline, for an answer of average length.
+
+    Args:
+        num_accepted: drafts of the gap that match; None: the gap is not used.
+    """
     frame = stage_frame(costs, num_tokens, num_accepted, decode_speedup)
-    plain, fast = (frame.loc[rows, "end_ms"].max() for rows in _split_lanes(frame))
-    speedup = f"{plain / fast:.2f}{TIMES}, modelled"
+    is_plain = frame["lane"].str.startswith("plain")
+    plain, fast = (frame.loc[rows, "end_ms"].max() for rows in (is_plain, ~is_plain))
+    parts = [f"{num_tokens} tokens"]
+    if num_accepted is not None:
+        parts.append(f"{num_accepted} drafts accepted in the gap")
+    if decode_speedup != 1:
+        parts.append(f"decode speedup {decode_speedup:.2f}")
     made = figure(
         "Modelled stages of one answer",
-        f"{num_tokens} tokens, {num_accepted} drafts accepted in the gap, decode speedup "
-        f"{decode_speedup:.2f}: {plain:.0f} ms become {fast:.0f} ms ({speedup})",
+        f"{', '.join(parts)}: {plain:.0f} ms become {fast:.0f} ms "
+        f"({plain / fast:.2f}{TIMES}, modelled)",
         height=330,
     )
     draw_lanes(made, frame)
@@ -235,11 +246,6 @@ def answer_html(example: Example) -> str:
         )
         line, length = line + marked, length + len(piece)
     return "<br>".join([*lines, line])
-
-
-def _split_lanes(frame: pd.DataFrame) -> tuple[pd.Series[bool], pd.Series[bool]]:
-    is_plain = frame["lane"].str.startswith("plain")
-    return is_plain, ~is_plain
 
 
 def _phase(what: str) -> str:
