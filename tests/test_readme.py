@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_command_of_the_readme(line: str, monkeypatch: pytest.MonkeyPatch) -> No
         project = yaml.safe_load((ROOT / "MLproject").read_text())
         entry = words[words.index("-e") + 1] if "-e" in words else "main"
         assert entry in project["entry_points"]
-        given = [word for before, word in zip(words, words[1:], strict=False) if before == "-P"]
+        given = [word for before, word in pairwise(words) if before == "-P"]
         _parses(entry, [f"--{pair}" for pair in given])
     else:
         assert words[:2] == ["mlflow", "ui"], f"nobody checks {words[0]!r}"
