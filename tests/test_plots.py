@@ -216,6 +216,11 @@ class TestExample:
         assert "&lt;b&gt;" in html and "<b> c" not in html
         assert html.count(style.BLUE) == 2 and html.count(style.ORANGE) == 2
 
+    def test_the_end_is_a_sign(self) -> None:
+        html = timeline.answer_html(replace(EXAMPLE, pieces=(" a", " b", "</s>")))
+        assert "&lt;/s&gt;" not in html and html.endswith("\N{END OF PROOF}")
+        assert ">a<" in html and "> b<" in html
+
     def test_through_json(self) -> None:
         assert timeline.Example.from_dict(json.loads(json.dumps(EXAMPLE.as_dict()))) == EXAMPLE
 
