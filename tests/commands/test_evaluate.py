@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.commands.conftest import World, tags, xsd
 from xsd.adapters import checkpoint
@@ -31,6 +32,7 @@ def evaluate(world: World, workplace: Path) -> Callable[..., Path]:
 
     def run(name: str, *words: object, expect: int = 0, **extra: str) -> Path:
         folder = workplace / name
+        torch.manual_seed(0)
         checkpoint.save(build(configure(name, 24, 32, SIZES)), folder, extra=extra)
         given = ("--checkpoint", folder, "--data", world.data, "--lm_head", world.head)
         xsd("evaluate", *world.pair_flags, *given, *words, expect=expect)
