@@ -223,21 +223,21 @@ def _controls(summary: pd.DataFrame) -> str:
     if summary.empty or "control" not in set(summary["strategy"].map(kind)):
         return ""
     strategies = summary.set_index("strategy")
-    shuffled = [name for name in strategies.index if "@" in name]
-    rows = []
-    for name in strategies.index:
-        if kind(name) == "control":
-            plain = name.partition("@")[0]
-            pair = (plain, name) if name in shuffled and plain in strategies.index else (name,)
-            rows += [
-                [
-                    one,
-                    f"{strategies.loc[one, 'gap_accepted']:.2f}",
-                    f"{strategies.loc[one, 'tokens_accepted']:.2f}",
-                    f"{strategies.loc[one, 'speedup']:.2f}{TIMES}",
-                ]
-                for one in pair
-            ]
+    twins = {name.partition("@")[0]: name for name in strategies.index if "@" in name}
+    asked = [name for name in strategies.index if kind(name) == "control" or name in twins]
+    # A shuffled config follows the one that it questions, where that was measured.
+    leading = [n for n in asked if "@" not in n or n.partition("@")[0] not in asked]
+    names = [one for name in leading for one in (name, twins.get(name)) if one]
+    rows = [
+        [
+            name,
+            f"{strategies.loc[name, 'gap_accepted']:.2f}",
+            f"{strategies.loc[name, 'tokens_accepted']:.2f}",
+            f"{strategies.loc[name, 'speedup']:.2f}{TIMES}",
+        ]
+        for name in names
+    ]
+    breaks = [index for index, name in enumerate(names) if "@" not in name and index]
     note = (
         "What would have been accepted anyway? template+VL drafts the training set's commonest "
         "answer to the question, drafter+VL the drafter's own words without an adapter, and "
@@ -245,7 +245,9 @@ def _controls(summary: pd.DataFrame) -> str:
         "twin is what the events contribute."
     )
     columns = ["config", "accepted in the gap", "accepted in all", "speedup"]
-    return page.section("Controls", page.paragraph(note, "soft"), page.table(columns, rows))
+    return page.section(
+        "Controls", page.paragraph(note, "soft"), page.table(columns, rows, breaks=breaks)
+    )
 
 
 def _leakage(evaluated: Mapping[str, Source]) -> str:

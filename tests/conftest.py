@@ -18,10 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 torch.set_num_threads(1)
+# A busy machine is no failure: nothing here is a timed test.
+settings.register_profile("xsd", deadline=None)
+settings.load_profile("xsd")
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,9 @@ def parse(
     if "help" in flags:
         parser.parse_args(["--help"])
     path = flags.pop("config", None)
+    if path is not None and "recipe" in {field.name for field in dataclasses.fields(config_class)}:  # type: ignore[arg-type]
+        # ``main`` hands its recipe on to the stages.
+        flags.setdefault("recipe", path)
     recipe = {} if path is None else _read_recipe(Path(path), section, config_class, sections)
     merged = _merge(parser, recipe, [section], flags, config_class)
     variant = f"{section}.{merged.get('level')}"

@@ -181,3 +181,10 @@ def test_another_level_is_refused(
 ) -> None:
     promote(train(), "--level", "L2", expect=2)
     assert "of level L1, not L2" in capsys.readouterr().err
+
+
+def test_free_running_adapters_have_a_name_of_their_own() -> None:
+    from xsd.commands.promote import _registered
+
+    assert _registered({"level": "L4", "conditioning": "teacher_forced"}) == "L4"
+    assert _registered({"level": "L4", "conditioning": "free_running"}) == "L4-free"

@@ -55,11 +55,12 @@ def perform(config: Config) -> Product:
         from tqdm import tqdm
 
         from xsd import bench, bench_report
+        from xsd.commands.extract import dataset_folder
         from xsd.hidden.store import HiddenStore, find_folder
         from xsd.pairs.catalog import load_pair
 
         pair = load_pair(config)
-        items = bench.choose_items(inputs["dataset_dir"].path / "scenes", config, pair)
+        items = bench.choose_items(dataset_folder(inputs["dataset_dir"]), config, pair)
         adapters = {name: inputs[f"adapter.{name}"].path for name in names}
         answers = HiddenStore.open(find_folder(inputs["data"].path, "train"))
         records = bench.run(

@@ -148,10 +148,11 @@ class Evaluation:
             run.artifact(folder / file)
         run.figure("metrics_summary", metrics_summary(name, self.counts, self.modelled), folder)
         run.figure("token_metrics", token_metrics(name, self.counts), folder)
+        accepted = self.modelled.get("modelled.gap_accepted")
         timeline = stage_timeline(
             self.costs,
             round(self.mean_tokens),
-            round(self.modelled.get("modelled.gap_accepted", 0.0)),
+            None if accepted is None else round(accepted),
             self.modelled.get("modelled.decode_speedup", 1.0),
         )
         run.figure("stage_timeline", timeline, folder)

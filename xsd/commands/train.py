@@ -166,7 +166,7 @@ def _train(
                 checkpoint.save(adapter, folder, extra=about(data, report, config))
             write_json(folder / "history.json", [asdict(r) for r in history])
             log_epoch(run, report, metric)
-            bar.set_postfix_str(f"{metric} {report.val[metric]:.3f}")
+            bar.set_postfix_str(f"{metric} {report.val[metric]:.3f}", refresh=False)
             bar.update()
     return adapter, history
 

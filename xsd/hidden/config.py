@@ -34,7 +34,7 @@ class ExtractConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the stored states."""
     batch_clips: int | None = None
-    """Clips that are answered together; null: as many as their caches fit into 1 GiB, up to 16."""
+    """Clips that are answered together; null: 1 to 16, by the size of their caches."""
     max_failures: float = 0.02
     """Share of answers that may fail before the stage does."""
 

@@ -19,7 +19,7 @@ from xsd.pairs.base import Decoder, Media, ModelPair
 from xsd.pairs.generate import Answer, generate, teacher_force
 from xsd.types import ClipVisual, HiddenSample, Sample
 
-_CACHE_BYTES = 1 << 30
+_CACHE_BYTES = 128 << 20
 _MAX_CLIPS = 16
 DURATION = "1s"
 

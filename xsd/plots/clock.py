@@ -185,6 +185,7 @@ def accept_rate_comparison(traces: Sequence[Trace]) -> go.Figure:
         y=names,
         mode="markers",
         marker={"size": 11, "color": [KIND_COLOURS[kind(name)] for name in names]},
+        cliponaxis=False,
         showlegend=False,
         hovertemplate="%{y}: %{x:.1%}<extra></extra>",
         row=1,

@@ -140,7 +140,7 @@ def curves_comparison(histories: Mapping[str, pd.DataFrame]) -> go.Figure:
         ends = part.groupby("level", sort=False).tail(1)
         end_labels(made, ends["level"], ends["step"], ends["value"], row=1, column=column)
         metric = level(base_level(part["level"].iloc[0])).selection_metric
-        made.update_yaxes(title=SELECTION_NAMES[metric], row=1, col=column)
+        made.update_yaxes(title=SELECTION_NAMES[metric], rangemode="nonnegative", row=1, col=column)
         made.update_xaxes(title="optimizer step", row=1, col=column)
     made.update_layout(showlegend=False, margin_r=60)
     return made

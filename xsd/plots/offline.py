@@ -218,6 +218,7 @@ def feature_against_tokens(rates: Mapping[str, Mapping[str, float]]) -> go.Figur
             x=part["accept_90"],
             y=part["accept_length"],
             mode="markers",
+            cliponaxis=False,
             marker={"size": 13, "color": [level_colour(name) for name in part["level"]]},
             customdata=part[["level", "cos_sim_mean"]],
             hovertemplate="%{customdata[0]}: accept@0.90 %{x:.1%}, cos_sim %{customdata[1]:.3f}, "

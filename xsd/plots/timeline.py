@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -29,6 +30,9 @@ _PHASES = {
     "decode": GREY,
     "wait": "rgba(128,136,150,0.25)",
 }
+_SPECIAL = r"</?\w+>|<\|\w+\|>"
+"""Tokens that end a text, such as ``</s>``."""
+_END = " \N{END OF PROOF}"
 _LINE = 118
 """Characters of example text in a line of a figure 960 pixels wide."""
 
@@ -118,11 +122,11 @@ def prefill_hiding(example: Example) -> go.Figure:
     frame = lanes_frame([plain, fast])
     text = answer_html(example)
     # From top to bottom, in pixels: images, legend, lanes, axis, question and answer.
-    images = 118 if example.frames or example.event_images else 0
+    images = 100 if example.frames or example.event_images else 0
     lanes, words = 64 * max(1, frame["lane"].nunique()), 20 * (text.count("<br>") + 2)
     inner = images + 46 + lanes + 62 + words
     made = figure(
-        "What prefill hides",
+        "What prefill hides" if fast.num_free else "What drafting saves",
         f"{fast.strategy} against plain decoding, one sample: {plain.total_ms:.0f} ms become "
         f"{fast.total_ms:.0f} ms ({plain.total_ms / fast.total_ms:.2f}{TIMES})",
         height=inner + 116 + 20,
@@ -238,8 +242,8 @@ def answer_html(example: Example) -> str:
     for piece, origin in zip(example.pieces, token_origins(example.fast), strict=False):
         if length + len(piece) > _LINE and piece.startswith(" "):
             lines.append(line)
-            line, length, piece = "", 0, piece.lstrip()
-        words = escape(piece)
+            line, length = "", 0
+        words = _END if re.fullmatch(_SPECIAL, piece) else escape(piece if line else piece.lstrip())
         colour = ORIGIN_COLOURS[origin]
         marked = (
             words if origin == "verifier" else f'<b><span style="color:{colour}">{words}</span></b>'
@@ -276,7 +280,9 @@ def _add_answer(made: go.Figure, question: str, text: str, y: float) -> None:
 def _add_images(
     made: go.Figure, title: str, images: Sequence[str], *, left: float, size: float
 ) -> None:
-    """A row of thumbnails at the top; at most five fit into a half."""
+    """A row of thumbnails at the top; five fit into a half, so of more every second is shown."""
+    while len(images) > 5:
+        images = images[::2]
     if not images:
         return
     place = {"xref": "paper", "yref": "paper", "xanchor": "left"}

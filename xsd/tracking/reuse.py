@@ -16,7 +16,7 @@ from xsd.tracking.products import Product, altered, from_run, load
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-OUTPUTS: Final = frozenset({"output_dir", "output_path", "reuse"})
+OUTPUTS: Final = frozenset({"output_dir", "output_path", "max_failures"})
 """Configuration fields that change where a product goes, not what it is."""
 
 
