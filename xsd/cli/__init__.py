@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,9 +36,6 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
     Exit codes: 0; 2 for a user's mistake, told in one line; 130 after Ctrl-C; 143 after SIGTERM.
     """
-    # Threads that wait for each other should sleep: spinning, they starve whatever else runs on
-    # the machine, and each other (ten times slower was measured on two busy cores).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     if command is None:
         if not words or words[0] in ("-h", "--help"):
