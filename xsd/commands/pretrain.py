@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
 
-HELP = "train the embedded tiny pair from scratch on synthetic scenes (about an hour)"
+HELP = "train the embedded tiny pair from scratch on synthetic scenes"
 HELD_OUT_RECORDINGS = 1_000_000
 """Recordings from this number on are never trained on."""
 
