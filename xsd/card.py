@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from torch.nn import functional
 
 from xsd.decoding.controls import NGramTable, commonest_answers, ngram_tau, template_prefix
-from xsd.learning.pretrain import Corpus, clip_facts, normalise
-from xsd.learning.pretrain_config import PretrainConfig
+from xsd.learning.pretrain.config import PretrainConfig
+from xsd.learning.pretrain.corpus import Corpus, clip_facts, normalise
 from xsd.pairs.base import Decoder, ModelPair
 from xsd.pairs.generate import generate, teacher_force
 from xsd.scenes.facts import Facts
@@ -69,7 +69,9 @@ def examine(
     for start in range(0, len(facts), clips_per_batch):
         batch = range(start, min(start + clips_per_batch, len(facts)))
         jobs = [(clip, question) for clip in batch for question in range(len(QUESTIONS))]
-        visual = {clip: decoder.visual_tokens(normalise(images[clip])) for clip in batch}
+        visual = {
+            clip: decoder.visual_tokens(normalise(torch.from_numpy(images[clip]))) for clip in batch
+        }
         prompts = [
             decoder.embed_prompt(decoder.prompt(QUESTIONS[question]), visual[clip])[0]
             for clip, question in jobs
@@ -114,9 +116,12 @@ def _loss(
     return float(loss), len(targets)
 
 
-def examine_pair(pair: ModelPair, held_out: Corpus, config: PretrainConfig) -> dict[str, Any]:
+def examine_pair(
+    pair: ModelPair, held_out: Corpus, config: PretrainConfig, made_on: str
+) -> dict[str, Any]:
     """Both models' figures, and what drafting by rote reaches on the verifier's own answers.
 
+    ``made_on``: the machine that trained them, in words.
     The rote controls learn from the verifier house's reference answers to ``num_scenes`` clips.
     """
     verifier, spoken = examine(pair.verifier, held_out.frames, held_out.facts, "verifier")
@@ -126,7 +131,8 @@ def examine_pair(pair: ModelPair, held_out: Corpus, config: PretrainConfig) -> d
     learned = list(_reference_answers(pair.verifier, config))
     table = NGramTable(5).fit((prompts[question], ids) for question, ids in learned)
     return {
-        "config": asdict(config),
+        "config": {field.name: getattr(config, field.name) for field in fields(PretrainConfig)},
+        "made_on": made_on,
         "num_parameters": {
             role: sum(p.numel() for p in getattr(pair, role).model.parameters())
             for role in ("drafter", "verifier")
@@ -172,9 +178,10 @@ def render(card: Mapping[str, Any]) -> str:
             "nothing but these scenes. Made by `xsd pretrain` with the configuration in",
             "`card.json`: an attribute head first teaches the visual tokens the scene's facts and",
             "is dropped; then each language model learns its own house's answers on frozen",
-            f"vision. {config['num_scenes']} training clips; the figures are of",
-            f"{config['num_held_out']} clips from recordings that were never trained on, all ten",
-            "questions each.",
+            f"vision. {config['num_scenes']} training clips, on {card['made_on']}.",
+            "",
+            f"The figures are of {config['num_held_out']} clips from recordings that were never",
+            "trained on, all ten questions each, by the weights as they are saved, on a CPU.",
             "",
             "| | verifier | drafter |",
             "|---|---|---|",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xsd.cli import main
 from xsd.commands import stage
-from xsd.learning.pretrain_config import PretrainConfig
+from xsd.learning.pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
     from xsd.tracking.products import Product
@@ -37,20 +37,23 @@ def perform(config: Config) -> Product:
     def work(run: Run, _: Mapping[str, Product]) -> None:
         from tqdm import tqdm
 
-        from xsd.learning import pretrain
+        from xsd.learning.pretrain.corpus import make_corpus
+        from xsd.learning.pretrain.train import TinyModels, pretrain
 
         print(f"rendering {config.num_scenes} clips to train on and {config.num_held_out} to test")
-        corpus = pretrain.make_corpus(config, config.num_scenes, 0)
-        models = pretrain.TinyModels.new(config)
-        bar = tqdm(pretrain.pretrain(config, corpus, models), desc="pretrain", unit="report")
+        corpus = make_corpus(config, config.num_scenes, 0)
+        models = TinyModels.new(config)
+        bar = tqdm(pretrain(config, corpus, models), desc="pretrain", unit="report")
         for report in bar:
-            bar.set_postfix_str(f"{report.phase} {report.loss:.3f}")
+            bar.set_postfix_str(
+                f"{report.phase} {report.step}/{report.num_steps} {report.loss:.3f}"
+            )
             values = {f"{report.phase}.{k.replace('.', '_')}": v for k, v in report.metrics.items()}
             run.log({f"{report.phase}.loss": report.loss, **values}, step=report.step)
         folder = config.output_dir / run.work_name
         models.save(folder)
-        held_out = pretrain.make_corpus(config, config.num_held_out, HELD_OUT_RECORDINGS)
-        write_card(folder, config, held_out)
+        held_out = make_corpus(config, config.num_held_out, HELD_OUT_RECORDINGS)
+        write_card(folder, config, held_out, _machine(config.device))
         run.artifacts(folder)
 
     return stage.perform(
@@ -62,13 +65,23 @@ def perform(config: Config) -> Product:
     )
 
 
-def write_card(folder: Path, config: PretrainConfig, held_out: Any) -> dict[str, Any]:
+def _machine(device: str) -> str:
+    import torch
+
+    from xsd.pairs.device import choose_device
+
+    chosen = choose_device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "a CPU"
+    return f"{name} with torch {torch.__version__}"
+
+
+def write_card(folder: Path, config: PretrainConfig, held_out: Any, made_on: str) -> dict[str, Any]:
     """Examine the saved pair on unseen recordings; write ``card.json`` and ``README.md``."""
     from xsd.card import examine_pair, render
     from xsd.files import write_json, write_text
     from xsd.pairs.catalog import load_folder
 
-    card = examine_pair(load_folder(folder), held_out, config)
+    card = examine_pair(load_folder(folder), held_out, config, made_on)
     write_json(folder / "card.json", card)
     write_text(folder / "README.md", render(card))
     print(json.dumps(card["verifier"]["facts_right"], indent=2))

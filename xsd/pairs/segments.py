@@ -47,7 +47,9 @@ def segment_attention(
     num_segments = len(queries) // batch
     keys = torch.cat([k.repeat_interleave(num_segments, 0), keys], dim=2)
     values = torch.cat([v.repeat_interleave(num_segments, 0), values], dim=2)
-    sees = torch.ones(segment_length, num_prefix + segment_length, dtype=torch.bool)
+    sees = torch.ones(
+        segment_length, num_prefix + segment_length, dtype=torch.bool, device=query.device
+    )
     rest = functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=sees.tril(num_prefix)
     )

@@ -1,0 +1,183 @@
+"""The whole of it, for each model: facts, gathering, first words in few layers, then all layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xsd.learning.pretrain.config import PretrainConfig
+from xsd.learning.pretrain.corpus import SLOTS, Corpus, label_facts
+from xsd.learning.pretrain.language import (
+    Lessons,
+    Readout,
+    shallow,
+    teach_gathering,
+    teach_language,
+)
+from xsd.learning.pretrain.vision import PretrainReport, Visual, teach_facts, visual_table
+from xsd.pairs import eventgpt, tiny, video_llava
+from xsd.pairs.base import Decoder
+from xsd.pairs.device import choose_device
+from xsd.pairs.eventgpt import EventGPT, EventGPTDecoder
+from xsd.pairs.video_llava import VideoLlava, VideoLlavaDecoder
+from xsd.scenes.language import House, answer
+from xsd.scenes.questions import QUESTIONS
+from xsd.scenes.synthetic import sample_facts
+
+
+@dataclass(frozen=True)
+class TinyModels:
+    """The two models in training, and the tokenizer they share."""
+
+    drafter: EventGPT
+    verifier: VideoLlava
+    tokenizer: Any
+
+    @classmethod
+    def new(cls, config: PretrainConfig) -> TinyModels:
+        torch.manual_seed(config.seed)
+        drafter = EventGPT(tiny.drafter_config())
+        verifier = VideoLlava(tiny.verifier_config())
+        return cls(drafter, verifier, tiny.train_tokenizer(_texts(config)))
+
+    def save(self, folder: Path) -> None:
+        """Half precision on disk: the rounding is far below what training leaves open."""
+        processing = tiny.processing()
+        drafter, verifier = (
+            copy.deepcopy(model).cpu().half() for model in (self.drafter, self.verifier)
+        )
+        eventgpt.save(drafter, processing, folder / "drafter")
+        video_llava.save(verifier, processing, folder / "verifier")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _texts(config: PretrainConfig) -> Iterator[str]:
+    """What the tokenizer learns from: answers of both houses, and all prompts."""
+    rng = np.random.default_rng(config.seed)
+    for _ in range(2000):
+        facts = sample_facts(rng)
+        for question in range(len(QUESTIONS)):
+            for house in get_args(House):
+                yield answer(facts, question, house)
+    for question_text in QUESTIONS * 300:
+        yield f"{eventgpt.SYSTEM} USER: <ev_start><ev_end>\n{question_text} ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A model in training, taken apart."""
+
+    house: House
+    model: Any
+    language_model: Any
+    visual: Visual
+    visual_parameters: list[nn.Parameter]
+    prompts: Decoder
+    """Words the prompts. A decoder takes its model's weights over, so it holds a copy."""
+
+    @classmethod
+    def of(cls, house: House, models: TinyModels) -> Pupil:
+        if house == "verifier":
+            verifier = models.verifier
+            return cls(
+                house,
+                verifier,
+                verifier.model.language_model,
+                lambda pixels: video_llava.visual_tokens(verifier, pixels),
+                [
+                    *verifier.model.video_tower.parameters(),
+                    *verifier.model.multi_modal_projector.parameters(),
+                ],
+                VideoLlavaDecoder(copy.deepcopy(verifier), models.tokenizer, tiny.processing()),
+            )
+        drafter = models.drafter
+        return cls(
+            house,
+            drafter,
+            drafter.model,
+            drafter.visual_tokens,
+            [
+                *drafter.model.visual_tower.parameters(),
+                *drafter.model.visual_projector.parameters(),
+                *drafter.model.feature_adaptor.parameters(),
+            ],
+            EventGPTDecoder(copy.deepcopy(drafter), models.tokenizer, tiny.processing()),
+        )
+
+
+def pretrain(
+    config: PretrainConfig, corpus: Corpus, models: TinyModels
+) -> Iterator[PretrainReport]:
+    """Train both models in place, one after the other; neither depends on the other."""
+    yield from pretrain_one("verifier", config, corpus, models)
+    yield from pretrain_one("drafter", config, corpus, models)
+
+
+def pretrain_one(
+    house: House, config: PretrainConfig, corpus: Corpus, models: TinyModels
+) -> Iterator[PretrainReport]:
+    """Train one of the two models in place."""
+    torch.manual_seed(config.seed)
+    device = choose_device(config.device)
+    pupil = Pupil.of(house, models)
+    pupil.model.to(device)
+    images = torch.from_numpy(corpus.frames if house == "verifier" else corpus.events).to(device)
+    slots = SLOTS[house]
+    labels = label_facts(corpus.facts, slots).to(device)
+    yield from teach_facts(
+        pupil.visual, pupil.visual_parameters, images, labels, slots, config, house
+    )
+    tokens = visual_table(pupil.visual, images)
+    readout = Readout(pupil.language_model, tokens.shape[2], slots).to(device)
+    with shallow(pupil.language_model, readout.depth):
+        yield from teach_gathering(
+            pupil.prompts, pupil.language_model, readout, tokens, labels, house, config
+        )
+        steps = config.language_steps if house == "verifier" else config.drafter_steps
+        yield from _teach(pupil, tokens, labels, readout, corpus, config, steps)
+    if readout.depth < len(pupil.language_model.layers):
+        grown = replace(
+            config,
+            seed=config.seed + 1,
+            learning_rate=config.learning_rate * config.grown_rate,
+            muon_learning_rate=config.muon_learning_rate * config.grown_rate,
+        )
+        yield from _teach(pupil, tokens, labels, readout, corpus, grown, config.grown_steps)
+    readout.remove()
+
+
+def _teach(
+    pupil: Pupil,
+    tokens: Tensor,
+    labels: Tensor,
+    readout: Readout,
+    corpus: Corpus,
+    config: PretrainConfig,
+    num_steps: int,
+) -> Iterator[PretrainReport]:
+    prompts = [pupil.prompts.prompt(question) for question in QUESTIONS]
+    (eos,) = pupil.prompts.eos_ids
+    lessons = Lessons(
+        pupil.prompts.tokenizer,
+        [(prompt.before, prompt.after) for prompt in prompts],
+        eos,
+        tokens.shape[1],
+        corpus.facts,
+        pupil.house,
+        batch_scenes=config.batch_scenes
+        if pupil.house == "verifier"
+        else config.drafter_batch_scenes,
+        questions_per_scene=config.questions_per_scene,
+        num_steps=num_steps,
+        seed=config.seed,
+    )
+    return teach_language(
+        lessons, pupil.model, pupil.language_model, tokens, readout, labels, config
+    )
