@@ -12,6 +12,7 @@ import pandas as pd
 
 from dashboards import page
 from xsd.adapters.catalog import LEVELS, level
+from xsd.config import variant as variant
 from xsd.files import read_json
 from xsd.plots import clock, learning, offline, timeline
 from xsd.plots.style import TIMES, base_level, kind
@@ -35,16 +36,6 @@ class Source:
     """Its artifacts."""
     curve: pd.DataFrame | None = None
     """Training only: validation accept length, columns step and value."""
-
-
-def variant(tags: Mapping[str, str]) -> str:
-    """``Source.name`` of a run with these tags."""
-    name = tags.get("level", "")
-    if name not in LEVELS:
-        return name
-    if tags.get("conditioning") == "free_running":
-        return f"{name}:free"
-    return f"{name}:feature" if tags.get("loss") == "feature" else name
 
 
 def build(sources: Sequence[Source], pair: str, recipes: Iterable[str] = ()) -> str:

@@ -116,7 +116,7 @@ def test_null_in_mlproject_leaves_the_choice_to_the_recipe(recipe) -> None:
         (["--early_stopping", "1.5"], "--early_stopping: '1.5' is not int or null"),
         (["--lens.focus", "x"], "--lens.focus: 'x' is not float"),
         (["--learning_rate", "-1"], "learning_rate: must not be negative"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read as YAML"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file"),
     ],
 )
 def test_a_wrong_flag_is_one_line(argv: list[str], message: str) -> None:
@@ -135,7 +135,7 @@ def test_a_wrong_flag_is_one_line(argv: list[str], message: str) -> None:
         ("scenes: {learning_rate: 1}", "section 'scenes': unknown key 'learning_rate'"),
         ("train: {lens: {focos: 1}}", "section 'train.lens': unknown key 'focos'"),
         ("train.L9: {seed: 1}", "unknown level 'L9'"),
-        ("train: {seed: x}", "recipe: seed: 'x' is not int"),
+        ("train: {seed: x}", "recipe.yaml: seed: 'x' is not int"),
         ("train: 3", "section 'train' must be a mapping"),
         ("[1, 2]", "a recipe is a mapping"),
         ("train: {seed: [", "cannot be read as YAML"),

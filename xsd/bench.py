@@ -24,6 +24,7 @@ from xsd.decoding.config import DecodingConfig
 from xsd.decoding.controls import commonest_answers
 from xsd.decoding.draft import HeadDrafter, VerifierTables
 from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import adapter_names, needs_drafter
@@ -69,8 +70,11 @@ def run(
     *,
     repeats: int,
     warmup: int,
+    timed: bool = True,
 ) -> Iterator[Trace | Failure]:
     """Decode every item by every strategy, ``repeats`` times, interleaved.
+
+    ``timed`` false: only what is said matters, so nothing is prepared for a fair clock.
 
     The first strategy is the baseline: it is decoded first, and its answer is what every other
     answer is compared with.
@@ -80,7 +84,8 @@ def run(
     """
     with ExitStack() as stack:
         bench = _Bench(stack, pair, pair_config, items, strategies, adapters, templates, config)
-        bench.choose_threads()
+        if timed:
+            bench.choose_threads()
         for item in items[:warmup]:
             for strategy in strategies:
                 bench.decode(item, strategy)
@@ -197,6 +202,7 @@ class _Bench:
     def _trace(
         self, item: BenchItem, strategy: Strategy, repeat: int, decoded: Decoded, plain: list[int]
     ) -> Trace:
+        differs = first_difference(decoded.token_ids, plain)
         return Trace(
             sample_key=item.sample.key,
             strategy=strategy.name,
@@ -212,7 +218,16 @@ class _Bench:
             gap_accepted=decoded.gap_accepted,
             cycle_drafted=tuple(decoded.cycle_drafted),
             cycle_accepted=tuple(decoded.cycle_accepted),
-            first_difference=first_difference(decoded.token_ids, plain),
+            first_difference=differs,
+            near_tie=differs is not None
+            and is_near_tie(
+                self.pair.verifier,
+                item.media,
+                item.sample.question,
+                plain,
+                differs,
+                {decoded.gap_drafted, *(drafted + 1 for drafted in decoded.cycle_drafted)} - {0},
+            ),
             timeline=tuple(decoded.timeline),
         )
 
@@ -336,6 +351,6 @@ def is_lossless(
     baseline = Strategy("vl_baseline")
     records = run(
         pair, pair_config, items, [baseline, strategy], {name: adapter}, {}, config,
-        repeats=1, warmup=0,
+        repeats=1, warmup=0, timed=False,
     )  # fmt: skip
     return all(isinstance(record, Trace) and record.lossless for record in records)

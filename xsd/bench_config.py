@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xsd.decoding.config import DecodingConfig
+from xsd.errors import XsdError
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,15 @@ class BenchConfig(DecodingConfig):
     """Samples decoded first, outside the measurement."""
     max_failures: float = 0.02
     """Share of failed decodings at which the stage fails."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_questions", "repeats"):
+            if getattr(self, name) < 1:
+                raise XsdError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_samples < 1 and self.max_samples != -1:
+            raise XsdError(f"max_samples={self.max_samples}: must be at least 1, or -1 for all")
+        if self.warmup < 0:
+            raise XsdError(f"warmup={self.warmup}: must not be negative")
+        if not 0.0 <= self.max_failures <= 1.0:
+            raise XsdError(f"max_failures={self.max_failures}: must be a share between 0 and 1")

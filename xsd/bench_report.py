@@ -51,6 +51,7 @@ def write(
         },
     )
     write_text(folder / f"e2e_wallclock_{stamp}.md", text + "\n")
+    run.tag({"mlflow.note.content": text})
     run.artifacts(folder)
     figures = {
         "speedup_comparison": clock.speedup_comparison(traces),
@@ -67,7 +68,9 @@ def write(
     run.table("benchmark", summary)
     run.table("per_sample", speedup.per_sample(traces))
     run.log(metrics(summary))
-    run.tag({"lossless": bool(summary["lossless"].all()), "num_failures": len(failures)})
+    run.tag(
+        {"lossless": str(bool(summary["lossless"].all())).lower(), "num_failures": len(failures)}
+    )
 
 
 def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair) -> Example | None:
@@ -100,7 +103,7 @@ def metrics(summary: pd.DataFrame) -> dict[str, float]:
     """``measured.<config>.<quantity>``; MLflow refuses some characters of config names."""
     kept = ("speedup", "decode_speedup", "ratio_mean", "ratio_p5", "ratio_p95", "share_slower",
             "prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free",
-            "num_different")  # fmt: skip
+            "num_different", "num_near_ties")  # fmt: skip
     found: dict[str, float] = {}
     for _, row in summary.iterrows():
         name = re.sub(r"[^\w.-]+", "_", str(row["strategy"]))
@@ -127,7 +130,7 @@ def table(summary: pd.DataFrame, traces: Sequence[Trace], items: Sequence[BenchI
             f"{row['ratio_mean']:.2f} ± {row['ratio_std']:.2f}",
             f"{row['share_slower']:.0%}",
             f"{row['num_free']:.1f}" if row["num_free"] else "-",
-            "yes" if row["lossless"] else f"NO ({row['num_different']:.0f} differ)",
+            _verdict(row),
         )
         for _, row in summary.iterrows()
     ]
@@ -139,6 +142,14 @@ def table(summary: pd.DataFrame, traces: Sequence[Trace], items: Sequence[BenchI
         f"takes {media_ms:.1f} ms more, the same for every config."
     )
     return "\n".join([*lines, "", note])
+
+
+def _verdict(row: pd.Series[Any]) -> str:
+    """Whether nothing changed that rounding does not excuse."""
+    ties = int(row["num_near_ties"])
+    if not row["lossless"]:
+        return f"NO ({int(row['num_different']) - ties} differ)"
+    return f"yes ({ties} near ties)" if ties else "yes"
 
 
 def _or_dash(value: float, form: str) -> str:

@@ -43,7 +43,10 @@ SectionClasses = Callable[[str], type | None]
 
 LEVELS: Final = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1", "E1", "E2", "E3", "X1")
 SEED_NUMBERS: Final = {"1": "L1", "2": "L2", "3": "L3", "4": "L4", "5": "L5", "6": "L5F"}
-SHARED_KEYS: Final = frozenset({"pair", "seed", "device", "quant"})
+SHARED_KEYS: Final = frozenset(
+    {"pair", "drafter", "verifier", "tower", "weights", "num_event_images"}
+    | {"seed", "device", "device_map", "quant"}
+)
 """What a recipe may say once, above its sections."""
 
 
@@ -62,6 +65,16 @@ class Level(str):
         if name not in LEVELS:
             raise XsdError(f"unknown level {value!r}; choose 1-6 or one of {', '.join(LEVELS)}")
         return super().__new__(cls, name)
+
+
+def variant(tags: Mapping[str, object]) -> str:
+    """``L4``, ``L4:feature`` or ``L4:free``: an adapter by its run's level, loss, conditioning."""
+    name = str(tags.get("level") or "")
+    if name not in LEVELS:
+        return name
+    if tags.get("conditioning") == "free_running":
+        return f"{name}:free"
+    return f"{name}:feature" if tags.get("loss") == "feature" else name
 
 
 def parse(
@@ -88,20 +101,30 @@ def parse(
     if "help" in flags:
         parser.parse_args(["--help"])
     path = flags.pop("config", None)
+    where = f"{path}: " if path is not None else ""
     if path is not None and "recipe" in {field.name for field in dataclasses.fields(config_class)}:  # type: ignore[arg-type]
         # ``main`` hands its recipe on to the stages.
         flags.setdefault("recipe", path)
     recipe = {} if path is None else _read_recipe(Path(path), section, config_class, sections)
-    merged = _merge(parser, recipe, [section], flags, config_class)
+    merged = _merge(parser, recipe, [section], flags, config_class, where)
     variant = f"{section}.{merged.get('level')}"
     if variant in recipe:
-        merged = _merge(parser, recipe, [section, variant], flags, config_class)
+        merged = _merge(parser, recipe, [section, variant], flags, config_class, where)
     try:
         built = parser.instantiate(merged)
         names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-        return config_class(**{name: built[name] for name in names})
+        made = config_class(**{name: built[name] for name in names})
+        _check_all(made)
     except ValueError as error:
         raise XsdError(_one_line(error)) from error
+    return made
+
+
+def _check_all(config: Any) -> None:
+    """A command's configuration has several parents, of whose checks Python runs the first only."""
+    for parent in type(config).__mro__:
+        if check := vars(parent).get("__post_init__"):
+            check(config)
 
 
 def resolved(config: Any) -> dict[str, str | int | float | bool]:
@@ -245,8 +268,10 @@ def _read_recipe(
 
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise XsdError(f"{path}: cannot be read as YAML ({_one_line(error)})") from error
+    except OSError as error:
+        raise XsdError(f"{path}: cannot be read ({error.strerror}); check --config") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise XsdError(f"{path}: cannot be read as YAML ({_one_line(error)}); mend it") from error
     if not isinstance(recipe, dict):
         raise XsdError(f"{path}: a recipe is a mapping of sections, one a stage")
     for key, values in recipe.items():
@@ -261,9 +286,9 @@ def _read_recipe(
             )
         if variant:
             Level(variant)
+        recipe[key] = {} if values is None else values
         if known is not None:
-            _check_section(path, str(key), values or {}, known)
-        recipe[key] = values or {}
+            _check_section(path, str(key), recipe[key], known)
     return recipe
 
 
@@ -284,6 +309,7 @@ def _merge(
     sections: Sequence[str],
     flags: Mapping[str, str],
     config_class: type,
+    where: str = "",
 ) -> Namespace:
     """Defaults, then the recipe's shared keys and ``sections`` in order, then flags."""
     kinds = {key: option.kind for key, option in _options(config_class).items()}
@@ -293,7 +319,7 @@ def _merge(
     try:
         namespace = parser.parse_object(values)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise _refusal(error, "recipe: ", values, kinds) from error
+        raise _refusal(error, where, values, kinds) from error
     try:
         return parser.parse_args([f"--{key}={text}" for key, text in flags.items()], namespace)
     except (argparse.ArgumentError, TypeError, ValueError) as error:

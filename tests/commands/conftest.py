@@ -11,6 +11,7 @@ import pytest
 
 from tests.hidden import miniature
 from xsd.cli import main
+from xsd.config import resolved
 from xsd.hidden import lm_head
 from xsd.hidden.config import ExtractConfig
 from xsd.hidden.extract import extract, header
@@ -36,7 +37,7 @@ class World:
 
     @property
     def pair_flags(self) -> list[str]:
-        values = vars(self.pair) | {"device": "cpu"}
+        values = resolved(self.pair) | {"device": "cpu"}
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
     @property

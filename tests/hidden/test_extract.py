@@ -60,6 +60,24 @@ def test_states_are_those_of_both_models(
         torch.testing.assert_close(sample.drafter_hidden, states, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("conditioning", ["teacher_forced", "free_running"])
+def test_the_verifiers_side_may_come_from_the_other_conditioning(
+    pair: ModelPair, scenes: list[Scene], conditioning: str, tmp_path: Path
+) -> None:
+    other = {"teacher_forced": "free_running", "free_running": "teacher_forced"}[conditioning]
+    config = replace(CONFIG, conditioning=conditioning)
+    said = HiddenStore.open(
+        run(pair, scenes, tmp_path / "other", replace(CONFIG, conditioning=other))
+    )
+    alone = HiddenStore.open(run(pair, scenes, tmp_path / "alone", config))
+    batches = plan_batches(scenes, "train", config, 2)
+    top = header(pair, batches, "train", config, "data")
+    with HiddenWriter.open(tmp_path / "lent", top, batches) as writer:
+        for extracted in extract(pair, batches, config, said):
+            writer.add(extracted)
+    assert HiddenStore.open(tmp_path / "lent").digest == alone.digest
+
+
 def test_visual_states_are_a_clips_own(pair: ModelPair, scenes: list[Scene]) -> None:
     [extracted] = extract(pair, plan_batches(scenes[:2], "train", CONFIG, 2), CONFIG)
     for scene, visual in zip(scenes, extracted.visuals, strict=False):

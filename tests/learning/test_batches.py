@@ -17,6 +17,7 @@ from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.plan import Batch, Extracted
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.writer import HiddenWriter
+from xsd.learning import batches
 from xsd.learning.batches import OrderedBatches, TrainBatches, check_level, held_out_keys
 from xsd.types import ClipVisual, HiddenSample, Sample, Scene
 
@@ -81,6 +82,18 @@ def test_an_epoch_is_every_training_answer_once(store: HiddenStore, resident_byt
     assert epochs[0] == epochs[2] != epochs[1]
     other = TrainBatches(store, level("L1"), batch_size=4, seed=4, resident_bytes=resident_bytes)
     assert [numbers(streams) for streams in other(0)] != epochs[0]
+
+
+def test_batches_are_of_answers_of_like_length(
+    store: HiddenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def num_positions() -> int:
+        made = TrainBatches(store, level("L1"), batch_size=3, seed=0)
+        return sum(streams.mask.numel() for streams in made(0))
+
+    sorted_in_pools = num_positions()
+    monkeypatch.setattr(batches, "ALIKE", 1)
+    assert sorted_in_pools < num_positions()
 
 
 def test_small_data_is_shuffled_as_a_whole_and_large_data_by_chunks(store: HiddenStore) -> None:

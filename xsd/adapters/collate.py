@@ -40,14 +40,14 @@ def collate(
     ids = pad_sequence([s.verifier_ids[:n].long() for s, n in pairs], batch_first=True)
     drafter = token = None
     if "drafter" in row.streams:
-        drafter = pad_sequence([s.drafter_hidden[:n].float() for s, n in pairs], batch_first=True)
+        drafter = pad_sequence([s.drafter_hidden[:n] for s, n in pairs], batch_first=True).float()
     if "token" in row.streams:
         if embedding is None:
             raise XsdError(f"level {row.name} needs the verifier's embeddings; this data has none")
-        token = embedding.float()[ids]
+        token = embedding[ids].float()
     return Streams(
         drafter=drafter,
-        verifier=pad_sequence([s.verifier_hidden[:n].float() for s, n in pairs], batch_first=True),
+        verifier=pad_sequence([s.verifier_hidden[:n] for s, n in pairs], batch_first=True).float(),
         token=token,
         visual=_visual(samples, row, visuals),
         ids=ids,

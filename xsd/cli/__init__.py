@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import signal
 import sys
@@ -21,6 +22,12 @@ STAGES: Final = (
 
 VERBS: Final = ("levels", "registry", "lineage", "gc")
 """Plain commands that make no run."""
+
+_REFUSALS: Final = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+"""What a disk refuses is the user's to mend; a file that we should have made is a defect."""
 
 COMMANDS: Final = {
     **{stage: f"xsd.commands.{stage}" for stage in STAGES},
@@ -61,14 +68,22 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         )
         module.run(settings)
     except XsdError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(prog, str(error))
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        return _refuse(prog, f"{error.filename or 'disk'}: {error.strerror}; choose another place")
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     return 0
+
+
+def _refuse(prog: str, message: str) -> int:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def _module(command: str) -> ModuleType:

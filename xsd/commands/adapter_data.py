@@ -55,6 +55,18 @@ def open_store(path: Path, half: Half) -> HiddenStore:
     return HiddenStore.open(find_folder(path, half))
 
 
+def test_keys(store: HiddenStore) -> tuple[str, ...]:
+    """Answers to score on: the test half, or all of published chunks, which name no halves.
+
+    Raises:
+        XsdError: the store holds training answers only.
+    """
+    keys = store.keys("test")
+    if not keys and not store.approximate_split:
+        raise XsdError(f"{store.path}: its test split is empty; give --data with test answers")
+    return keys or store.keys()
+
+
 def open_head(path: Path, store: HiddenStore) -> VerifierHead:
     """The LM head that belongs to stored states.
 

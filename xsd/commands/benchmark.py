@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 from xsd.bench_config import BenchConfig
 from xsd.cli import main
 from xsd.commands import stage
+from xsd.commands.progress import progress
 from xsd.pairs.config import PairConfig
 
 if TYPE_CHECKING:
+    from xsd.bench import Failure
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
+    from xsd.types import Trace
 
 HELP = "measure speculative decoding end to end against plain decoding"
 
@@ -28,7 +31,8 @@ class Config(BenchConfig, PairConfig, stage.StageConfig):
     data: str | None = None
     """Extraction whose training answers give the template control; null: the newest."""
     adapter_dir: str | None = None
-    """Folder with a subfolder a level (best_model.safetensors); null: the registry's champions."""
+    """Folder with a subfolder a level: a checkpoint, or trainings of which the newest counts; null:
+    the registry's champions."""
     output_dir: Path = Path("outputs/benchmark")
     """Where the result files are written."""
 
@@ -44,7 +48,10 @@ def perform(config: Config) -> Product:
         inputs = {
             "dataset_dir": stage.upstream("scenes", config.dataset_dir, config),
             "data": stage.upstream(
-                "extract", config.data, config, {"cfg.conditioning": "teacher_forced"}
+                "extract",
+                config.data,
+                config,
+                {"cfg.conditioning": "teacher_forced", "has_train": "true"},
             ),
         }
         for name in names:
@@ -52,15 +59,15 @@ def perform(config: Config) -> Product:
         return inputs
 
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
-        from tqdm import tqdm
-
         from xsd import bench, bench_report
         from xsd.commands.extract import dataset_folder
         from xsd.hidden.store import HiddenStore, find_folder
         from xsd.pairs.catalog import load_pair
 
         pair = load_pair(config)
-        items = bench.choose_items(dataset_folder(inputs["dataset_dir"]), config, pair)
+        scenes = dataset_folder(inputs["dataset_dir"])
+        run.dataset("scenes", inputs["dataset_dir"].digest, str(scenes), config.split)
+        items = bench.choose_items(scenes, config, pair)
         adapters = {name: inputs[f"adapter.{name}"].path for name in names}
         answers = HiddenStore.open(find_folder(inputs["data"].path, "train"))
         records = bench.run(
@@ -68,9 +75,7 @@ def perform(config: Config) -> Product:
             repeats=config.repeats, warmup=config.warmup,
         )  # fmt: skip
         total = len(items) * len(strategies) * config.repeats
-        found = bench.check_failures(
-            tqdm(records, desc="benchmark", unit="answer", total=total), total, config.max_failures
-        )
+        found = bench.check_failures(_shown(records, total), total, config.max_failures)
         bench_report.write(run, found, items, pair, config)
 
     return stage.perform(
@@ -82,6 +87,13 @@ def perform(config: Config) -> Product:
     )
 
 
+def _shown(records: Iterator[Trace | Failure], total: int) -> Iterator[Trace | Failure]:
+    with progress("benchmark", total, "answers") as bar:
+        for record in records:
+            yield record
+            bar.update()
+
+
 def _adapter(name: str, config: Config) -> Product:
     """The champion of the level; a fresh one is trained and promoted where there is none."""
     from xsd.commands import promote, train
@@ -89,13 +101,27 @@ def _adapter(name: str, config: Config) -> Product:
 
     level, _, mode = name.partition(":")
     if config.adapter_dir is not None:
-        return products.load(str(Path(config.adapter_dir) / name.replace(":", "_")))
+        return products.load(_in_folder(Path(config.adapter_dir), name))
     key = f"{level}-free" if mode == "free" else level
     if registry.champion(config.pair, key) is None:
         conditioning = "free_running" if mode == "free" else "teacher_forced"
         trained = stage.make(train, config, level=level, conditioning=conditioning)
         stage.make(promote, config, candidate=trained.uri)
     return products.load(registry.champion_uri(config.pair, key), {"pair": config.pair})
+
+
+def _in_folder(root: Path, name: str) -> Path:
+    """The checkpoint ``root/<name>``, else the newest training in ``root/<level>``."""
+    from xsd.commands.evaluate import conditioning_of
+
+    level, _, mode = name.partition(":")
+    own = root / name.replace(":", "_")
+    if (own / "best_model.safetensors").is_file():
+        return own
+    wanted = "free_running" if mode == "free" else "teacher_forced"
+    files = sorted((root / level).glob("*/best_model.safetensors"))
+    trained = [file.parent for file in files if conditioning_of(file.parent) == wanted]
+    return trained[-1] if trained else own
 
 
 def run(config: Config) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.adapter_data import find_inputs, open_head, open_store
-from xsd.config import Level
+from xsd.config import Level, variant
 from xsd.pairs.config import PairConfig
 from xsd.speedup_config import CostsConfig
 
@@ -45,7 +45,7 @@ def perform(config: Config) -> Product:
     def resolve() -> dict[str, Product]:
         level = {} if config.level is None else {"level": config.level}
         adapter = stage.upstream("train", config.checkpoint, config, level, **level)
-        return {"checkpoint": adapter, **find_inputs(config, "test", _conditioning(adapter.path))}
+        return {"checkpoint": adapter, **find_inputs(config, "test", conditioning_of(adapter.path))}
 
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
         from xsd.adapters import checkpoint
@@ -53,6 +53,7 @@ def perform(config: Config) -> Product:
         from xsd.pairs.device import choose_device
 
         store = open_store(inputs["data"].path, "test")
+        run.dataset(store.path.name, store.digest, str(store.path), "test")
         adapter, about = checkpoint.load(
             inputs["checkpoint"].path,
             expect_level=config.level,
@@ -65,10 +66,9 @@ def perform(config: Config) -> Product:
         found.write(_folder(config, run.work_name), run)
         run.log(found.metrics, model_id=inputs["checkpoint"].model_id)
         kept = ("loss", "conditioning", "selected_on_test", "approximate_split")
-        tags = {name: about["extra"].get(name) for name in kept}
-        run.tag(
-            {**tags, "level": adapter.row.name, "mlflow.runName": f"evaluate {adapter.row.name}"}
-        )
+        tags = {"level": adapter.row.name, **{name: about["extra"].get(name) for name in kept}}
+        run.tag({**tags, "mlflow.runName": f"evaluate {variant(tags)}"})
+        run.tag({"mlflow.note.content": found.comparison()})
         print(found.line)
 
     return stage.perform(
@@ -81,13 +81,15 @@ def perform(config: Config) -> Product:
     )
 
 
-def _conditioning(path: Path) -> str:
+def conditioning_of(path: Path) -> str:
     """What the adapter was trained on, and so is scored on."""
     from xsd.adapters.checkpoint import CONFIG
     from xsd.files import read_json
 
     about = (path if path.is_dir() else path.parent) / CONFIG
-    extra = read_json(about).get("extra", {}) if about.is_file() else {}
+    found = read_json(about) if about.is_file() else {}
+    # A file that says nothing of the kind is refused where the adapter is loaded.
+    extra = found.get("extra", {}) if isinstance(found, dict) else {}
     return str(extra.get("conditioning", "teacher_forced"))
 
 

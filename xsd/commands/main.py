@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xsd.cli import main
+from xsd.commands.workers import workers
+from xsd.config import Level
 from xsd.errors import XsdError
 
 if TYPE_CHECKING:
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 HELP = "run all stages in order on one pair"
 DEMO = "experiments/demo.yaml"
+TWO_PHASE = "L4+L5F,X1+E3"
+VARIANTS = ("", "feature", "free")
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,16 @@ class Config:
     """YAML with a section a stage; the demo is a cut of experiments/tiny.yaml."""
     levels: str = "L1,L2,L3,L4,L4:feature,L4:free,L5,L5F,B1,E1,E2,E3,X1"
     """Adapters to train; ':feature' trains with the seed's loss, ':free' on free-running pairs."""
-    two_phase: str = "L4+L5F,X1+E3"
-    """Pairs of a gap adapter and a head for the two-phase evaluation."""
+    two_phase: str | None = None
+    """Gap adapters and heads to evaluate together; null: L4+L5F and X1+E3, where trained."""
     seed: int = 0
     """Seed of every stage that draws."""
+    num_workers: int = 2
+    """Adapters that are fitted at the same time, each in a process of its own."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise XsdError(f"num_workers={self.num_workers}: must be at least 1")
 
 
 class _Stages:
@@ -60,51 +71,92 @@ def run(config: Config) -> None:
 
     if not config.recipe.is_file():
         raise XsdError(f"{config.recipe}: no such recipe; give one with --recipe")
+    names = _names(config.levels)
+    both = _two_phase(config.two_phase, names)
     values = {name: str(value) for name, value in vars(config).items()}
     with stage_run("main", config.pair, values, tags={"recipe": config.recipe.name}) as parent:
-        products = _walk(_Stages(config), config)
+        products = _walk(_Stages(config), names, both, parent.run_id)
+        tables = f"{_level_table(products)}\n\n{_config_table(products['benchmark'])}"
+        parent.tag({"mlflow.note.content": f"```\n{tables}\n```"})
+        print(f"\n{tables}")
         _summarise(products, parent.link(), config)
 
 
-def _walk(stages: _Stages, config: Config) -> dict[str, Product]:
-    scenes = stages.perform("scenes")
-    head = stages.perform("lm_head")
-    pairs = {"": stages.perform("extract", dataset_dir=scenes.uri)}
-    names = [name.strip() for name in config.levels.split(",")]
-    if any(name.endswith(":free") for name in names):
-        pairs["free"] = stages.perform(
-            "extract", dataset_dir=scenes.uri, conditioning="free_running"
-        )
-    trained: dict[str, Product] = {}
+def _names(levels: str) -> list[str]:
+    """The adapters to train, by their canonical names; a slip is found before the first stage."""
+    names = []
+    for text in _items(levels):
+        level, _, variant = text.partition(":")
+        if variant not in VARIANTS:
+            raise XsdError(f"--levels {text}: a level is followed by nothing, :feature or :free")
+        names.append(":".join(filter(None, (Level(level), variant))))
+    if not names:
+        raise XsdError("--levels: names no level to train; leave it out for all")
+    return names
+
+
+def _two_phase(pairs: str | None, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Gap adapter and head of every two-phase evaluation."""
+    found = []
+    for text in _items(TWO_PHASE if pairs is None else pairs):
+        gap, _, decode = text.partition("+")
+        if {gap, decode} <= set(names):
+            found.append((gap, decode))
+        elif pairs is not None:
+            raise XsdError(f"--two_phase {text}: write GAP+HEAD, both of them among --levels")
+    return found
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _walk(
+    stages: _Stages, names: list[str], two_phase: Sequence[tuple[str, str]], parent: str
+) -> dict[str, Product]:
     found: dict[str, Product] = {}
-    for name in names:
-        level, _, variant = name.partition(":")
-        given: Mapping[str, Any] = {"loss": "feature"} if variant == "feature" else {}
-        data = pairs.get(variant, pairs[""])
-        trained[name] = stages.perform(
-            "train", level=level, data=data.uri, lm_head=head.uri, **given
-        )
-        found[f"evaluate {name}"] = stages.perform(
-            "evaluate", checkpoint=trained[name].uri, data=data.uri, lm_head=head.uri
-        )
-    for both in filter(None, config.two_phase.split(",")):
-        gap, _, decode = both.strip().partition("+")
-        found[f"two_phase {both}"] = stages.perform(
+    with workers(stages.config.num_workers, parent) as pool:
+        scenes = stages.perform("scenes")
+        head = stages.perform("lm_head")
+        data = stages.perform("extract", dataset_dir=scenes.uri)
+        fitted: dict[str, Future[tuple[Product, Product]]] = {}
+
+        def fit(variants: Iterable[str], pairs: Product) -> None:
+            for name in variants:
+                fitted[name] = pool.submit(_fit, stages, name, pairs.uri, head.uri)
+
+        fit((name for name in names if not name.endswith(":free")), data)
+        if free := [name for name in names if name.endswith(":free")]:
+            conditioning = {"conditioning": "free_running"}
+            fit(free, stages.perform("extract", dataset_dir=scenes.uri, **conditioning))
+        # In the order of submission; which of two variants of a level is promoted depends on it.
+        for name, future in fitted.items():
+            trained, found[f"evaluate {name}"] = future.result()
+            found[f"train {name}"] = trained
+            found[f"promote {name}"] = stages.perform("promote", candidate=trained.uri)
+    # What is measured must have the machine to itself: the workers are gone by now.
+    for gap, decode in two_phase:
+        found[f"two_phase {gap}+{decode}"] = stages.perform(
             "two_phase",
-            prefill_checkpoint=trained[gap].uri,
-            decode_checkpoint=trained[decode].uri,
-            data=pairs[""].uri,
+            prefill_checkpoint=found[f"train {gap}"].uri,
+            decode_checkpoint=found[f"train {decode}"].uri,
+            data=data.uri,
             lm_head=head.uri,
         )
-    for name in names:
-        found[f"promote {name}"] = stages.perform("promote", candidate=trained[name].uri)
     found["benchmark"] = stages.perform(
-        "benchmark", dataset_dir=scenes.uri, data=pairs[""].uri, configs=_configs(names)
+        "benchmark", dataset_dir=scenes.uri, data=data.uri, configs=_configs(names)
     )
-    runs = [product.run_id for product in found.values() if product.run_id]
-    runs += [product.run_id for product in trained.values() if product.run_id]
-    found["report"] = stages.perform("report", runs=",".join(map(str, runs)))
+    runs = ",".join(str(product.run_id) for product in found.values() if product.run_id)
+    found["report"] = stages.perform("report", runs=runs)
     return found
+
+
+def _fit(stages: _Stages, name: str, data: str, head: str) -> tuple[Product, Product]:
+    """Train and evaluate one adapter."""
+    level, _, variant = name.partition(":")
+    given: Mapping[str, Any] = {"loss": "feature"} if variant == "feature" else {}
+    trained = stages.perform("train", level=level, data=data, lm_head=head, **given)
+    return trained, stages.perform("evaluate", checkpoint=trained.uri, data=data, lm_head=head)
 
 
 def _configs(names: list[str]) -> str:
@@ -118,10 +170,9 @@ def _configs(names: list[str]) -> str:
 
 
 def _summarise(products: Mapping[str, Product], link: str, config: Config) -> None:
-    """The two tables of a demo's end, the report's path, and how to open the UI."""
+    """Below the two tables: the report's path, and how to open the UI."""
     from xsd.tracking import store
 
-    print(f"\n{_level_table(products)}\n\n{_config_table(products['benchmark'])}")
     if config.recipe.name == Path(DEMO).name:
         print("\nThis is the demo, a cut of experiments/tiny.yaml: its numbers are a taste only.")
     print(f"\nReport:    {products['report'].path / 'report.html'}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xsd.adapters.base import Adapter, Streams
 from xsd.adapters.catalog import Level
+from xsd.commands.adapter_data import test_keys
 from xsd.commands.progress import progress
 from xsd.decoding.accept import accepted_prefix
 from xsd.files import write_json, write_text
@@ -79,9 +80,9 @@ class Evaluation:
         config: CostsConfig,
         batch_size: int,
     ) -> Evaluation:
-        """Score the test answers of a store, all of them where it names no test split."""
+        """Score the test answers of a store."""
         row = adapter.row
-        keys = store.keys("test") or store.keys()
+        keys = test_keys(store)
         batches = OrderedBatches(store, row, keys, batch_size=batch_size, head=head)
         counts = score(
             adapter,

@@ -1,8 +1,12 @@
-"""Progress: a bar on a terminal, a line every few seconds where there is none."""
+"""Progress: a bar on a terminal, a line every few seconds where there is none.
+
+Processes that work side by side would draw over each other's bars, so a worker writes lines.
+"""
 
 from __future__ import annotations
 
 import sys
+from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +19,7 @@ def progress(desc: str, total: int, unit: str, initial: int = 0) -> tqdm[Any]:
     """A tqdm bar; log files get whole lines."""
     from tqdm import tqdm
 
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and parent_process() is None:
         return tqdm(desc=desc, total=total, unit=unit, initial=initial)
     return tqdm(
         desc=desc,

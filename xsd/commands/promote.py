@@ -13,7 +13,7 @@ from xsd.bench_config import BenchConfig
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.adapter_data import TrainingData
-from xsd.config import Level
+from xsd.config import Level, variant
 from xsd.errors import XsdError
 from xsd.pairs.config import PairConfig
 
@@ -49,11 +49,10 @@ def perform(config: Config) -> Product:
     def resolve() -> dict[str, Product]:
         filters = {} if config.level is None else {"level": config.level}
         candidate = stage.upstream("train", config.candidate, config, filters, **filters)
-        return {
-            "candidate": candidate,
-            "dataset_dir": stage.upstream("scenes", config.dataset_dir, config),
-            **_validation_inputs(candidate),
-        }
+        # What cannot be promoted must not cost the making of scenes.
+        validation = _validation_inputs(candidate)
+        scenes = stage.upstream("scenes", config.dataset_dir, config)
+        return {"candidate": candidate, "dataset_dir": scenes, **validation}
 
     return stage.perform(
         "promote",
@@ -105,7 +104,7 @@ def _judge(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
             "promoted": str(outcome.promoted).lower(),
             "reasons": "; ".join(outcome.reasons) or None,
             "champion": outcome.uri,
-            "mlflow.runName": f"promote {tags['level']}",
+            "mlflow.runName": f"promote {variant(tags)}",
         }
     )
     why = f" ({'; '.join(outcome.reasons)})" if outcome.reasons else ""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from xsd.pairs.config import PairConfig
+
 if TYPE_CHECKING:
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
@@ -43,11 +45,10 @@ def perform(
         rooms: the source that decides the product; part of the key.
         work: does it, logging into the run.
     """
-    from xsd.config import resolved
     from xsd.tracking import products, reuse
     from xsd.tracking.run import connect, stage_run
 
-    values = {name: value for name, value in resolved(config).items() if name != "rerun"}
+    values = _values(config)
     with ExitStack() as stack:
 
         def open_run() -> Run:
@@ -56,7 +57,7 @@ def perform(
         # ``mlflow run`` has begun a run that is ours: inputs made on the way are its children.
         run = open_run() if "MLFLOW_RUN_ID" in os.environ else None
         inputs = resolve()
-        key = reuse.stage_key(stage, values, inputs, rooms)
+        key = stage_key(stage, config, inputs, rooms)
         found = None if config.rerun else reuse.find_finished(key)
         if found is not None:
             if run is not None:
@@ -66,6 +67,19 @@ def perform(
         connect(run, inputs, key)
         work(run, inputs)
     return products.from_run(run.client.get_run(run.run_id))
+
+
+def stage_key(stage: str, config: Any, inputs: Mapping[str, Product], rooms: Sequence[str]) -> str:
+    """Everything that decides what ``perform`` would give."""
+    from xsd.tracking import reuse
+
+    return reuse.stage_key(stage, _values(config), inputs, rooms)
+
+
+def _values(config: Any) -> dict[str, Any]:
+    from xsd.config import resolved
+
+    return {name: value for name, value in resolved(config).items() if name != "rerun"}
 
 
 def upstream(
@@ -97,7 +111,7 @@ def upstream(
 
 def make(module: Any, config: Any, **overrides: Any) -> Product:
     """Perform another stage with its defaults, this stage's shared fields, and ``overrides``."""
-    shared = ("pair", "drafter", "verifier", "quant", "device", "seed")
+    shared = ("seed", *(field.name for field in fields(PairConfig)))
     names = {field.name for field in fields(module.Config)}
     values = {
         name: getattr(config, name) for name in shared if name in names and hasattr(config, name)

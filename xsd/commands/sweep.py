@@ -33,8 +33,8 @@ class Config(SearchConfig, FitConfig, AdapterSizes, DataConfig, PairConfig, stag
 
     level: Level = Level("L4")
     """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3 or X1; or the published 1 to 6."""
-    num_epochs: int = 6
-    """Longest trial."""
+    num_epochs: int = 3
+    """Longest trial: enough to rank them; train the winner longer."""
 
 
 def perform(config: Config) -> Product:

@@ -14,7 +14,8 @@ from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.adapter_data import DataConfig, TrainingData, find_inputs
 from xsd.commands.progress import progress
-from xsd.config import Level, resolved
+from xsd.config import Level, resolved, variant
+from xsd.errors import XsdError
 from xsd.learning.config import FitConfig
 from xsd.pairs.config import PairConfig
 
@@ -58,8 +59,15 @@ def perform(config: Config) -> Product:
 
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
         data = TrainingData.open(inputs)
+        run.dataset(data.store.path.name, data.store.digest, str(data.store.path), "train")
         folder = _folder(config, str(run.key))
-        adapter, history = _train(run, data, folder, config)
+        try:
+            adapter, history = _train(run, data, folder, config)
+        except XsdError:
+            # Refused before its first epoch, a training leaves nothing to go on with.
+            if not (folder / "history.json").is_file():
+                shutil.rmtree(folder)
+            raise
         _keep(run, data, folder, adapter, history, config)
         shutil.rmtree(folder / _UNFINISHED)
 
@@ -188,7 +196,7 @@ def _keep(
     checkpoint.save(adapter, folder, name="final_model", extra=about(data, best, config))
     run.artifacts(folder)
     run.figure("training_curves", training_curves(row.name, history), folder)
-    run.tag(tags)
+    run.tag({**tags, "mlflow.runName": f"train {variant(tags)}"})
     accept_length = best.val[row.selection_metric]
     metrics = {f"val.{name}": value for name, value in best.val.items()}
     run.log_model(

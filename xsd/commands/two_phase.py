@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from xsd.cli import main
 from xsd.commands import stage
-from xsd.commands.adapter_data import find_inputs, open_head, open_store
+from xsd.commands.adapter_data import find_inputs, open_head, open_store, test_keys
 from xsd.config import Level
 from xsd.errors import XsdError
 from xsd.pairs.config import PairConfig
@@ -44,7 +44,7 @@ class Config(CostsConfig, PairConfig, stage.StageConfig):
     batch_size: int = 64
     """Answers scored together."""
     output_dir: Path | None = None
-    """Where results go; null: a folder in tasks."""
+    """Where results go; null: a folder in outputs/two_phase."""
 
 
 def perform(config: Config) -> Product:
@@ -76,13 +76,14 @@ def _work(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
     from xsd.two_phase import count_two_phase
 
     store = open_store(inputs["data"].path, "test")
+    run.dataset(store.path.name, store.digest, str(store.path), "test")
     head = open_head(inputs["lm_head"].path, store)
     widths, device = (store.d_drafter, store.d_verifier), choose_device(config.device)
     gap, decode = (
         _load(inputs[f"{role}_checkpoint"].path, phase, widths).to(device)
         for role, phase in (("prefill", "gap"), ("decode", "decode"))
     )
-    keys = store.keys("test") or store.keys()
+    keys = test_keys(store)
     both = [
         OrderedBatches(store, adapter.row, keys, batch_size=config.batch_size, head=head)
         for adapter in (gap, decode)
@@ -99,7 +100,9 @@ def _work(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
     with_drafter = "drafter" in decode.row.streams
     metrics = results(counts, assumed, config.gamma, with_drafter=with_drafter)
     name = f"{gap.row.name}+{decode.row.name}"
-    _write(run, name, metrics, assumed, config.output_dir or Path("tasks") / run.work_name)
+    _write(
+        run, name, metrics, assumed, config.output_dir or Path("outputs/two_phase") / run.work_name
+    )
     run.log(metrics)
     run.tag({"level": name, "mlflow.runName": f"two_phase {name}"})
     print(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from xsd.errors import XsdError
+
 GAP_LEVELS = ("L1", "L2", "L3", "L4", "X1")
 HEAD_LEVELS = ("L5", "B1", "L5F", "E1", "E2", "E3")
 BASELINE = "vl_baseline"
@@ -33,3 +35,10 @@ class DecodingConfig:
     runs before the prefill in the same process, and its time counts in full."""
     max_gap_drafts: int = 22
     """No more drafts than this in the prefill gap (inline: exactly so many)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "gamma"):
+            if getattr(self, name) < 1:
+                raise XsdError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_gap_drafts < 0:
+            raise XsdError(f"max_gap_drafts={self.max_gap_drafts}: must not be negative")

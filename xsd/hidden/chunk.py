@@ -21,6 +21,8 @@ from xsd.types import HiddenSample
 
 UNKNOWN_ID = -1
 """Token id of chunks that hold none."""
+_LAYERS = "verifier_layers"
+"""The one tensor that a chunk may lack."""
 _SEED_KEYS = ("egpt_hidden", "vl_hidden", "seq_lens")
 
 
@@ -34,6 +36,7 @@ class Chunk:
     verifier_ids: Int[Tensor, " sumT"]
     drafter_offsets: Int[Tensor, " bounds"]
     verifier_offsets: Int[Tensor, " bounds"]
+    verifier_layers: Float[Tensor, "sumT layers Dv"] | None = None
 
     def __len__(self) -> int:
         return len(self.verifier_offsets) - 1
@@ -48,11 +51,13 @@ class Chunk:
             verifier_hidden=self.verifier_hidden[c:d],
             drafter_ids=self.drafter_ids[a:b],
             verifier_ids=self.verifier_ids[c:d],
+            verifier_layers=None if self.verifier_layers is None else self.verifier_layers[c:d],
         )
 
     @classmethod
     def of(cls, samples: Sequence[HiddenSample], dtype: torch.dtype) -> Chunk:
         """At least one answer, in order; states rounded to ``dtype``."""
+        layers = [s.verifier_layers for s in samples if s.verifier_layers is not None]
         return cls(
             torch.cat([s.drafter_hidden for s in samples]).to(dtype),
             torch.cat([s.verifier_hidden for s in samples]).to(dtype),
@@ -60,18 +65,24 @@ class Chunk:
             torch.cat([s.verifier_ids for s in samples]).int(),
             _offsets([len(s.drafter_ids) for s in samples]),
             _offsets([len(s.verifier_ids) for s in samples]),
+            torch.cat(layers).to(dtype) if len(layers) == len(samples) else None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor.contiguous() for name, tensor in held.items() if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Chunk:
         """Raises ValueError if they are not a chunk's."""
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls) if field.name != _LAYERS]
         if missing := [name for name in names if name not in tensors]:
             raise ValueError(f"it lacks {missing[0]}")
-        chunk = cls(**{name: tensors[name] for name in names})
+        chunk = cls(**{name: tensors[name] for name in names}, verifier_layers=tensors.get(_LAYERS))
+        if chunk.verifier_layers is not None and len(chunk.verifier_layers) != len(
+            chunk.verifier_ids
+        ):
+            raise ValueError("its verifier_layers do not fit its rows")
         for side in ("drafter", "verifier"):
             offsets = tensors[f"{side}_offsets"]
             ends = {int(offsets[-1]), *(len(tensors[f"{side}_{x}"]) for x in ("hidden", "ids"))}

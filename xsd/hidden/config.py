@@ -33,6 +33,9 @@ class ExtractConfig:
     """pt: the padded float32 chunks of the published pipeline, without ids and visual states."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the stored states."""
+    verifier_layers: str | None = None
+    """Further layers of the verifier to keep, for heads that fuse several: numbers from 1 or, below
+    0, from the top, as in 2,16,-3; null: the last one's states after the norm, and no others."""
     batch_clips: int | None = None
     """Clips that are answered together; null: 1 to 16, by the size of their caches."""
     max_failures: float = 0.02
@@ -46,5 +49,26 @@ class ExtractConfig:
             raise XsdError(f"batch_clips={self.batch_clips}: must be at least 1")
         if self.max_samples < 1 and self.max_samples != -1:
             raise XsdError(f"max_samples={self.max_samples}: must be at least 1, or -1 for all")
+        if self.verifier_layers is not None and self.chunk_format == "pt":
+            raise XsdError("verifier_layers: the pt format has no place for them; say safetensors")
         if not 0.0 <= self.max_failures <= 1.0:
             raise XsdError(f"max_failures={self.max_failures}: must be a share between 0 and 1")
+
+    def layer_numbers(self, num_layers: int) -> tuple[int, ...]:
+        """``verifier_layers`` as numbers from 1 up.
+
+        Raises:
+            XsdError: not numbers, or not of a verifier with ``num_layers``.
+        """
+        named = [] if self.verifier_layers is None else self.verifier_layers.split(",")
+        try:
+            found = [int(text) for text in named]
+        except ValueError as error:
+            raise XsdError(f"verifier_layers={self.verifier_layers}: not layer numbers") from error
+        numbers = [n + num_layers + 1 if n < 0 else n for n in found]
+        for number in numbers:
+            if not 1 <= number <= num_layers:
+                raise XsdError(
+                    f"verifier_layers={self.verifier_layers}: the verifier has {num_layers} layers"
+                )
+        return tuple(dict.fromkeys(numbers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from xsd.hidden.index import Failure, Half, Header
 from xsd.hidden.media import read_media
 from xsd.hidden.plan import Batch, Extracted, digest
 from xsd.hidden.prefix import SharedPrefix, share_prefix
+from xsd.hidden.store import HiddenStore
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, ModelPair
 from xsd.pairs.generate import Answer, generate, teacher_force
@@ -25,9 +27,15 @@ DURATION = "1s"
 
 
 def extract(
-    pair: ModelPair, batches: Sequence[Batch], config: ExtractConfig
+    pair: ModelPair,
+    batches: Sequence[Batch],
+    config: ExtractConfig,
+    said: HiddenStore | None = None,
 ) -> Iterator[Extracted]:
     """Answer batch after batch.
+
+    ``said``: an extraction that differs in conditioning alone. What the verifier answers does not
+    depend on that, and rounding what was rounded changes nothing, so its side is taken from there.
 
     A clip that cannot be read, or an answer whose states are not finite, is a counted failure.
     """
@@ -35,7 +43,7 @@ def extract(
         clips, failures = _read_clips(pair, batch)
         samples = [s for s in batch.samples if s.scene.key in clips]
         if samples:
-            answered, visuals, broken = _answer(pair, clips, samples, config)
+            answered, visuals, broken = _answer(pair, clips, samples, config, said)
         else:
             answered, visuals, broken = [], [], {}
         failures |= broken
@@ -68,9 +76,17 @@ def header(
             "max_questions": config.max_questions,
             "max_new_tokens": config.max_new_tokens,
             "hidden_dim": pair.verifier.width,
+            **_layers_kept(pair, config),
         },
         plan=digest(batches, data),
     )
+
+
+def _layers_kept(pair: ModelPair, config: ExtractConfig) -> dict[str, list[int]]:
+    if config.verifier_layers is None:
+        return {}
+    stack: Any = pair.verifier.stack
+    return {"verifier_layers": list(config.layer_numbers(stack.num_layers))}
 
 
 def clips_together(pair: ModelPair, config: ExtractConfig) -> int:
@@ -96,16 +112,27 @@ def _read_clips(pair: ModelPair, batch: Batch) -> tuple[dict[str, Media], dict[s
 
 @torch.inference_mode()
 def _answer(
-    pair: ModelPair, clips: dict[str, Media], samples: Sequence[Sample], config: ExtractConfig
+    pair: ModelPair,
+    clips: dict[str, Media],
+    samples: Sequence[Sample],
+    config: ExtractConfig,
+    said: HiddenStore | None,
 ) -> tuple[list[HiddenSample], list[ClipVisual], dict[str, str]]:
     questions = [s.question for s in samples[: len(samples) // len(clips)]]
-    verifier, rests = _begin(pair.verifier, clips, questions, config)
-    answers = generate(verifier, rests, config.max_new_tokens)
-    visuals = _visual_states(verifier, list(clips), pair.verifier.prompt(questions[0]).before)
+    if said is not None and all(s.key in said for s in samples):
+        kept = [said.sample(s.key) for s in samples]
+        answers = [Answer(sample.verifier_ids, sample.verifier_hidden) for sample in kept]
+        layers = [sample.verifier_layers for sample in kept]
+        visuals = [said.visual(scene) for scene in clips]
+    else:
+        verifier, rests = _begin(pair.verifier, clips, questions, config)
+        answers = generate(verifier, rests, config.max_new_tokens)
+        layers = _layer_states(verifier, rests, answers, config)
+        visuals = _visual_states(verifier, list(clips), pair.verifier.prompt(questions[0]).before)
     drafts = _draft(pair, clips, questions, answers, config)
     answered: list[HiddenSample] = []
     failures: dict[str, str] = {}
-    for sample, answer, draft in zip(samples, answers, drafts, strict=True):
+    for sample, answer, draft, layer in zip(samples, answers, drafts, layers, strict=True):
         states = {"drafter": draft.hidden, "verifier": answer.hidden}
         broken = [role for role, x in states.items() if not bool(x.isfinite().all())]
         if broken:
@@ -118,9 +145,42 @@ def _answer(
                 verifier_hidden=answer.hidden.cpu(),
                 drafter_ids=draft.ids.cpu(),
                 verifier_ids=answer.ids.cpu(),
+                verifier_layers=None if layer is None else layer.cpu(),
             )
         )
     return answered, visuals, failures
+
+
+def _layer_states(
+    verifier: SharedPrefix,
+    rests: Sequence[Float[Tensor, "_R D"]],
+    answers: Sequence[Answer],
+    config: ExtractConfig,
+) -> list[Float[Tensor, "_T layers D"] | None]:
+    """Outputs of the layers asked for, while the verifier is fed its own answers once more.
+
+    Raises:
+        XsdError: a layer that is not there, or a verifier that does not show its layers.
+    """
+    if config.verifier_layers is None:
+        return [None] * len(answers)
+    stack: Any = verifier.stack
+    if not hasattr(stack, "tap"):
+        raise XsdError("verifier_layers: this pair's verifier does not show its layers")
+    wanted = config.layer_numbers(stack.num_layers)
+    seen: dict[int, Tensor] = {}
+
+    def tap(number: int, rows: Tensor) -> None:
+        if number in wanted:
+            seen[number] = rows
+
+    stack.tap = tap
+    try:
+        teacher_force(verifier, rests, [answer.ids for answer in answers])
+    finally:
+        stack.tap = None
+    shown = torch.stack([seen[number] for number in wanted], dim=2)
+    return [rows[-len(a.ids) :] for rows, a in zip(shown, answers, strict=True)]
 
 
 def _draft(

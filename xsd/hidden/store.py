@@ -142,6 +142,9 @@ class HiddenStore:
     def __len__(self) -> int:
         return len(self._where)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
     def __iter__(self) -> Iterator[HiddenSample]:
         return (self.sample(key) for key in self._where)
 

@@ -16,6 +16,9 @@ from xsd.hidden.store import HiddenStore
 
 RESIDENT_BYTES = 2 << 30
 """So many bytes of chunks are shuffled together; smaller data is shuffled as a whole."""
+ALIKE = 4
+"""So many batches' answers are sorted by length before they are cut into batches: a batch is as
+long as its longest answer, and of random ones a third would be padding."""
 
 
 def check_level(store: HiddenStore, row: Level) -> None:
@@ -79,10 +82,18 @@ class TrainBatches:
             self._store.read_ahead(following)
             waiting += [window[position] for position in rng.permutation(len(window))]
             while len(waiting) >= self._batch_size:
-                yield _batch(self._store, self._row, self._head, waiting[: self._batch_size])
-                waiting = waiting[self._batch_size :]
+                num = self._batch_size * min(ALIKE, len(waiting) // self._batch_size)
+                for keys in self._alike(waiting[:num], rng):
+                    yield _batch(self._store, self._row, self._head, keys)
+                waiting = waiting[num:]
         if waiting:
             yield _batch(self._store, self._row, self._head, waiting)
+
+    def _alike(self, keys: Sequence[str], rng: np.random.Generator) -> list[list[str]]:
+        """Full batches of answers of like length, in random order."""
+        by_length = sorted(keys, key=lambda key: len(self._store.sample(key).verifier_ids))
+        size = self._batch_size
+        return [by_length[n * size : (n + 1) * size] for n in rng.permutation(len(keys) // size)]
 
 
 class OrderedBatches:
@@ -101,8 +112,10 @@ class OrderedBatches:
         batch_size: int,
         head: VerifierHead | None = None,
     ) -> None:
-        """Raises XsdError if the level reads what is not there, or ``keys`` is empty."""
+        """Raises XsdError if the level reads what is not there, or there is nothing to batch."""
         check_level(store, row)
+        if batch_size < 1:
+            raise XsdError(f"batch_size={batch_size}: must be at least 1")
         if not keys:
             raise XsdError(f"{store.path}: no answers to score; extract that split")
         self._store, self._row, self._head = store, row, head

@@ -34,7 +34,7 @@ class FitConfig:
         for name in ("num_epochs", "batch_size", "unroll_steps"):
             if getattr(self, name) < 1:
                 raise XsdError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("weight_decay", "eta_min", "warmup_steps", "early_stopping"):
+        for name in ("weight_decay", "eta_min", "warmup_steps", "early_stopping", "seed"):
             if getattr(self, name) < 0:
                 raise XsdError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("learning_rate", "max_norm"):

@@ -69,6 +69,9 @@ def fit(
             step, loss = _train_epoch(adapter, batches, config, optimizer, progress, lm_head)
         adapter.eval()
         metrics = dict(scorer(adapter))
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise _diverged(f"validation {name}", value, f"epoch {epoch}")
         progress, is_best = _judge(progress, adapter.row.selection_metric, metrics, step)
         yield EpochReport(
             epoch=epoch,
@@ -113,10 +116,7 @@ def _train_epoch(
             lm_head=lm_head,
         )
         if not math.isfinite(value := loss.item()):
-            raise XsdError(
-                f"the loss became {value} in epoch {progress.epoch}, step {step}; "
-                "lower --learning_rate or check the data"
-            )
+            raise _diverged("loss", value, f"epoch {progress.epoch}, step {step}")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.max_norm)
@@ -126,6 +126,12 @@ def _train_epoch(
     if step == progress.step:
         raise XsdError(f"epoch {progress.epoch} has no training batches; check the training data")
     return step, total / (step - progress.step)
+
+
+def _diverged(what: str, value: float, where: str) -> XsdError:
+    return XsdError(
+        f"the {what} became {value} in {where}; lower --learning_rate or check the data"
+    )
 
 
 def _judge(

@@ -16,8 +16,8 @@ from xsd.learning.config import LossKind
 
 STEP_DECAY = 0.8
 """Weight of each further unrolled step: an error deep in a chain is reached less often."""
-MAX_LOGITS = 1 << 23
-"""Logits of one distribution that are held at once (32 MiB in float32)."""
+ROWS = 256
+"""Positions whose logits are held at once: a small vocabulary's then stay in a core's cache."""
 
 
 def adapter_loss(
@@ -115,8 +115,9 @@ def shifted(
 class _HeadKL(torch.autograd.Function):
     """Weighted KL divergence through a frozen linear head, in chunks of rows.
 
-    The gradient with respect to the logits is known in closed form (q - p), so it is folded back
-    through the head at once, and no logits outlive their chunk.
+    With ``m = sum_v p_v W_v``, the head's mean row under the teacher, a student state ``s`` has
+    ``KL = sum_v p_v log p_v - s.m + logsumexp(W s)`` and the gradient ``sum_v q_v W_v - m``: so
+    the teacher is weighed once for all steps, and no logits outlive their chunk.
     """
 
     @staticmethod
@@ -126,16 +127,18 @@ class _HeadKL(torch.autograd.Function):
         """students [S,N,D], teacher [N,D], weights [S,N], lm_head [V,D] -> scalar"""
         gradient = torch.empty_like(students)
         total = students.new_zeros(())
-        num_rows = max(1, MAX_LOGITS // lm_head.shape[0])
-        for first in range(0, teacher.shape[0], num_rows):
-            rows = slice(first, first + num_rows)
+        for first in range(0, teacher.shape[0], ROWS):
+            rows = slice(first, first + ROWS)
             log_p = log_softmax(teacher[rows] @ lm_head.T, dim=-1)
             p = log_p.exp()
-            for step, student in enumerate(students):
-                log_q = log_softmax(student[rows] @ lm_head.T, dim=-1)
-                weight = weights[step, rows, None]
-                total += (weight * p * (log_p - log_q)).sum()
-                gradient[step, rows] = (weight * (log_q.exp() - p)) @ lm_head
+            mean, negentropy = p @ lm_head, log_p.mul_(p).sum(dim=-1)
+            for step, student in enumerate(students[:, rows]):
+                logits = student @ lm_head.T
+                log_q = log_softmax(logits, dim=-1)
+                normaliser = logits[:, 0] - log_q[:, 0]
+                weight = weights[step, rows]
+                total += weight @ (negentropy - (student * mean).sum(dim=-1) + normaliser)
+                torch.mul(log_q.exp_() @ lm_head - mean, weight[:, None], out=gradient[step, rows])
         ctx.save_for_backward(gradient)
         return total
 

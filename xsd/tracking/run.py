@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from xsd.tracking.products import Product
 
-__all__ = ["Run", "Terminated", "active", "connect", "reap", "stage_run"]
+__all__ = ["Run", "Terminated", "active", "connect", "join", "reap", "stage_run"]
 
 _active: contextvars.ContextVar[Run | None] = contextvars.ContextVar("xsd_run", default=None)
 
@@ -97,6 +97,16 @@ def stage_run(
     finally:
         _active.reset(token)
         run.end(status)
+
+
+def join(run_id: str) -> None:
+    """Make this process's stages children of a run that another process holds open."""
+    client = store.client()
+    run = client.get_run(run_id)
+    info, tags = run.info, run.data.tags
+    _active.set(
+        Run(client, run_id, info.experiment_id, tags["stage"], tags["pair"], info.artifact_uri)
+    )
 
 
 def connect(run: Run, inputs: Mapping[str, Product], key: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EXPERIMENT_PREFIX = "xsd/"
 _PROBE_SECONDS = 8.0
 _LOCK_SECONDS = 120.0
+_SQLITE = b"SQLite format 3\0"
 
 
 def project_root() -> Path:
@@ -56,6 +57,7 @@ def client() -> MlflowClient:
 @lru_cache(maxsize=8)
 def _client(uri: str) -> MlflowClient:
     _refuse_a_silent_server(uri)
+    _refuse_no_database(uri)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -86,6 +88,20 @@ def _refuse_a_silent_server(uri: str) -> None:
             f"tracking server {uri} does not answer ({reason});"
             " start it, or unset MLFLOW_TRACKING_URI to use the project's own store"
         ) from error
+
+
+def _refuse_no_database(uri: str) -> None:
+    """MLflow would try for minutes to open a file that is none, or where none can be made."""
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    advice = "choose another MLFLOW_TRACKING_URI"
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as handle:
+            if handle.read(len(_SQLITE)) != _SQLITE:
+                raise XsdError(f"tracking store {uri}: {path} is no database; {advice}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise XsdError(f"tracking store {uri}: {path.parent} cannot be written; {advice}")
 
 
 @contextmanager
