@@ -81,6 +81,8 @@ class HiddenSample:
     verifier_hidden: Float[Tensor, "T Dv"]
     drafter_ids: Int[Tensor, " Td"]
     verifier_ids: Int[Tensor, " T"]
+    verifier_layers: Float[Tensor, "T layers Dv"] | None = None
+    """Outputs of further layers at the same positions, before the final norm; None: not kept."""
 
     @property
     def scene_key(self) -> str:

@@ -16,6 +16,7 @@ from tests.pairs.tokenizers import llama_like
 from xsd.errors import XsdError
 from xsd.pairs import eventgpt
 from xsd.pairs.base import Media, Prompt
+from xsd.pairs.checkpoint import Placement
 from xsd.pairs.eventgpt import EventGPT, EventGPTConfig, EventGPTDecoder
 from xsd.pairs.processing import ImageProcessing
 
@@ -132,7 +133,7 @@ def test_save_and_load(model: EventGPT, folder: Path) -> None:
     assert same_weights(model, again)
     assert not again.training
     assert processing == ImageProcessing.square(IMAGE)
-    half, _ = eventgpt.load(folder, dtype=torch.float16)
+    half, _ = eventgpt.load(folder, Placement("fp16"))
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
 

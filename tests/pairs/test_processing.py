@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import VideoLlavaImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.pairs.tokenizers import llama_like
@@ -47,6 +48,31 @@ def test_configuration_survives_the_disk(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     expected = library([image], return_tensors="pt")["pixel_values"]
     assert torch.equal(processing([image]), expected)
+
+
+@given(size=st.tuples(st.integers(20, 90), st.integers(20, 90)))
+@settings(deadline=None, max_examples=15)
+def test_frames_are_bit_equal_to_video_llavas_own_processor(size: tuple[int, int]) -> None:
+    frames = np.random.default_rng(sum(size)).integers(0, 256, (3, *size, 3), dtype=np.uint8)
+    library = VideoLlavaImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    expected = library(
+        list(frames),
+        return_tensors="pt",
+        input_data_format="channels_last",
+        return_legacy_image_output=False,
+    )
+    assert torch.equal(ImageProcessing.square(28)(frames), expected["pixel_values"])
+
+
+def test_transformers_5_keeps_processors_in_one_file(tmp_path: Path) -> None:
+    processing = ImageProcessing.square(20)
+    processing.save(tmp_path)
+    config = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": config}))
+    assert ImageProcessing.load(tmp_path) == processing
 
 
 def test_sizes_of_old_files_are_plain_numbers(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.pairs.tokenizers import llama_like
 from xsd.errors import XsdError
 from xsd.pairs import video_llava
 from xsd.pairs.base import Media
+from xsd.pairs.checkpoint import Placement
 from xsd.pairs.processing import ImageProcessing
 from xsd.pairs.video_llava import VideoLlavaDecoder
 
@@ -142,7 +143,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert not again.training
     state = again.state_dict()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    half, _ = video_llava.load(tmp_path / "model", dtype=torch.bfloat16)
+    half, _ = video_llava.load(tmp_path / "model", Placement("bf16"))
     assert half.dtype == torch.bfloat16
 
 

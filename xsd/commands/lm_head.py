@@ -12,6 +12,8 @@ from xsd.commands import stage
 from xsd.pairs.config import PairConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
 
@@ -36,7 +38,7 @@ def perform(config: Config) -> Product:
         from xsd.hidden import lm_head
 
         path = config.output_path or Path("outputs/lm_head") / run.work_name / "lm_head.safetensors"
-        tensors = lm_head.read_tensors(inputs["verifier"].path)
+        tensors = _tensors(config)
         files = lm_head.save(
             tensors, path.with_suffix(".safetensors"), provenance=inputs["verifier"].digest
         )
@@ -50,14 +52,28 @@ def perform(config: Config) -> Product:
 
 
 def pair_inputs(config: PairConfig) -> dict[str, Product]:
-    """Both checkpoints as inputs of a stage; their digests are the pair's provenance."""
-    from xsd.pairs.catalog import checkpoint_folders, provenance
+    """Both models as inputs of a stage; their digests are the pair's provenance."""
+    from xsd.pairs.catalog import sources
     from xsd.tracking.products import Product
 
-    folders = checkpoint_folders(config)
     return {
-        role: Product(uri=str(getattr(folders, role)), path=getattr(folders, role), digest=digest)
-        for role, digest in provenance(folders).items()
+        role: Product(source.uri, source.folder or Path(source.uri), source.digest)
+        for role, source in sources(config).items()
+    }
+
+
+def _tensors(config: PairConfig) -> dict[str, Tensor]:
+    """Out of the verifier's checkpoint; of a verifier without files, out of the model itself."""
+    from xsd.hidden import lm_head
+    from xsd.pairs.catalog import load_pair, sources
+
+    folder = sources(config)["verifier"].folder
+    if folder is not None:
+        return lm_head.read_tensors(folder)
+    verifier = load_pair(config).verifier
+    return {
+        lm_head.HEAD: verifier.lm_head.weight.detach().cpu(),
+        lm_head.EMBEDDINGS: verifier.embedding.cpu(),
     }
 
 

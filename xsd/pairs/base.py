@@ -7,9 +7,10 @@ with the names below and knows no model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from xsd.pairs.cache import KVCache
-from xsd.pairs.step import DecoderStack
+from xsd.pairs.config import PairConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,23 @@ class Prompt:
     after: tuple[int, ...]
 
 
+@runtime_checkable
+class Stack(Protocol):
+    """A cached language model: its layers and its final norm, between embedding and LM head."""
+
+    width: int
+    max_positions: int
+    """Positions the model was made for: prompt, visual tokens and answer."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache: ...
+
+    def forward(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
+        """R rows behind what ``cache`` holds: append them, return states after the final norm."""
+        ...
+
+
 class Decoder(ABC):
     """A multimodal decoder: media and a question in, hidden states and logits out.
 
@@ -47,7 +65,7 @@ class Decoder(ABC):
         eos_ids: ids that end an answer.
     """
 
-    stack: DecoderStack
+    stack: Stack
     tokenizer: Any
     width: int
     vocab_size: int
@@ -56,21 +74,21 @@ class Decoder(ABC):
     lm_head: Any
     """Module from states to logits: a plain linear, or a quantised one."""
 
-    def __init__(self, language_model: Any, lm_head: Any, tokenizer: Any, generation: Any) -> None:
-        """``language_model``: a transformers ``LlamaModel``, in eval mode and on its device.
-
-        ``generation``: its ``GenerationConfig``, for the ids that end an answer.
-        """
-        self.stack = DecoderStack(language_model)
-        self.tokenizer = tokenizer
-        self.width = self.stack.width
-        self.embedding = language_model.embed_tokens.weight.detach()
+    def __init__(
+        self,
+        stack: Stack,
+        embedding: Float[Tensor, "V D"],
+        lm_head: Any,
+        tokenizer: Any,
+        eos_ids: frozenset[int],
+    ) -> None:
+        self.stack = stack
+        self.width = stack.width
+        self.embedding = embedding
         self.lm_head = lm_head
         self.vocab_size = int(lm_head.out_features)
-        eos = generation.eos_token_id
-        if eos is None:
-            eos = language_model.config.eos_token_id
-        self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
 
     @abstractmethod
     def prompt(self, question: str) -> Prompt:
@@ -147,3 +165,26 @@ class ModelPair:
     def vocab_size(self) -> int:
         """Ids that both models know."""
         return min(self.drafter.vocab_size, self.verifier.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What one half of a pair is made of."""
+
+    uri: str
+    """Its folder, or how else it came about."""
+    digest: str
+    """Of its weights and configuration, or a hub revision: part of every stage's key."""
+    folder: Path | None = None
+    """Of its checkpoint; None: there are no files, the weights are drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairSpec:
+    """A row of the catalog."""
+
+    default_quant: str
+    sources: Callable[[PairConfig], Mapping[str, Source]]
+    """``drafter`` and ``verifier``; nothing is loaded."""
+    load: Callable[[PairConfig, str], ModelPair]
+    """The pair in a precision (a key of ``quantise.DTYPES``), in eval mode on its devices."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from xsd.errors import XsdError
+from xsd.pairs.config import PairConfig
+
+ROLES = ("drafter", "verifier")
 
 
 def choose_device(name: str) -> torch.device:
@@ -22,3 +26,28 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise XsdError(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs")
     return device
+
+
+def choose_devices(config: PairConfig) -> dict[str, torch.device]:
+    """Of each half: ``--device_map``'s, else ``--device``.
+
+    Raises:
+        XsdError: a map of anything but the two roles, or a device that is not to be had.
+    """
+    names = dict.fromkeys(ROLES, config.device)
+    for item in filter(None, (config.device_map or "").split(",")):
+        role, equals, name = item.strip().partition("=")
+        if role not in names or not equals:
+            raise XsdError(
+                f"--device_map {config.device_map}: {item.strip()!r} is not role=device; "
+                "say drafter=cuda:1,verifier=cuda:0"
+            )
+        names[role] = name
+    return {role: choose_device(name) for role, name in names.items()}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-from transformers.configuration_utils import SubConfigSpec
 
 from xsd.errors import XsdError
 from xsd.files import read_json, write_json
-from xsd.pairs.base import Decoder, Media, Prompt
-from xsd.pairs.checkpoint import load_config, load_weights, staged
+from xsd.pairs.base import Media, Prompt
+from xsd.pairs.checkpoint import Placement, load_config, load_weights, staged
+from xsd.pairs.llama import LlamaDecoder
 from xsd.pairs.processing import ImageProcessing, prompt_around
 from xsd.pairs.vision import clip_features
 
@@ -33,6 +33,15 @@ MAX_SEQUENCE = 2048
 """Where a multimodal prompt is cut unless the configuration says otherwise."""
 PUBLISHED_TOWER = "clip-vit-large-patch14-336"
 TOWER_FOLDER = "clip"
+_PUBLISHED_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
 
 
 class EventGPTConfig(LlamaConfig):  # type: ignore[misc]
@@ -41,20 +50,7 @@ class EventGPTConfig(LlamaConfig):  # type: ignore[misc]
     model_type = "EventChat_llama"
     # The constructor is made by transformers and takes more than its signature tells.
     __no_type_check__ = True
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "vision_config": SubConfigSpec(
-            config_class=CLIPVisionConfig,
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 336,
-                "patch_size": 14,
-                "projection_dim": 768,
-            },
-        )
-    }
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": CLIPVisionConfig}
 
     vision_config: dict[str, Any] | CLIPVisionConfig | None = None
     mm_visual_tower: str = TOWER_FOLDER
@@ -63,6 +59,11 @@ class EventGPTConfig(LlamaConfig):  # type: ignore[misc]
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = False
     tokenizer_model_max_length: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, CLIPVisionConfig):
+            self.vision_config = CLIPVisionConfig(**(self.vision_config or _PUBLISHED_VISION))
+        super().__post_init__(**kwargs)
 
 
 class EventGPT(LlamaForCausalLM):  # type: ignore[misc]
@@ -101,27 +102,37 @@ class EventGPT(LlamaForCausalLM):  # type: ignore[misc]
 
 
 def load(
-    folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    tower: Path | None = None,
+    folder: Path, placement: Placement | None = None, tower: Path | None = None
 ) -> tuple[EventGPT, ImageProcessing]:
     """A published or an own checkpoint, and the image processor of its tower.
 
     Args:
         folder: ``config.json`` and weights (safetensors or ``.bin``, sharded or not).
-        dtype: None keeps the checkpoint's.
+        placement: None: on the CPU, in the checkpoint's precision.
         tower: folder with the CLIP tower's ``config.json`` and ``preprocessor_config.json``;
-            None takes the folder the configuration names.
+            None takes the folder the configuration names, or what is built in.
 
     Raises:
         XsdError: a file is missing or unreadable, or the tensors are not exactly the model's.
     """
+    config, processing = read_config(folder, tower)
+    return load_weights(EventGPT, config, folder, placement or Placement()), processing
+
+
+def read_config(folder: Path, tower: Path | None = None) -> tuple[EventGPTConfig, ImageProcessing]:
+    """The configuration of a checkpoint and of its tower; weights are not looked at."""
     config = load_config(EventGPTConfig, folder)
     config.vision_config, processing = _tower(folder, config, tower)
-    model = load_weights(EventGPT, config, folder, dtype=dtype, device=device)
-    return model, processing
+    return config, processing
+
+
+def published_config() -> tuple[EventGPTConfig, ImageProcessing]:
+    """Of the 7B release."""
+    config = EventGPTConfig(
+        event_feature_adaptor=True, max_position_embeddings=4096, rms_norm_eps=1e-5
+    )
+    vision: Any = config.vision_config
+    return config, ImageProcessing.square(vision.image_size)
 
 
 def save(model: EventGPT, processing: ImageProcessing, folder: Path) -> None:
@@ -141,15 +152,18 @@ def _tower(
     folder: Path, config: EventGPTConfig, override: Path | None
 ) -> tuple[CLIPVisionConfig, ImageProcessing]:
     """The tower's configuration and processor; its weights are in the checkpoint."""
-    tower = override or folder / config.mm_visual_tower
-    if (tower / "config.json").is_file():
-        return _tower_config(tower), ImageProcessing.load(tower)
-    if override is None and Path(config.mm_visual_tower).name == PUBLISHED_TOWER:
+    named = Path(config.mm_visual_tower)
+    # As it is named, from here or from beside us; or a folder of that name beside us.
+    places = [folder / named, folder.parent / named, folder.parent / named.name]
+    for tower in [override] if override else places:
+        if (tower / "config.json").is_file():
+            return _tower_config(tower), ImageProcessing.load(tower)
+    if override is None and named.name == PUBLISHED_TOWER:
         published: Any = EventGPTConfig().vision_config
         return published, ImageProcessing.square(published.image_size)
     raise XsdError(
-        f"{tower}: no config.json of the CLIP tower that {folder / 'config.json'} names; "
-        "put the tower's two JSON files there or name their folder"
+        f"{override or places[0]}: no config.json of the CLIP tower that {folder / 'config.json'} "
+        f"names; put its two JSON files into {places[-1]} or name their folder with --tower"
     )
 
 
@@ -161,7 +175,7 @@ def _tower_config(tower: Path) -> CLIPVisionConfig:
     return config
 
 
-class EventGPTDecoder(Decoder):
+class EventGPTDecoder(LlamaDecoder):
     """EventGPT as a half of a pair. Takes the model over: its projections are fused."""
 
     def __init__(self, model: EventGPT, tokenizer: Any, processing: ImageProcessing) -> None:

@@ -13,6 +13,7 @@ queries' ``1/sqrt(head_dim)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -29,8 +30,14 @@ KEPT_ROWS = 64
 """Buffers of passes up to this size are kept for the next pass of that size."""
 
 
+Tap = Callable[[int, Tensor], None]
+"""Number of a layer, from 1, and its output rows [B, R, D]."""
+
+
 class FoldedLayers:
     """The layers of a ``LlamaModel`` in float32 on a CPU, with plain linears."""
+
+    tap: Tap | None = None
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -59,7 +66,7 @@ class FoldedLayers:
         bias, beta = self._bias(batch, num_rows, cache)
         rows = x.reshape(batch * num_rows, width)
         windows = cache.window(num_rows)
-        for layer, window in zip(self.layers, windows, strict=True):
+        for number, (layer, window) in enumerate(zip(self.layers, windows, strict=True), start=1):
             torch.mm(self._normed(rows, scratch), layer.qkv, out=scratch.qkv)
             torch.mul(scratch.pairs, scratch.turns, out=scratch.turned)
             window.new_keys.copy_(scratch.new_keys)
@@ -74,6 +81,8 @@ class FoldedLayers:
             rows = torch.addmm(rows, scratch.merged, layer.out)
             torch.mm(self._normed(rows, scratch), layer.gate_up, out=scratch.gate_up)
             rows = torch.addmm(rows, silu(scratch.gate).mul_(scratch.up), layer.down)
+            if self.tap is not None:
+                self.tap(number, rows.view(batch, num_rows, width))
         states = self._normed(rows, scratch) * self.final_norm
         return states.view(batch, num_rows, width)
 

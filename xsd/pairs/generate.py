@@ -42,25 +42,27 @@ def prefill(
 def generate(
     decoder: Decoder, prompts: Sequence[Float[Tensor, "_P D"]], max_new_tokens: int
 ) -> list[Answer]:
-    """Greedy answers to a batch of embedded prompts; finished rows leave the batch."""
+    """Greedy answers to a batch of embedded prompts; finished rows leave the batch in time."""
     cache, states = prefill(decoder, prompts, max_new_tokens)
     state = states[:, -1]
     ids: list[list[Tensor]] = [[] for _ in prompts]
     hidden: list[list[Tensor]] = [[] for _ in prompts]
     eos = torch.tensor(sorted(decoder.eos_ids), device=state.device)
     active = list(range(len(prompts)))
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=state.device)
     for position in range(max_new_tokens):
         tokens = decoder.logits(state).argmax(-1)
-        for row, sample in enumerate(active):
-            ids[sample].append(tokens[row])
-            hidden[sample].append(state[row])
-        going = ~torch.isin(tokens, eos)
-        if position + 1 == max_new_tokens or not bool(going.any()):
+        for row, is_done in enumerate(done.tolist()):
+            if not is_done:
+                ids[active[row]].append(tokens[row])
+                hidden[active[row]].append(state[row])
+        done |= torch.isin(tokens, eos)
+        if position + 1 == max_new_tokens or bool(done.all()):
             break
-        if not bool(going.all()):
-            rows = going.nonzero()[:, 0]
-            cache = cache.keep_rows(rows)
-            tokens = tokens[rows]
+        # Moving a cache costs as much as a step: rows leave when a quarter of them has finished.
+        if 4 * int(done.sum()) >= len(active):
+            rows = (~done).nonzero()[:, 0]
+            cache, tokens, done = cache.keep_rows(rows), tokens[rows], done[rows]
             active = [active[row] for row in rows.tolist()]
         state = decoder.forward(decoder.embed(tokens[:, None]), cache)[:, -1]
     return [

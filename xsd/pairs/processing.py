@@ -47,13 +47,16 @@ class ImageProcessing:
 
     @classmethod
     def load(cls, folder: Path) -> ImageProcessing:
-        """Read ``preprocessor_config.json``.
+        """Read ``preprocessor_config.json``; else transformers 5's ``processor_config.json``.
 
         Raises:
             XsdError: the file is missing, or asks for steps other than CLIP's.
         """
-        path = folder / "preprocessor_config.json"
+        path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+        if not path.is_file() and newer.is_file():
+            path = newer
         config = read_json(path)
+        config = config.get("image_processor", config)
         steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
         skipped = [step for step in steps if not config.get(step, True)]
         if skipped:

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xsd.pairs.cache import KVCache, LayerWindow
-from xsd.pairs.folded import FoldedLayers
+from xsd.pairs.folded import FoldedLayers, Tap
+
+FOLDED_BYTES = 1 << 30
+"""Larger decoder layers are run as they are."""
 
 
 class DecoderStack:
@@ -36,16 +39,31 @@ class DecoderStack:
         self.dtype: torch.dtype = model.norm.weight.dtype
         self._rotary = model.rotary_emb
         on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
-        self._folds = on_cpu and all(
-            _is_plain(linear)
-            for layer in model.layers
-            for linear in (*layer.self_attn.children(), *layer.mlp.children())
-            if linear is not layer.mlp.act_fn
+        # Folding keeps a copy of the layers: nothing for models that fill a machine.
+        is_small = sum(weight.nbytes for weight in model.layers.parameters()) <= FOLDED_BYTES
+        self._folds = (
+            on_cpu
+            and is_small
+            and all(
+                _is_plain(linear)
+                for layer in model.layers
+                for linear in (*layer.self_attn.children(), *layer.mlp.children())
+                if linear is not layer.mlp.act_fn
+            )
         )
         self._layers: FoldedLayers | ModuleLayers
         self._layers = FoldedLayers(model) if self._folds else ModuleLayers(model)
         self.max_positions = int(config.max_position_embeddings)
         self._extend(self.max_positions)
+
+    @property
+    def tap(self) -> Tap | None:
+        """Is shown every layer's output rows, before the final norm; None: nobody looks."""
+        return self._layers.tap
+
+    @tap.setter
+    def tap(self, tap: Tap | None) -> None:
+        self._layers.tap = tap
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         if max_length > self._num_positions:
@@ -84,6 +102,8 @@ class DecoderStack:
 class ModuleLayers:
     """The decoder's layers on any device, in any precision, quantised or not."""
 
+    tap: Tap | None = None
+
     def __init__(self, model: Any) -> None:
         config = model.config
         self.num_heads = int(config.num_attention_heads)
@@ -111,7 +131,9 @@ class ModuleLayers:
         mask = None if causal else cache.visible(num_rows)
         if cache.pad is not None and mask is not None:
             mask = mask[:, None]
-        for layer, window in zip(self.layers, cache.window(num_rows), strict=True):
+        for number, (layer, window) in enumerate(
+            zip(self.layers, cache.window(num_rows), strict=True), start=1
+        ):
             normed = functional.rms_norm(x, (width,), layer.norm_1, self.eps)
             queries = self._append(layer.project_qkv(normed), rotation, window)
             attended = functional.scaled_dot_product_attention(
@@ -126,6 +148,8 @@ class ModuleLayers:
             normed = functional.rms_norm(x, (width,), layer.norm_2, self.eps)
             gate, up = layer.project_gate_up(normed).chunk(2, dim=-1)
             x = x + layer.down(functional.silu(gate) * up)
+            if self.tap is not None:
+                self.tap(number, x)
         return functional.rms_norm(x, (width,), self.final_norm, self.eps)
 
     def _append(

@@ -12,33 +12,66 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
 
 from xsd.errors import XsdError
-from xsd.pairs.base import Decoder, Media, Prompt
-from xsd.pairs.checkpoint import load_config, load_weights, staged
+from xsd.pairs.base import Media, Prompt
+from xsd.pairs.checkpoint import Placement, load_config, load_weights, staged
+from xsd.pairs.llama import LlamaDecoder
 from xsd.pairs.processing import ImageProcessing, prompt_split
 from xsd.pairs.vision import clip_features
 
 
 def load(
-    folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    folder: Path, placement: Placement | None = None
 ) -> tuple[VideoLlavaForConditionalGeneration, ImageProcessing]:
     """A checkpoint in transformers' layout, of any release, and its image processor.
+
+    Args:
+        placement: None: on the CPU, in the checkpoint's precision.
 
     Raises:
         XsdError: a file is missing or unreadable, or the tensors are not exactly the model's.
     """
+    config, processing = read_config(folder)
+    model_class = VideoLlavaForConditionalGeneration
+    return load_weights(model_class, config, folder, placement or Placement()), processing
+
+
+def read_config(folder: Path) -> tuple[VideoLlavaConfig, ImageProcessing]:
+    """The configuration of a checkpoint; weights are not looked at."""
     config = load_config(VideoLlavaConfig, folder)
     layer, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not (isinstance(layer, int) and -num_layers <= layer + 1 <= num_layers + 1):
         raise XsdError(f"{folder / 'config.json'}: vision_feature_layer {layer} is not one layer")
-    processing = ImageProcessing.load(folder)
-    model_class = VideoLlavaForConditionalGeneration
-    return load_weights(model_class, config, folder, dtype=dtype, device=device), processing
+    return config, ImageProcessing.load(folder)
+
+
+def published_config() -> tuple[VideoLlavaConfig, ImageProcessing]:
+    """Of Video-LLaVA-7B-hf."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
+    config = VideoLlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=32000,
+        video_token_index=32001,
+        vision_feature_layer=-2,
+    )
+    return config, ImageProcessing.square(224)
 
 
 def save(
@@ -65,7 +98,7 @@ def visual_tokens(
 VideoLlava = VideoLlavaForConditionalGeneration
 
 
-class VideoLlavaDecoder(Decoder):
+class VideoLlavaDecoder(LlamaDecoder):
     """Video-LLaVA as a half of a pair. Takes the model over: its projections are fused."""
 
     def __init__(

@@ -10,6 +10,8 @@ from xsd.scenes.facts import Facts
 INDEX_NAME = "EventGPT_Instruction_Subset.json"
 FACTS_NAME = "facts.json"
 """Ours, beside the index: what is true of a synthetic scene, by scene key."""
+LINK_NAME = "dataset.json"
+"""Ours, what a run keeps of a prepared data set: where it lies, and its digest."""
 NUM_EVENT_IMAGES = 5
 
 
