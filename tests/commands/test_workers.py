@@ -58,7 +58,8 @@ def test_leaving_ends_what_is_under_way(workplace: Path) -> None:
             pool.submit(work, name)
         while not all(Path(name).exists() for name in ENDLESS):
             time.sleep(0.05)
-        waiting = [pool.submit(work, name) for name in ("one", "two", "three")]
+        # More than the executor hands to its processes beforehand: those cannot be taken back.
+        waiting = [pool.submit(work, f"waiting{index}") for index in range(8)]
         signal.raise_signal(signal.SIGINT)
     assert [status(name) for name in ENDLESS] == ["KILLED", "KILLED"] and waiting[-1].cancelled()
     running = store.client().search_runs(store.experiment_ids(), "attributes.status = 'RUNNING'")
