@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,18 +97,31 @@ def test_reduced_precision_differs_at_near_ties_only(quant: str, items: list[Ben
 
 
 @pytest.mark.slow
-def test_the_benchmark_counts_them(items: list[BenchItem]) -> None:
-    config = PairConfig(quant="8bit", device="cpu")
+@pytest.mark.parametrize(
+    ("quant", "configs"),
+    [
+        (
+            "bf16",
+            "drafter+VL,L4+VL,L4+VL:free,X1+VL,L5_decode,B1_decode,L5F_decode,E2_decode,X1+E3",
+        ),
+        ("8bit", "E1_decode"),
+    ],
+)
+def test_the_benchmark_counts_them(
+    quant: str, configs: str, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    config = PairConfig(quant=quant, device="cpu")
     pair = load_pair(config)
     decoding = DecodingConfig(max_new_tokens=10, overlap="inline", max_gap_drafts=6)
+    strategies = [parse(name, 3) for name in ("vl_baseline", *configs.split(","))]
     records = list(
         bench.run(
-            pair, config, items[:2], [parse("vl_baseline", 3), parse("drafter+VL", 3)], {}, {},
-            decoding, repeats=1, warmup=0, timed=False,
+            pair, config, items[:1], strategies, adapters, {}, decoding,
+            repeats=1, warmup=0, timed=False,
         )
     )  # fmt: skip
     traces = [record for record in records if isinstance(record, Trace)]
-    assert len(traces) == 4
+    assert len(traces) == len(strategies), records
     assert all(trace.lossless for trace in traces)
     assert all(trace.first_difference is not None for trace in traces if trace.near_tie)
 

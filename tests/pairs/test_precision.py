@@ -6,6 +6,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def test_the_tiny_pair_really_loads_rounded(quant: str) -> None:
             m.logits(m.forward(m.prompt_embeddings(media(), QUESTION), m.new_cache(1, 400)))[0, -1]
             for m in (model, exact)
         )
-        assert torch.cosine_similarity(rough.float(), ids, dim=0) > 0.95
+        # On noise, where nothing is certain: close, and no closer than that.
+        assert (
+            torch.cosine_similarity(rough.float(), ids, dim=0) > {"4bit": 0.8, "8bit": 0.98}[quant]
+        )
 
 
 def test_rotary_angles_stay_precise(tmp_path: Path) -> None:
@@ -201,11 +205,11 @@ def test_random_weights_may_be_rounded() -> None:
 
 def test_random_weights_need_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     small = EventGPT, small_config(vocab_size=1032), ImageProcessing.square(16)
-    _, verifier = miniature.models()
-    verifier.config.text_config.vocab_size = 1032
+    settings = deepcopy(miniature.models()[1].config)
+    settings.text_config.vocab_size = 1032
     monkeypatch.setattr(eventgpt, "published_config", lambda: small[1:])
     monkeypatch.setattr(
-        video_llava, "published_config", lambda: (verifier.config, ImageProcessing.square(16))
+        video_llava, "published_config", lambda: (settings, ImageProcessing.square(16))
     )
     pair = load_pair(PairConfig("eventgpt-video-llava", weights="random", device="cpu"))
     assert pair.quant == "bf16" and pair.vocab_size == 1032

@@ -1,5 +1,8 @@
 """Who guesses the verifier's next tokens: the drafter through an adapter, or a head.
 
+Adapters compute in the precision they were trained in, whatever the models' own: states are
+converted here on their way in and out.
+
 Nothing here is rolled back explicitly. ``DrafterReader`` is asked for the states after a token
 sequence and finds out by itself how much of it the drafter has already read; a head's cache is
 cut to the verifier's own rows before every cycle.
@@ -33,7 +36,7 @@ class VerifierTables:
         return cls(verifier.embedding, verifier.logits, verifier.eos_ids)
 
     def choose(self, hidden: Float[Tensor, "*rows Dv"]) -> Int[Tensor, "*rows"]:
-        return self.logits(hidden).argmax(-1)
+        return self.logits(hidden.to(self.embedding.dtype)).argmax(-1)
 
 
 class DrafterReader:
@@ -92,16 +95,22 @@ def coupled_drafts(
     limit: int,
 ) -> Iterator[int]:
     """Drafts one by one; the drafter is fed what adapter and LM head expect the verifier to say."""
-    cache = adapter.new_cache(1, limit, None if visual is None else visual[None])
+    cache = adapter.new_cache(1, limit, None if visual is None else _for(adapter, visual[None]))
     tokens: list[int] = []
     while len(tokens) < limit:
         position = len(tokens)
         state = reader.states(tokens, position, position + 1)
-        token = int(tables.choose(adapter.step(StepInputs(drafter=state[None]), cache)[0, 0]))
+        inputs = StepInputs(drafter=_for(adapter, state[None]))
+        token = int(tables.choose(adapter.step(inputs, cache)[0, 0]))
         tokens.append(token)
         yield token
         if token in tables.eos_ids:
             return
+
+
+def _for(adapter: Adapter, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    """States of a model as an adapter takes them."""
+    return states.to(next(adapter.parameters()).dtype)
 
 
 def free_tokens(reader: DrafterReader, limit: int) -> Iterator[int]:
@@ -122,7 +131,7 @@ def adapt_free(
     """Free-running states through the adapter in one pass: drafts ``0..len(own) - 1``."""
     if not own:
         return []
-    states = reader.states(own, 0, len(own))
+    states = _for(adapter, reader.states(own, 0, len(own)))
     out = adapter.step(StepInputs(drafter=states[None]), adapter.new_cache(1, len(own)))
     drafts: list[int] = tables.choose(out[0]).tolist()
     return drafts
@@ -145,7 +154,7 @@ class HeadDrafter:
     def begin(self, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None) -> None:
         """Start a sample; ``visual`` and ``reader`` only where the level's row asks for them."""
         self._cache = self.head.new_cache(
-            1, self.max_length, None if visual is None else visual[None]
+            1, self.max_length, None if visual is None else _for(self.head, visual[None])
         )
         self._reader = reader
 
@@ -164,7 +173,7 @@ class HeadDrafter:
         end = len(sequence)
         start = end - states.shape[0]
         self._cache.length = start
-        hidden = self._step(sequence, start, end, states[None])
+        hidden = self._step(sequence, start, end, _for(self.head, states[None]))
         out = hidden[:, -1:]
         for _ in range(gamma - 1):
             sequence.append(int(self.tables.choose(out)))
@@ -179,9 +188,10 @@ class HeadDrafter:
         if self._reads_drafter:
             assert self._reader is not None
             first = 0 if start == 0 else start + self._ahead
-            drafter = self._reader.states(sequence, first, stop + self._ahead)[None]
+            read = self._reader.states(sequence, first, stop + self._ahead)
+            drafter = _for(self.head, read[None])
         if self._reads_token:
             ids = torch.tensor([sequence[start:stop]], device=states.device)
-            token = self.tables.embedding[ids]
+            token = _for(self.head, self.tables.embedding[ids])
         verifier = states if self._reads_verifier else None
         return self.head.step(StepInputs(drafter, verifier, token), self._cache)

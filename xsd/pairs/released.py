@@ -19,7 +19,6 @@ from xsd.pairs.checkpoint import Placement, draw_weights, load_weights
 from xsd.pairs.config import PairConfig
 from xsd.pairs.device import ROLES, choose_devices
 from xsd.pairs.eventgpt import EventGPT, EventGPTDecoder
-from xsd.pairs.processing import ImageProcessing
 from xsd.pairs.video_llava import VideoLlava, VideoLlavaDecoder
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -84,38 +83,14 @@ def sources(config: PairConfig, locate: Locate) -> dict[str, Source]:
 
 
 def load(config: PairConfig, quant: str, locate: Locate) -> ModelPair:
-    """Both models on their devices."""
+    """Both models on their devices.
+
+    Raises:
+        XsdError: see ``catalog.load_pair``.
+    """
     folders, devices = locate(config), choose_devices(config)
-    tokenizers = [tokens.load(folders.drafter_tokenizer), tokens.load(folders.verifier_tokenizer)]
-    tower = Path(config.tower) if config.tower else None
-    events, event_processing = _model(
-        EventGPT,
-        eventgpt.read_config(folders.drafter, tower)
-        if folders.drafter
-        else eventgpt.published_config(),
-        folders.drafter,
-        Placement(quant, devices["drafter"]),
-        config,
-    )
-    video_config, video_processing = (
-        video_llava.read_config(folders.verifier)
-        if folders.verifier
-        else video_llava.published_config()
-    )
-    if folders.verifier_tokenizer != folders.verifier:
-        # A tokenizer from elsewhere has ids of its own for the placeholders.
-        for kind in ("image", "video"):
-            index = tokenizers[1].convert_tokens_to_ids(f"<{kind}>")
-            setattr(video_config, f"{kind}_token_index", index)
-    video, _ = _model(
-        VideoLlava,
-        (video_config, video_processing),
-        folders.verifier,
-        Placement(quant, devices["verifier"]),
-        config,
-    )
-    drafter = EventGPTDecoder(events, tokenizers[0], event_processing)
-    verifier = VideoLlavaDecoder(video, tokenizers[1], video_processing)
+    drafter = _drafter(config, folders, Placement(quant, devices["drafter"]))
+    verifier = _verifier(config, folders, Placement(quant, devices["verifier"]))
     num_shared = min(drafter.vocab_size, verifier.vocab_size)
     tokens.refuse_other(drafter.tokenizer, verifier.tokenizer, num_shared)
     return ModelPair(
@@ -129,18 +104,42 @@ def load(config: PairConfig, quant: str, locate: Locate) -> ModelPair:
     )
 
 
+def _drafter(config: PairConfig, folders: Folders, placement: Placement) -> EventGPTDecoder:
+    tokenizer = tokens.load(folders.drafter_tokenizer)
+    if folders.drafter is None:
+        settings, processing = eventgpt.published_config()
+    else:
+        tower = Path(config.tower) if config.tower else None
+        settings, processing = eventgpt.read_config(folders.drafter, tower)
+    model = _model(EventGPT, settings, folders.drafter, placement, config)
+    return EventGPTDecoder(model, tokenizer, processing)
+
+
+def _verifier(config: PairConfig, folders: Folders, placement: Placement) -> VideoLlavaDecoder:
+    tokenizer = tokens.load(folders.verifier_tokenizer)
+    if folders.verifier is None:
+        settings, processing = video_llava.published_config()
+    else:
+        settings, processing = video_llava.read_config(folders.verifier)
+    if config.weights == "random":
+        # A tokenizer from elsewhere has ids of its own for the placeholders.
+        settings.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+        settings.video_token_index = tokenizer.convert_tokens_to_ids("<video>")
+    model = _model(VideoLlava, settings, folders.verifier, placement, config)
+    return VideoLlavaDecoder(model, tokenizer, processing)
+
+
 def _model(
     model_class: Any,
-    about: tuple[Any, ImageProcessing],
+    settings: Any,
     folder: Path | None,
     placement: Placement,
     config: PairConfig,
-) -> tuple[Any, ImageProcessing]:
-    settings, processing = about
+) -> Any:
     if config.weights == "random":
-        return draw_weights(model_class, settings, placement), processing
+        return draw_weights(model_class, settings, placement)
     assert folder is not None, "only random weights need no folder"
-    return load_weights(model_class, settings, folder, placement), processing
+    return load_weights(model_class, settings, folder, placement)
 
 
 def _folder(config: PairConfig, role: str) -> Path | None:
