@@ -93,7 +93,8 @@ def encode(frames: UInt8[np.ndarray, "N H W 3"], fps: int = FPS) -> bytes:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
-        stream.options = {"crf": "18", "preset": "veryfast"}
+        # Macroblock-tree rate control gave a tenth of the encodes other bytes (AVX-512).
+        stream.options = {"crf": "18", "preset": "veryfast", "x264-params": "no-mbtree=1"}
         converter = VideoReformatter()
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
