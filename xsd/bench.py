@@ -83,9 +83,9 @@ def run(
         XsdError: a strategy's adapter is missing or does not fit the pair.
     """
     with ExitStack() as stack:
-        bench = _Bench(stack, pair, pair_config, items, strategies, adapters, templates, config)
+        bench = Bench(stack, pair, pair_config, items, strategies, adapters, templates, config)
         if timed:
-            bench.choose_threads()
+            print(bench.choose_threads())
         for item in items[:warmup]:
             for strategy in strategies:
                 bench.decode(item, strategy)
@@ -94,7 +94,9 @@ def run(
                 yield from bench.sample(item, repeat)
 
 
-class _Bench:
+class Bench:
+    """The engine, and the drafting party of every strategy, ready for the items' prompts."""
+
     def __init__(
         self,
         stack: ExitStack,
@@ -158,8 +160,8 @@ class _Bench:
             max_gap_drafts=self.config.max_gap_drafts,
         )
 
-    def choose_threads(self) -> None:
-        """Give this process the number of threads that decodes plainly the fastest.
+    def choose_threads(self) -> str:
+        """Give this process the number of threads that decodes plainly the fastest; what was found.
 
         Both sides of every ratio then run with it. Small models are often faster on one core.
         """
@@ -174,7 +176,7 @@ class _Bench:
         fastest = min(times, key=lambda n: times[n])
         torch.set_num_threads(fastest)
         told = ", ".join(f"{n}: {ms:.1f} ms" for n, ms in times.items())
-        print(f"benchmark: {fastest} thread(s) for the verifier (plain answer by threads: {told})")
+        return f"benchmark: {fastest} thread(s) for the verifier (plain answer by threads: {told})"
 
     def decode(self, item: BenchItem, strategy: Strategy) -> Decoded:
         speculator = self.speculators[strategy.name]
@@ -185,6 +187,7 @@ class _Bench:
         return self.engine.speculate(media, question, speculator, strategy.gamma)
 
     def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:
+        """Every strategy on one item; what the first one says is what the others are held to."""
         plain: list[int] | None = None
         for strategy in self.strategies:
             try:
