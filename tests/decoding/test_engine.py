@@ -13,6 +13,7 @@ from torch import Tensor
 from xsd import bench
 from xsd.bench import BenchItem, first_difference
 from xsd.clock import Stopwatch
+from xsd.decoding.accept import Draft
 from xsd.decoding.config import ALL_CONFIGS, BASELINE, DecodingConfig
 from xsd.decoding.engine import Engine
 from xsd.decoding.strategies import parse
@@ -44,10 +45,8 @@ class Scripted:
     def gap_drafts(self) -> list[int]:
         return [self._draft(i) for i in range(self.gap)]
 
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
-        return [self._draft(len(tokens) + i) for i in range(gamma)]
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        return Draft([self._draft(len(tokens) + i) for i in range(gamma)])
 
     def finish(self) -> list[Span]:
         return []
