@@ -120,8 +120,10 @@ class Engine:
                 states = self.verifier.forward(self.verifier.embed(token), self._cache)[0]
                 self.verifier.logits(states).argmax(-1).tolist()
                 times.append(watch.ms())
-            # More rows never cost less: what says so is noise.
-            verify_ms.append(max([statistics.median(times), *verify_ms[-1:]]))
+            verify_ms.append(statistics.median(times))
+        # More rows never cost less: what says so is noise.
+        for row in range(max_rows - 1, 0, -1):
+            verify_ms[row - 1] = min(verify_ms[row - 1 : row + 1])
         return Costs(tuple(verify_ms), prefill_ms)
 
     def _decode(

@@ -101,7 +101,7 @@ class Adaptive(Policy):
     def gap_size(self, size: int) -> int:
         # Positions that were never tried are thought as good as the last that was.
         counts = zip(self._gap_held, self._gap_tried, strict=True)
-        chances = [(held + 0.5) / (tried + 1.0) for held, tried in counts]
+        chances = [(held + 0.2) / (tried + 1.0) for held, tried in counts]
         chances += (chances[-1:] or [0.5]) * (size - len(chances))
         return self._best_size(chances[:size])
 
@@ -134,7 +134,7 @@ class Adaptive(Policy):
 
     def learn(self, draft: Draft, path: Sequence[int], drafting_ms: float) -> None:
         if not draft.tokens:
-            self._cycles.learn(-drafting_ms)
+            self._cycles.learn(-self._draft_ms)
             return
         for node, parent in enumerate(draft.parents or range(-1, len(draft) - 1)):
             if draft.confidence is None or not (parent == -1 or parent in path):
@@ -142,10 +142,12 @@ class Adaptive(Policy):
             bin_ = int(draft.confidence[node] * _BINS)
             self._tried[bin_] += 1.0
             self._held[bin_] += node in path
-        steps = 1 + _depth(draft)
-        self._draft_ms += _MEMORY * (drafting_ms / steps - self._draft_ms)
-        self._mean += _MEMORY * (len(path) / (len(path) + 1) - self._mean)
-        spent = drafting_ms + self.costs.verify(len(draft) + 1)
+        depth = _depth(draft)
+        # Follows the median: a machine that was busy for a moment is no slower for that.
+        self._draft_ms *= 1.05 if drafting_ms / depth > self._draft_ms else 0.95
+        num_asked = len(path) + (len(path) < depth)
+        self._mean += _MEMORY * (len(path) / num_asked - self._mean)
+        spent = depth * self._draft_ms + self.costs.verify(len(draft) + 1)
         said = len(path) + 1
         self._cycles.learn(said * self.costs.step - spent)
         token_ms = self._token_ms + _MEMORY * (spent / said - self._token_ms)
