@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from xsd.adapters.config import AdapterConfig
 from xsd.cli import main
 from xsd.cli.marked import MarkedText, Watched
 from xsd.clock import Stopwatch
+from xsd.decoding.accept import Draft
 from xsd.pairs.base import Media
 from xsd.pairs.tiny import WIDTH
 from xsd.types import Span
@@ -70,10 +72,9 @@ class Party:
     def gap_drafts(self) -> list[int]:
         return [0, 4]
 
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
-        return [2, 3]
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        # 5, or 2 followed by 3.
+        return Draft([5, 2, 3], [-1, -1, 1])
 
     def finish(self) -> list[Span]:
         return []
@@ -124,6 +125,15 @@ class TestCommand:
         assert " of " in drafted[3] and drafted[3].endswith("lossless yes")
         assert "verifier calls" in plain[3] and "lossless" not in plain[3]
 
+    def test_all_drafts_of_the_oracle_hold(
+        self, scenes: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(words(scenes, "--strategy", "oracle", "--policy", "fixed")) == 0
+        lines = capsys.readouterr().out.splitlines()
+        drafted, of = re.search(r"(\d+) of (\d+) drafts accepted", lines[3]).groups()  # type: ignore[union-attr]
+        assert drafted == of != "0"
+        assert lines[2].count("[") == 2  # five tokens a cycle
+
     def test_the_drafter_in_the_gap(self, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
         question = "What colour is the car?"
         more = ("--strategy", "drafter+VL", "--question", question, "--split", "train")
@@ -138,6 +148,7 @@ class TestCommand:
         [
             (["--strategy", "E1_decode"], "has no champion of E1"),
             (["--strategy", "E9"], "config 'E9' is unknown"),
+            (["--strategy", "oracle,ngram"], "takes one config"),
             (["--strategy", "drafter+VL@shuffled_events"], "no other scene"),
             (["--strategy", "template+VL"], "no finished extract run"),
             (["--strategy", "plain", "--scene", "99"], "split 'test' has"),

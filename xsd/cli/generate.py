@@ -46,12 +46,14 @@ class Config(DecodingConfig, PairConfig):
     """Times that the answer is decoded both ways, interleaved, for the summary; its median."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.repeats < 1:
             raise XsdError(f"repeats={self.repeats}: must be at least 1")
 
 
 def run(config: Config) -> None:
     from xsd.bench import Bench, load_items
+    from xsd.decoding.controls import commonest_answers
     from xsd.decoding.strategies import parse_all
     from xsd.pairs.catalog import load_pair
 
@@ -59,19 +61,26 @@ def run(config: Config) -> None:
     # The baseline leads; asked for alone it is there once.
     strategies = parse_all(name, config.gamma)
     strategy = strategies[-1]
+    if len(strategies) > 2:
+        raise XsdError(f"--strategy {name}: one answer takes one config")
     if strategy.shuffled_events:
         raise XsdError(f"--strategy {name}: there is no other scene here; leave out @...")
     adapters = _adapters(strategy, config)
     sample = _sample(config)
-    templates = _templates(strategy, config)
+    answers = _answers(strategy, config)
     pair = load_pair(config)
     items = load_items([sample], pair.num_event_images, pair.num_frames)
     with ExitStack() as stack:
-        bench = Bench(stack, pair, config, items, strategies, adapters, templates, config)
+        bench = Bench(
+            stack, pair, config, items, strategies, adapters, commonest_answers(answers), config,
+            answers,
+        )  # fmt: skip
         bench.choose_threads()
+        bench.measure_costs()
         print(f"{sample.scene.key} ({sample.scene.split}): {sample.question}")
         _show(bench, items[0], strategy, config)
-        print(summary(_timed(bench, items[0], config.repeats), strategy.name))
+        traces = _timed(bench, items[0], config.repeats)
+        print(summary(traces, strategy.name, is_drawn=config.temperature > 0))
 
 
 def _show(bench: Bench, item: BenchItem, strategy: Strategy, config: Config) -> None:
@@ -87,7 +96,8 @@ def _show(bench: Bench, item: BenchItem, strategy: Strategy, config: Config) -> 
     legends = [text.legend("gap", "drafted while it was read")] if strategy.gap else []
     legends += [text.legend("head", "drafted by the head")] if strategy.head else []
     print(f"{config.strategy}: {', '.join(legends) or 'no drafts'}")
-    bench.decode(item, strategy)
+    for each in bench.strategies:
+        bench.decode(item, each)
     party = bench.speculators[strategy.name] or LocalSpeculator(
         strategy, bench.pair.drafter, VerifierTables.of(verifier), {}, {},
         max_new_tokens=config.max_new_tokens, max_prompt=0, max_gap_drafts=0,
@@ -95,7 +105,8 @@ def _show(bench: Bench, item: BenchItem, strategy: Strategy, config: Config) -> 
     watched = Watched(party, text)
     # Asked for one draft at least: that is when it shows what was said.
     gamma = max(1, strategy.gamma)
-    decoded = bench.engine.speculate(item.media, item.sample.question, watched, gamma)
+    policy = bench.policies[strategy.name]
+    decoded = bench.engine.speculate(item.media, item.sample.question, watched, gamma, policy)
     watched.show(decoded.token_ids)
     text.close()
 
@@ -113,7 +124,7 @@ def _timed(bench: Bench, item: BenchItem, repeats: int) -> list[Trace]:
     return traces
 
 
-def summary(traces: Sequence[Trace], strategy: str) -> str:
+def summary(traces: Sequence[Trace], strategy: str, *, is_drawn: bool = False) -> str:
     """One line: what was said, how, in what time, and whether it is what plain decoding says."""
     from xsd import speedup
 
@@ -130,6 +141,8 @@ def summary(traces: Sequence[Trace], strategy: str) -> str:
         f"{row['total_ms']:.1f} ms against {row['baseline_total_ms']:.1f} ms plain"
         f" ({row['ratio']:.2f}x, median of {repeats})"
     )
+    if is_drawn:
+        return ", ".join([*told, "drawn from plain decoding's distribution"])
     same = not row["differs"] or row["excused"]
     return ", ".join([*told, f"lossless {'yes' if same else 'NO'}"])
 
@@ -212,14 +225,14 @@ def _given(text: str | None, names: Sequence[str]) -> dict[str, str]:
     return {name: uri for name, _, uri in pairs}
 
 
-def _templates(strategy: Strategy, config: Config) -> dict[str, tuple[int, ...]]:
-    """The training set's answers, for the control that repeats them."""
+def _answers(strategy: Strategy, config: Config) -> list[tuple[str, Sequence[int]]]:
+    """The training set's, for the controls that repeat them."""
     from xsd import bench
     from xsd.hidden.store import HiddenStore, find_folder
     from xsd.tracking import products, reuse
 
-    if strategy.gap != "template":
-        return {}
+    if strategy.gap != "template" and strategy.head != "ngram":
+        return []
     found = (
         reuse.newest_finished("extract", config.pair, {"has_train": "true"})
         if config.data is None
@@ -229,7 +242,7 @@ def _templates(strategy: Strategy, config: Config) -> dict[str, tuple[int, ...]]
         raise XsdError(
             f"pair {config.pair!r} has no finished extract run; run 'xsd extract' or give --data"
         )
-    return bench.templates(HiddenStore.open(find_folder(found.path, "train")))
+    return list(bench.training_answers(HiddenStore.open(find_folder(found.path, "train"))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xsd.clock import Stopwatch
-from xsd.decoding.accept import accepted_prefix_length
+from xsd.decoding.accept import Draft
 from xsd.decoding.speculator import Speculator
 from xsd.pairs.base import Media
 from xsd.types import Span
@@ -74,13 +74,13 @@ class MarkedText:
 
 
 class Watched:
-    """A drafting party that shows, whenever it is asked for drafts, what became of the last ones."""
+    """A drafting party that shows, when it is asked for drafts, what became of the last ones."""
 
     def __init__(self, party: Speculator, text: MarkedText) -> None:
         self._party = party
         self._text = text
         self._num_shown = 0
-        self._drafts: Sequence[int] = ()
+        self._draft = Draft([])
         self.wants_projected = party.wants_projected
         self.wants_prefilled = party.wants_prefilled
 
@@ -94,15 +94,14 @@ class Watched:
         self._party.on_prefilled(visual)
 
     def gap_drafts(self) -> list[int]:
-        self._drafts = drafts = self._party.gap_drafts()
+        drafts = self._party.gap_drafts()
+        self._draft = Draft(drafts)
         return drafts
 
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         self.show(tokens)
-        self._drafts = drafts = self._party.propose(tokens, states, gamma)
-        return drafts
+        self._draft = draft = self._party.propose(tokens, states, gamma)
+        return draft
 
     def finish(self) -> list[Span]:
         return self._party.finish()
@@ -111,8 +110,19 @@ class Watched:
         """Write what is new in ``tokens``, the answer so far."""
         new = tokens[self._num_shown :]
         mark: Mark = "head" if self._num_shown else "gap"
-        num_held = accepted_prefix_length(self._drafts, new)
+        num_held = _num_held(self._draft, new)
         self._text.add(new[:num_held], mark)
         self._text.add(new[num_held:], None)
         self._num_shown = len(tokens)
-        self._drafts = ()
+        self._draft = Draft([])
+
+
+def _num_held(draft: Draft, said: Sequence[int]) -> int:
+    """Tokens of ``said`` that follow a path of ``draft`` from its root."""
+    node = -1
+    for number, token in enumerate(said):
+        held = next((child for child in draft.children(node) if draft.tokens[child] == token), None)
+        if held is None:
+            return number
+        node = held
+    return len(said)
