@@ -99,7 +99,7 @@ def test_every_config_is_lossless(
     records = list(
         bench.run(
             pair, PairConfig(device="cpu"), items, strategies, adapters, templates, config,
-            repeats=1, warmup=0,
+            repeats=1, warmup=0, timed=False,
         )
     )  # fmt: skip
     assert len(records) == len(items) * len(strategies)
@@ -119,7 +119,7 @@ def test_the_drafter_process_gives_the_same_answers(
     records = list(
         bench.run(
             pair, PairConfig(device="cpu"), items[:2], strategies, adapters, {},
-            DecodingConfig(max_new_tokens=MAX_NEW, overlap="process"), repeats=1, warmup=1,
+            DecodingConfig(max_new_tokens=MAX_NEW, overlap="process"), repeats=1, warmup=1, timed=False,
         )
     )  # fmt: skip
     for record in records:
@@ -150,7 +150,7 @@ def test_shuffled_events_change_the_drafts_but_not_the_answer(
     config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline")
     strategies = [parse(n, 0) for n in (BASELINE, "drafter+VL", "drafter+VL@shuffled_events")]
     records = bench.run(
-        pair, PairConfig(device="cpu"), items, strategies, {}, {}, config, repeats=1, warmup=0
+        pair, PairConfig(device="cpu"), items, strategies, {}, {}, config, repeats=1, warmup=0, timed=False
     )
     assert all(isinstance(record, Trace) and record.lossless for record in records)
     drafts = [

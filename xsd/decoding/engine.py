@@ -155,6 +155,7 @@ class Engine:
                 asked = speculator.propose(tokens, torch.cat(unseen), depth)
                 drafting_ms = 1e3 * (time.perf_counter() - began)
                 draft, unseen = policy.select(self._useful(asked, tokens)), []
+            began = time.perf_counter()
             if draft.tokens:
                 states, path = self._verify(tokens, draft)
                 result.cycle_drafted.append(len(draft))
@@ -162,7 +163,8 @@ class Engine:
             else:
                 states, path = self._step(tokens), []
             if drafting_ms:
-                policy.learn(draft, path, drafting_ms)
+                verifying_ms = 1e3 * (time.perf_counter() - began)
+                policy.learn(draft, path, drafting_ms, verifying_ms)
             unseen.append(states)
         result.total_ms = watch.ms()
         result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))

@@ -74,7 +74,9 @@ class Policy:
         """What of it to verify."""
         return draft
 
-    def learn(self, draft: Draft, path: Sequence[int], drafting_ms: float) -> None:
+    def learn(
+        self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
+    ) -> None:
         """What became of a cycle: ``path`` held (see ``accept``); ``draft`` was verified."""
 
 
@@ -90,6 +92,9 @@ class Adaptive(Policy):
         self._mean = 0.7
         self._draft_ms = 0.2 * costs.step
         self._token_ms = costs.step
+        self._load = 1.0
+        """How much slower the machine is now than when the costs were measured; the times above
+        are those of then, so that they can be compared."""
         self._cycles, self._gaps = _Rest(), _Rest()
         self._gap_tried: list[float] = []
         self._gap_held: list[float] = []
@@ -111,7 +116,7 @@ class Adaptive(Policy):
         for k in range(verified):
             self._gap_tried[k] = 0.9 * self._gap_tried[k] + 1.0
             self._gap_held[k] = 0.9 * self._gap_held[k] + (k < accepted)
-        spent = max(0.0, prefill_ms - self.costs.prefill_ms)
+        spent = max(0.0, prefill_ms / self._load - self.costs.prefill_ms)
         spent += self.costs.verify(verified + 1) if verified else 0.0
         self._gaps.learn((early - 1) * self.costs.step - spent)
 
@@ -132,7 +137,11 @@ class Adaptive(Policy):
             return draft
         return draft.cut(self._best_size(joint_chances(draft, self)))
 
-    def learn(self, draft: Draft, path: Sequence[int], drafting_ms: float) -> None:
+    def learn(
+        self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
+    ) -> None:
+        expected_ms = self._load * self.costs.verify(len(draft) + 1)
+        self._load *= 1.05 if verifying_ms > expected_ms else 0.95
         if not draft.tokens:
             self._cycles.learn(-self._draft_ms)
             return
@@ -144,7 +153,8 @@ class Adaptive(Policy):
             self._held[bin_] += node in path
         depth = _depth(draft)
         # Follows the median: a machine that was busy for a moment is no slower for that.
-        self._draft_ms *= 1.05 if drafting_ms / depth > self._draft_ms else 0.95
+        drafting_ms /= depth * self._load
+        self._draft_ms *= 1.05 if drafting_ms > self._draft_ms else 0.95
         num_asked = len(path) + (len(path) < depth)
         self._mean += _MEMORY * (len(path) / num_asked - self._mean)
         spent = depth * self._draft_ms + self.costs.verify(len(draft) + 1)
