@@ -30,7 +30,7 @@ from xsd.clock import interleaved
 from xsd.decoding.config import DecodingConfig
 from xsd.decoding.controls import Known, OracleHead
 from xsd.decoding.draft import HeadDrafter, VerifierTables
-from xsd.decoding.engine import Engine
+from xsd.decoding.engine import Decoded, Engine
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.speculator import LocalSpeculator
 from xsd.errors import XsdError
@@ -217,60 +217,58 @@ class Bench:
     # ------------------------------------------------------------ measured against the formula
 
     def formula(self) -> list[dict[str, float]]:
-        """Decode speedup at given acceptance rates, beside the one that costs and counts give."""
-        known = Known()
-        grid = list(itertools.product(ALPHAS, GAMMAS))
-        parties = {
-            (alpha, gamma): self.party(
-                Strategy("synthetic", head=f"synthetic:{alpha}", gamma=gamma),
-                OracleHead(known, [alpha], self.verifier.vocab_size, seed=gamma),
-            )
-            for alpha, gamma in grid
-        }
-        passes = {rows: self.verify("verifier", rows) for rows in range(1, max(GAMMAS) + 2)}
-        pass_ms: dict[int, list[float]] = {rows: [] for rows in passes}
-        plain_ms: list[float] = []
-        spent_ms: dict[tuple[float, int], list[float]] = {point: [] for point in grid}
-        cycles: dict[tuple[float, int], list[tuple[list[int], int, int]]] = {
-            point: [] for point in grid
-        }
-        for _, asked in itertools.product(range(self.options.formula_repeats), self.asked):
-            plain = self.engine.plain(*asked)
-            known.answer = plain.token_ids
-            plain_ms.append(plain.decode_ms)
-            for rows, found in interleaved(
-                {str(rows): work for rows, work in passes.items()}, self.device, 3, 1
-            ).items():
-                pass_ms[int(rows)] += found
-            for point, party in parties.items():
-                decoded = self.engine.speculate(*asked, party, point[1])
-                assert decoded.token_ids == known.answer or self.pair.quant != "fp32"
-                drafted, accepted = decoded.cycle_drafted, decoded.cycle_accepted
-                num_steps = max(0, len(decoded.token_ids) - 1 - sum(accepted) - len(accepted))
-                spent_ms[point].append(decoded.decode_ms)
-                cycles[point].append((drafted, num_steps, sum(accepted)))
-                if point[1] == max(GAMMAS):
-                    plain_ms.append(self.engine.plain(*asked).decode_ms)
-        mean_plain_ms = statistics.mean(plain_ms)
-        medians = {rows: statistics.median(found) for rows, found in pass_ms.items()}
-        costs = Costs(medians[1], 0.0, 0.0, 1.0, 0.0, medians)
-        num_tokens = len(plain_ms) and sum(len(d) + s + a for d, s, a in cycles[grid[0]]) / len(
-            cycles[grid[0]]
-        )
+        """Decode speedup at given acceptance rates, beside the one that costs and counts give.
+
+        A sample's drafts are the same in every repeat, its times and costs medians over repeats.
+        """
+        rows = [self.formula_of_sample(index) for index in range(len(self.asked))]
         found = []
-        for point in grid:
-            predicted = statistics.mean(costs.cycles_ms(d, s) for d, s, _ in cycles[point])
-            calls = sum(len(d) + s for d, s, _ in cycles[point])
-            said = sum(len(d) + s + a for d, s, a in cycles[point])
+        for point in itertools.product(ALPHAS, GAMMAS):
+            total = {name: sum(row[point][name] for row in rows) for name in rows[0][point]}
             found.append(
                 {
                     "alpha": point[0],
                     "gamma": point[1],
-                    "tau": said / calls,
-                    "measured": mean_plain_ms / statistics.mean(spent_ms[point]),
-                    "formula": num_tokens * costs.step_ms / predicted,
+                    "tau": total["said"] / total["calls"],
+                    "measured": total["plain_ms"] / total["spent_ms"],
+                    "formula": total["steps_ms"] / total["cycles_ms"],
                 }
             )
+        return found
+
+    def formula_of_sample(self, index: int) -> dict[tuple[float, int], dict[str, float]]:
+        asked, known = self.asked[index], Known()
+        grid = list(itertools.product(ALPHAS, GAMMAS))
+        works = {str(r): self.verify("verifier", r) for r in range(1, max(GAMMAS) + 2)}
+        pass_ms: Times = {rows: [] for rows in works}
+        plain_ms: list[float] = []
+        decoded: dict[tuple[float, int], list[Decoded]] = {point: [] for point in grid}
+        for _ in range(self.options.formula_repeats):
+            for rows, times in interleaved(works, self.device, 5, 1).items():
+                pass_ms[rows] += times
+            for alpha, gamma in grid:
+                if gamma % 4 == 1:
+                    plain = self.engine.plain(*asked)
+                    known.answer = plain.token_ids
+                    plain_ms.append(plain.decode_ms)
+                head = OracleHead(known, [alpha], self.verifier.vocab_size, 100 * index + gamma)
+                party = self.party(Strategy("synthetic", head="synthetic:", gamma=gamma), head)
+                decoded[alpha, gamma].append(self.engine.speculate(*asked, party, gamma))
+        medians = {int(rows): statistics.median(times) for rows, times in pass_ms.items()}
+        costs = Costs(medians[1], 0.0, 0.0, 1.0, 0.0, medians)
+        found = {}
+        for point, answers in decoded.items():
+            drafted, accepted = answers[0].cycle_drafted, answers[0].cycle_accepted
+            num_said = len(answers[0].token_ids) - 1
+            num_steps = max(0, num_said - sum(accepted) - len(accepted))
+            found[point] = {
+                "plain_ms": statistics.median(plain_ms),
+                "spent_ms": statistics.median(answer.decode_ms for answer in answers),
+                "steps_ms": num_said * costs.step_ms,
+                "cycles_ms": costs.cycles_ms(drafted, num_steps),
+                "said": num_said,
+                "calls": len(drafted) + num_steps,
+            }
         return found
 
     def party(self, strategy: Strategy, head: Any) -> LocalSpeculator:
@@ -435,7 +433,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--num_samples", type=int, default=8, help="clips, a question each")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of every measurement")
-    parser.add_argument("--formula_repeats", type=int, default=2)
+    parser.add_argument("--formula_repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of this process, on a CPU")
     parser.add_argument("--noise", action="store_true", help="noise in place of rendered scenes")
     parser.add_argument("--adapter", type=Path, help="folder of an E1; else random weights")
