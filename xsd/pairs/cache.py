@@ -107,7 +107,7 @@ class KVCache:
         )
         return [LayerWindow(*views) for views in zip(*parts, strict=True)]
 
-    def positions(self, num_rows: int) -> slice | Int[Tensor, "B R"]:
+    def positions(self, num_rows: int) -> slice | Int[Tensor, "B R"] | Int[Tensor, " R"]:
         """What the next R rows take out of a table of positions: one stretch, or a row each."""
         start, end = self.length, self.length + num_rows
         if self.tree is not None:
