@@ -88,7 +88,7 @@ class Bench:
         tasks |= {f"V({rows})": self.verify("verifier", rows) for rows in ROWS}
         for gamma in (1, 4):
             tasks[f"head chain of {gamma}"] = self.head_chain(gamma)
-        return interleaved(tasks, self.device, self.options.repeats)
+        return interleaved(tasks, self.device, self.options.repeats, settle=1)
 
     def prefill(self, role: str) -> Callable[[], object]:
         decoder, rows = getattr(self, role), self.prompts[role]
@@ -244,7 +244,7 @@ class Bench:
         plain_ms: list[float] = []
         decoded: dict[tuple[float, int], list[Decoded]] = {point: [] for point in grid}
         for _ in range(self.options.formula_repeats):
-            for rows, times in interleaved(works, self.device, 5, 1).items():
+            for rows, times in interleaved(works, self.device, 5, 1, settle=1).items():
                 pass_ms[rows] += times
             for alpha, gamma in grid:
                 if gamma % 4 == 1:

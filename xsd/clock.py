@@ -31,11 +31,16 @@ class Stopwatch:
 
 
 def interleaved(
-    tasks: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 2
+    tasks: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    warmup: int = 2,
+    settle: int = 0,
 ) -> dict[str, list[float]]:
     """Milliseconds of every task, ``repeats`` times, in rounds of a random order.
 
-    So whatever the machine does meanwhile touches all of them alike.
+    So whatever the machine does meanwhile touches all of them alike. Before each timing the task
+    runs ``settle`` times untimed: what follows its like in use finds its weights in the caches.
     """
     order = list(tasks)
     for name in order * warmup:
@@ -45,6 +50,8 @@ def interleaved(
     for _ in range(repeats):
         shuffle(order)
         for name in order:
+            for _ in range(settle):
+                tasks[name]()
             watch = Stopwatch(device)
             tasks[name]()
             times[name].append(watch.ms())
