@@ -10,7 +10,7 @@ from tests.adapters.conftest import D_VERIFIER, make_adapter, make_streams
 from tests.adapters.test_levels import live_rows
 from xsd.adapters.base import Adapter, Streams
 from xsd.adapters.catalog import LEVELS, Level
-from xsd.decoding.accept import verify_greedy
+from xsd.decoding.accept import Draft, verify_greedy
 from xsd.metrics import Counts, count_drafts, score, score_batch
 
 LM_HEAD = torch.randn(3, D_VERIFIER, generator=torch.Generator().manual_seed(3))
@@ -113,7 +113,8 @@ def live_cycles(adapter: Adapter, answer: Streams, gamma: int) -> tuple[int, int
             drafts.append(int((out[0, -1] @ LM_HEAD.T).argmax()))
         cache.length = last + 1
         choices = ids[known : known + len(drafts)]
-        accepted, _ = verify_greedy(drafts, [*choices, -1])
+        path, _ = verify_greedy(Draft(drafts), [*choices, -1])
+        accepted = len(path)
         known += accepted + 1
         accepted_in_all += accepted
         cycles += 1

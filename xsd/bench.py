@@ -20,12 +20,20 @@ from xsd.adapters import checkpoint
 from xsd.adapters.base import Adapter
 from xsd.bench_config import BenchConfig
 from xsd.clock import Stopwatch
+from xsd.decoding.accept import Sampling
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.controls import commonest_answers
-from xsd.decoding.draft import HeadDrafter, VerifierTables
+from xsd.decoding.controls import (
+    Known,
+    NGramHead,
+    OracleHead,
+    acceptance_rates,
+    commonest_answers,
+)
+from xsd.decoding.draft import Head, HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.engine import Decoded, Engine
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
+from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import adapter_names, needs_drafter
 from xsd.errors import XsdError
@@ -71,10 +79,14 @@ def run(
     repeats: int,
     warmup: int,
     timed: bool = True,
+    answers: Iterable[tuple[str, Sequence[int]]] = (),
 ) -> Iterator[Trace | Failure]:
     """Decode every item by every strategy, ``repeats`` times, interleaved.
 
-    ``timed`` false: only what is said matters, so nothing is prepared for a fair clock.
+    Args:
+        timed: false: only what is said matters, so nothing is prepared for a fair clock, and the
+            policy is the fixed one.
+        answers: ``(question, ids)`` of the training split, for the control ``ngram``.
 
     The first strategy is the baseline: it is decoded first, and its answer is what every other
     answer is compared with.
@@ -83,9 +95,12 @@ def run(
         XsdError: a strategy's adapter is missing or does not fit the pair.
     """
     with ExitStack() as stack:
-        bench = _Bench(stack, pair, pair_config, items, strategies, adapters, templates, config)
+        bench = Bench(
+            stack, pair, pair_config, items, strategies, adapters, templates, config, answers
+        )
         if timed:
-            bench.choose_threads()
+            print(bench.choose_threads())
+            bench.measure_costs()
         for item in items[:warmup]:
             for strategy in strategies:
                 bench.decode(item, strategy)
@@ -94,7 +109,9 @@ def run(
                 yield from bench.sample(item, repeat)
 
 
-class _Bench:
+class Bench:
+    """The engine, and the drafting party of every strategy, ready for the items' prompts."""
+
     def __init__(
         self,
         stack: ExitStack,
@@ -105,13 +122,24 @@ class _Bench:
         adapters: Mapping[str, Path],
         templates: Mapping[str, Sequence[int]],
         config: DecodingConfig,
+        answers: Iterable[tuple[str, Sequence[int]]] = (),
     ) -> None:
         self.pair, self.config, self.strategies = pair, config, strategies
         self.items = list(items)
-        max_prompt = longest_prompt(pair, items)
-        self.engine = Engine(pair.verifier, config.max_new_tokens, max_prompt)
-        loaded = load_adapters(pair, strategies, adapters)
-        tables = VerifierTables.of(pair.verifier)
+        self._templates, self._answers = templates, list(answers)
+        self._max_prompt = longest_prompt(pair, items)
+        greedy = config.temperature == 0
+        self._sampling = None if greedy else Sampling(config.temperature, config.top_p)
+        self.engine = Engine(
+            pair.verifier,
+            config.max_new_tokens,
+            self._max_prompt,
+            sampling=self._sampling,
+            seed=config.seed,
+            last_chunk=config.last_chunk,
+        )
+        loaded = self._adapters = load_adapters(pair, strategies, adapters)
+        self._known = Known()
         self.process: DrafterProcess | None = None
         if config.overlap == "process" and any(needs_drafter(s) for s in strategies):
             setup = WorkerSetup(
@@ -119,47 +147,70 @@ class _Bench:
                 {name: adapters[name] for name in loaded},
                 {question: tuple(ids) for question, ids in templates.items()},
                 config,
-                max_prompt,
+                self._max_prompt,
                 num_threads=1,
             )
             self.process = stack.enter_context(DrafterProcess(setup, pair.verifier.width))
-        self.speculators: dict[str, Speculator | None] = {
-            strategy.name: self._speculator(strategy, loaded, tables, templates, max_prompt)
-            for strategy in strategies
-        }
+        self._tables = VerifierTables.of(pair.verifier)
+        self._prepare(None)
 
-    def _speculator(
-        self,
-        strategy: Strategy,
-        loaded: Mapping[str, Adapter],
-        tables: VerifierTables,
-        templates: Mapping[str, Sequence[int]],
-        max_prompt: int,
-    ) -> Speculator | None:
+    def _prepare(self, costs: Costs | None) -> None:
+        """Every strategy's policy and drafting party; without costs nothing can be decided."""
+        self.policies = {
+            s.name: Policy() if costs is None else Adaptive(costs) for s in self.strategies
+        }
+        self.speculators = {s.name: self._speculator(s) for s in self.strategies}
+
+    def _speculator(self, strategy: Strategy) -> Speculator | None:
         if strategy.gap is None and strategy.head is None:
             return None
+        head = self._head(strategy)
         if self.process is not None and needs_drafter(strategy):
-            head = loaded.get(strategy.head) if strategy.head else None
-            local = head is not None and "drafter" not in head.row.streams
-            local_head = (
-                HeadDrafter(head, tables, self.config.max_new_tokens)
-                if head is not None and local
-                else None
-            )
-            return ProcessSpeculator(strategy, self.process, local_head)
+            is_local = head is not None and not head.reads_drafter
+            return ProcessSpeculator(strategy, self.process, head if is_local else None)
         return LocalSpeculator(
             strategy,
             self.pair.drafter,
-            tables,
-            loaded,
-            templates,
+            self._tables,
+            self._adapters,
+            self._templates,
             max_new_tokens=self.config.max_new_tokens,
-            max_prompt=max_prompt,
+            max_prompt=self._max_prompt,
             max_gap_drafts=self.config.max_gap_drafts,
+            head=head,
         )
 
-    def choose_threads(self) -> None:
-        """Give this process the number of threads that decodes plainly the fastest.
+    def _head(self, strategy: Strategy) -> Head | None:
+        if strategy.head is None:
+            return None
+        kind, _, rates = strategy.head.partition(":")
+        if kind == "ngram":
+            return NGramHead(self._prompt_ids, self._answers)
+        if kind in ("oracle", "synthetic"):
+            chances = acceptance_rates(rates or "1")
+            seed, vocab = self.config.seed, self.pair.verifier.vocab_size
+            return OracleHead(self._known, chances, vocab, seed)
+        options = HeadOptions(
+            tree_width=self.config.tree_width if strategy.tree else 0,
+            tree_nodes=self.config.tree_nodes,
+            sampling=self._sampling,
+            seed=self.config.seed,
+        )
+        adapter, policy = self._adapters[strategy.head], self.policies[strategy.name]
+        return HeadDrafter(adapter, self._tables, self.config.max_new_tokens, options, policy)
+
+    def _prompt_ids(self, question: str) -> Sequence[int]:
+        prompt = self.pair.verifier.prompt(question)
+        return (*prompt.before, *prompt.after)
+
+    def measure_costs(self) -> None:
+        """Let policies decide by what the verifier's passes cost at this moment."""
+        if self.config.policy == "adaptive":
+            item = self.items[0]
+            self._prepare(self.engine.measure(item.media, item.sample.question))
+
+    def choose_threads(self) -> str:
+        """Give this process the number of threads that decodes plainly the fastest; what was found.
 
         Both sides of every ratio then run with it. Small models are often faster on one core.
         """
@@ -174,17 +225,21 @@ class _Bench:
         fastest = min(times, key=lambda n: times[n])
         torch.set_num_threads(fastest)
         told = ", ".join(f"{n}: {ms:.1f} ms" for n, ms in times.items())
-        print(f"benchmark: {fastest} thread(s) for the verifier (plain answer by threads: {told})")
+        return f"benchmark: {fastest} thread(s) for the verifier (plain answer by threads: {told})"
 
     def decode(self, item: BenchItem, strategy: Strategy) -> Decoded:
         speculator = self.speculators[strategy.name]
         question = item.sample.question
         if speculator is None:
-            return self.engine.plain(item.media, question)
+            plain = self.engine.plain(item.media, question)
+            self._known.answer = plain.token_ids
+            return plain
         media = item.other_events if strategy.shuffled_events else item.media
-        return self.engine.speculate(media, question, speculator, strategy.gamma)
+        policy = self.policies[strategy.name]
+        return self.engine.speculate(media, question, speculator, strategy.gamma, policy)
 
     def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:
+        """Every strategy on one item; what the first one says is what the others are held to."""
         plain: list[int] | None = None
         for strategy in self.strategies:
             try:
@@ -202,7 +257,9 @@ class _Bench:
     def _trace(
         self, item: BenchItem, strategy: Strategy, repeat: int, decoded: Decoded, plain: list[int]
     ) -> Trace:
-        differs = first_difference(decoded.token_ids, plain)
+        # What is drawn agrees in distribution, not token by token.
+        is_drawn = self._sampling is not None
+        differs = None if is_drawn else first_difference(decoded.token_ids, plain)
         return Trace(
             sample_key=item.sample.key,
             strategy=strategy.name,
@@ -213,7 +270,7 @@ class _Bench:
             prefill_ms=decoded.prefill_ms,
             decode_ms=decoded.decode_ms,
             total_ms=decoded.total_ms,
-            num_free=decoded.gap_drafted,
+            num_free=decoded.num_free,
             gap_drafted=decoded.gap_drafted,
             gap_accepted=decoded.gap_accepted,
             cycle_drafted=tuple(decoded.cycle_drafted),
@@ -290,11 +347,14 @@ def load_items(
 
 def templates(store: HiddenStore) -> dict[str, tuple[int, ...]]:
     """The training split's commonest answer to every question (control ``template``)."""
-    answers = (
-        (QUESTIONS[int(key.rpartition("/q")[2])], store.sample(key).verifier_ids.tolist())
-        for key in store.keys("train")
-    )
-    return commonest_answers(answers)
+    return commonest_answers(training_answers(store))
+
+
+def training_answers(store: HiddenStore) -> Iterator[tuple[str, list[int]]]:
+    """``(question, ids)`` of the training split."""
+    for key in store.keys("train"):
+        question = QUESTIONS[int(key.rpartition("/q")[2])]
+        yield question, store.sample(key).verifier_ids.tolist()
 
 
 def first_difference(ids: Sequence[int], plain: Sequence[int]) -> int | None:

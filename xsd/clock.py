@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -26,3 +28,31 @@ class Stopwatch:
     def _synchronize(self) -> None:
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
+
+
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    warmup: int = 2,
+    settle: int = 0,
+) -> dict[str, list[float]]:
+    """Milliseconds of every task, ``repeats`` times, in rounds of a random order.
+
+    So whatever the machine does meanwhile touches all of them alike. Before each timing the task
+    runs ``settle`` times untimed: what follows its like in use finds its weights in the caches.
+    """
+    order = list(tasks)
+    for name in order * warmup:
+        tasks[name]()
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    shuffle = random.Random(0).shuffle
+    for _ in range(repeats):
+        shuffle(order)
+        for name in order:
+            for _ in range(settle):
+                tasks[name]()
+            watch = Stopwatch(device)
+            tasks[name]()
+            times[name].append(watch.ms())
+    return times

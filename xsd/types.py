@@ -126,6 +126,8 @@ class Strategy:
     """A level that drafts in decode; None: plain decoding after the gap."""
     gamma: int = 0
     """Drafts per verifier call in decode."""
+    tree: bool = False
+    """The head drafts trees, not chains."""
     shuffled_events: bool = False
     """Control: the drafter sees another scene's events."""
 

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.decoding.accept import (
+    Draft,
+    Sampling,
     accepted_prefix,
+    draw,
+    one_hot,
     residual,
     tau_from_prefix,
     verify_greedy,
@@ -33,9 +39,49 @@ def test_prefix_keeps_leading_axes() -> None:
 def test_greedy_output_is_the_verifiers(drafts: list[int], data: st.DataObject) -> None:
     n = len(drafts) + 1
     argmax = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
-    accepted, token = verify_greedy(drafts, argmax)
+    path, token = verify_greedy(Draft(drafts), argmax)
+    accepted = len(path)
+    assert path == list(range(accepted))
     assert [*drafts[:accepted], token] == argmax[: accepted + 1]
     assert accepted == len(drafts) or drafts[accepted] != argmax[accepted]
+
+
+@st.composite
+def trees(draw: st.DrawFn, distinct: bool = True) -> Draft:
+    """Any tree of at most eight tokens of four; siblings differ if ``distinct``."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    for node in range(draw(st.integers(0, 8))):
+        parent, token = draw(st.integers(-1, node - 1)), draw(st.integers(0, 3))
+        if not distinct or (parent, token) not in zip(parents, tokens, strict=True):
+            parents.append(min(parent, len(tokens) - 1))
+            tokens.append(token)
+    return Draft(tokens, parents)
+
+
+@settings(deadline=None)
+@given(trees(), st.data())
+def test_greedy_walks_a_tree_as_far_as_the_verifier_agrees(
+    draft: Draft, data: st.DataObject
+) -> None:
+    n = len(draft) + 1
+    argmax = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    path, token = verify_greedy(draft, argmax)
+    assert draft.parents is not None
+    before = [-1, *path]
+    assert [draft.parents[node] for node in path] == before[:-1]
+    assert [draft.tokens[node] for node in path] == [argmax[node + 1] for node in before[:-1]]
+    assert token == argmax[before[-1] + 1]
+    assert token not in [draft.tokens[i] for i in draft.children(before[-1])]
+
+
+@given(tokens, st.data())
+def test_a_chain_is_the_tree_without_branches(drafts: list[int], data: st.DataObject) -> None:
+    n = len(drafts) + 1
+    argmax = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    tree = Draft(drafts, list(range(-1, n - 2)))
+    assert verify_greedy(tree, argmax) == verify_greedy(Draft(drafts), argmax)
+    assert tree.cut(2) == Draft(drafts[:2], list(range(-1, n - 2))[:2])
 
 
 @settings(deadline=None)
@@ -79,25 +125,181 @@ def test_residual_of_equals_is_p() -> None:
     assert torch.equal(residual(p, p), p)
 
 
-def test_sampled_tokens_follow_the_verifier() -> None:
-    generator = torch.Generator().manual_seed(0)
-    p = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]])
-    q = torch.tensor([[0.1, 0.6, 0.2, 0.1]])
-    num_trials, first, second = 6000, torch.zeros(4), torch.zeros(4)
+@settings(deadline=None)
+@given(probabilities, st.integers(0, 4))
+def test_a_chosen_token_is_ruled_out_once_rejected(p: torch.Tensor, token: int) -> None:
+    rest = residual(p, one_hot(token, p))
+    expected = p.clone()
+    expected[token] = 0.0
+    torch.testing.assert_close(rest, expected / expected.sum())
+
+
+@settings(deadline=None)
+@given(probabilities, st.floats(0.05, 1.0))
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(p: torch.Tensor, top_p: float) -> None:
+    kept = Sampling(1.0, top_p).probabilities(p.log())
+    assert float(kept.sum()) == pytest.approx(1.0, abs=1e-5)
+    ranked = p.sort(descending=True).values.cumsum(0)
+    num_kept = int((kept > 0).sum())
+    assert num_kept == 1 or float(ranked[num_kept - 2]) < top_p + 1e-5
+    assert float(ranked[num_kept - 1]) > top_p - 1e-5 or num_kept == 5
+    torch.testing.assert_close(kept[kept > 0], (p / p[kept > 0].sum())[kept > 0])
+
+
+def test_temperature_sharpens() -> None:
+    logits = torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(
+        Sampling(0.5).probabilities(logits), torch.softmax(2 * logits, dim=-1)
+    )
+    assert Sampling(0.01).probabilities(logits)[2] > 0.999
+
+
+# ------------------------------------------------- what is said follows the verifier's distribution
+
+VOCAB, LENGTH, NUM_TRIALS = 4, 2, 1500
+
+
+class Language:
+    """Random conditional distributions over a few tokens: a whole verifier, or a whole drafter."""
+
+    def __init__(self, seed: int, sampling: Sampling, sharpness: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.tables = [
+            sampling.probabilities(sharpness * torch.randn(VOCAB**n, VOCAB, generator=generator))
+            for n in range(LENGTH)
+        ]
+
+    def after(self, said: list[int]) -> torch.Tensor:
+        index = 0
+        for token in said:
+            index = index * VOCAB + token
+        return self.tables[len(said)][index]
+
+    def answers(self) -> torch.Tensor:
+        """[VOCAB ** LENGTH] probabilities of every answer, in order."""
+        p = torch.ones(1)
+        for table in self.tables:
+            p = (p[:, None] * table).flatten()
+        return p
+
+
+def drawn_chain(said: list[int], drafter: Language, generator: torch.Generator) -> Draft:
+    tokens: list[int] = []
+    rows = []
+    while len(said) + len(tokens) < LENGTH:
+        rows.append(drafter.after([*said, *tokens]))
+        tokens.append(draw(rows[-1], generator))
+    return Draft(tokens, None, torch.stack(rows))
+
+
+def chosen_chain(said: list[int], drafter: Language, _: torch.Generator) -> Draft:
+    tokens: list[int] = []
+    while len(said) + len(tokens) < LENGTH:
+        tokens.append(int(drafter.after([*said, *tokens]).argmax()))
+    return Draft(tokens)
+
+
+def drawn_tree(said: list[int], drafter: Language, generator: torch.Generator) -> Draft:
+    """Three independent draws a node (so siblings may be equal), as deep as there is room."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    rows = []
+    paths = [list(said)]
+    for node, path in enumerate(paths, start=-1):
+        for _ in range(3 if len(path) < LENGTH and len(tokens) < 12 else 0):
+            rows.append(drafter.after(path))
+            tokens.append(draw(rows[-1], generator))
+            parents.append(node)
+            paths.append([*path, tokens[-1]])
+    return Draft(tokens, parents, torch.stack(rows))
+
+
+def chosen_tree(said: list[int], drafter: Language, _: torch.Generator) -> Draft:
+    """The two likeliest a node."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    paths = [list(said)]
+    for node, path in enumerate(paths, start=-1):
+        if len(path) < LENGTH:
+            for token in drafter.after(path).topk(2).indices.tolist():
+                tokens.append(token)
+                parents.append(node)
+                paths.append([*path, token])
+    return Draft(tokens, parents)
+
+
+Drafting = Callable[[list[int], Language, torch.Generator], Draft]
+
+
+def speculated(
+    drafting: Drafting, verifier: Language, drafter: Language, seed: int
+) -> tuple[torch.Tensor, int]:
+    """Counts of every answer over many runs, and how many drafts were accepted."""
+    ours, theirs = (torch.Generator().manual_seed(seed + i) for i in (0, 1000))
+    counts = torch.zeros(VOCAB**LENGTH)
     num_accepted = 0
-    for draft in torch.multinomial(q[0], num_trials, replacement=True, generator=generator):
-        accepted, token = verify_sampled([int(draft)], q, p, generator)
-        num_accepted += accepted
-        first[int(draft) if accepted else token] += 1
-        if accepted:
-            second[token] += 1
-    # Acceptance: sum of min(p, q) = 0.6. Four standard errors everywhere.
-    assert num_accepted / num_trials == pytest.approx(0.6, abs=0.026)
-    torch.testing.assert_close(first / num_trials, p[0], rtol=0, atol=0.026)
-    torch.testing.assert_close(second / num_accepted, p[1], rtol=0, atol=0.034)
+    for _ in range(NUM_TRIALS):
+        said: list[int] = []
+        while len(said) < LENGTH:
+            draft = drafting(said, drafter, theirs)
+            ends: list[list[int]] = [said]
+            for node, token in enumerate(draft.tokens):
+                parent = node - 1 if draft.parents is None else draft.parents[node]
+                ends.append([*ends[parent + 1], token])
+            nothing = torch.full((VOCAB,), 1 / VOCAB)  # behind the end: cut away below
+            p = torch.stack([verifier.after(end) if len(end) < LENGTH else nothing for end in ends])
+            path, token = verify_sampled(draft, p, ours)
+            num_accepted += len(path)
+            said = [*said, *(draft.tokens[node] for node in path), token][:LENGTH]
+        counts[said[0] * VOCAB + said[1]] += 1
+    return counts, num_accepted
+
+
+def chi_square_p(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """P(a statistic this large | the counts follow ``expected``); rare cells are pooled."""
+    assert not counts[expected == 0].any(), "said what the verifier never says"
+    expected = expected * counts.sum()
+    rare = expected < 5
+    if rare.any():
+        counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+        expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    kept = expected > 0
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    degrees = torch.tensor(float(kept.sum() - 1))
+    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
+
+
+SURE = 20.0
+"""Logits so far apart that a drafter puts all its mass on one token, right or wrong."""
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "top_p"), [(1.0, 0.7), (SURE, 1.0)], ids=["vague-top-p", "sure-and-wrong"]
+)
+@pytest.mark.parametrize("drafting", [drawn_chain, chosen_chain, drawn_tree, chosen_tree])
+def test_speculative_sampling_is_sampling(
+    drafting: Drafting, sharpness: float, top_p: float
+) -> None:
+    """Chi-square against the exact distribution of whole answers, seeds fixed."""
+    verifier = Language(1, Sampling(0.8, top_p))
+    drafter = Language(2, Sampling(), sharpness)
+    counts, num_accepted = speculated(drafting, verifier, drafter, seed=3)
+    assert num_accepted, "a test in which nothing is accepted shows nothing"
+    assert chi_square_p(counts, verifier.answers()) > 0.01
+
+
+def test_the_statistic_sees_a_wrong_rule() -> None:
+    """Drawing from p instead of the residual is off by little, and found."""
+    verifier, drafter = Language(1, Sampling(0.8)), Language(2, Sampling())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xsd.decoding.accept.residual", lambda p, q: p)
+        counts, _ = speculated(drawn_chain, verifier, drafter, seed=3)
+    assert chi_square_p(counts, verifier.answers()) < 1e-6
 
 
 def test_sampling_extremes() -> None:
     one = torch.eye(3)
-    assert verify_sampled([0, 1], one[:2], one) == (2, 2)
-    assert verify_sampled([0, 1], one[:2], one[[0, 2, 1]]) == (1, 2)
+    assert verify_sampled(Draft([0, 1], None, one[:2]), one) == ([0, 1], 2)
+    assert verify_sampled(Draft([0, 1], None, one[:2]), one[[0, 2, 1]]) == ([0], 2)
+    tree = Draft([2, 0, 1], [-1, -1, 1])
+    assert verify_sampled(tree, one[[0, 2, 1, 2]]) == ([1, 2], 2), "a miss, then two hits"

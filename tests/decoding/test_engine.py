@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from torch import Tensor
 from xsd import bench
 from xsd.bench import BenchItem, first_difference
 from xsd.clock import Stopwatch
+from xsd.decoding.accept import Draft
 from xsd.decoding.config import ALL_CONFIGS, BASELINE, DecodingConfig
 from xsd.decoding.engine import Engine
+from xsd.decoding.policy import Costs
 from xsd.decoding.strategies import parse
 from xsd.errors import XsdError
 from xsd.pairs.base import Media, ModelPair
@@ -44,10 +47,8 @@ class Scripted:
     def gap_drafts(self) -> list[int]:
         return [self._draft(i) for i in range(self.gap)]
 
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
-        return [self._draft(len(tokens) + i) for i in range(gamma)]
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        return Draft([self._draft(len(tokens) + i) for i in range(gamma)])
 
     def finish(self) -> list[Span]:
         return []
@@ -98,7 +99,7 @@ def test_every_config_is_lossless(
     records = list(
         bench.run(
             pair, PairConfig(device="cpu"), items, strategies, adapters, templates, config,
-            repeats=1, warmup=0,
+            repeats=1, warmup=0, timed=False, answers=templates.items(),
         )
     )  # fmt: skip
     assert len(records) == len(items) * len(strategies)
@@ -118,7 +119,8 @@ def test_the_drafter_process_gives_the_same_answers(
     records = list(
         bench.run(
             pair, PairConfig(device="cpu"), items[:2], strategies, adapters, {},
-            DecodingConfig(max_new_tokens=MAX_NEW, overlap="process"), repeats=1, warmup=1,
+            DecodingConfig(max_new_tokens=MAX_NEW, overlap="process"),
+            repeats=1, warmup=1, timed=False,
         )
     )  # fmt: skip
     for record in records:
@@ -149,7 +151,16 @@ def test_shuffled_events_change_the_drafts_but_not_the_answer(
     config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline")
     strategies = [parse(n, 0) for n in (BASELINE, "drafter+VL", "drafter+VL@shuffled_events")]
     records = bench.run(
-        pair, PairConfig(device="cpu"), items, strategies, {}, {}, config, repeats=1, warmup=0
+        pair,
+        PairConfig(device="cpu"),
+        items,
+        strategies,
+        {},
+        {},
+        config,
+        repeats=1,
+        warmup=0,
+        timed=False,
     )
     assert all(isinstance(record, Trace) and record.lossless for record in records)
     drafts = [
@@ -157,3 +168,59 @@ def test_shuffled_events_change_the_drafts_but_not_the_answer(
         for media in (items[0].media, items[0].other_events)
     ]
     assert not torch.equal(drafts[0], drafts[1])
+
+
+@pytest.mark.parametrize("gap", [1, 2, 5, 40])
+@pytest.mark.parametrize("period", [0, 1, 3], ids=["always", "never", "mostly"])
+def test_drafts_that_join_the_last_chunk_of_the_prefill_change_nothing(
+    pair: ModelPair, engine: Engine, items: list[BenchItem], period: int, gap: int
+) -> None:
+    longest = bench.longest_prompt(pair, items)
+    chunked = Engine(pair.verifier, MAX_NEW, longest, last_chunk=16)
+    item = items[0]
+    plain = engine.plain(item.media, item.sample.question)
+    script = Scripted(plain.token_ids, period, gap)
+    decoded = chunked.speculate(item.media, item.sample.question, script, 2)
+    apart = engine.speculate(item.media, item.sample.question, script, 2)
+    assert decoded.token_ids == plain.token_ids
+    assert (decoded.gap_accepted, decoded.num_free) == (
+        (apart.gap_accepted, min(gap, len(plain.token_ids), MAX_NEW - 1))
+        if period == 0
+        else (apart.gap_accepted, decoded.num_free)
+    )
+
+
+@pytest.mark.parametrize("name", ["E1_tree", "E3_tree", "E1_decode", "X1+E3", "ngram"])
+def test_the_policy_changes_no_token(
+    name: str, pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    """Costs that make every draft worth verifying, and costs that make none."""
+    config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline")
+    strategies = [parse(BASELINE, 0), parse(name, 4)]
+    with ExitStack() as stack:
+        party = bench.Bench(
+            stack, pair, PairConfig(device="cpu"), items, strategies, adapters, {}, config
+        )
+        for costs in (Costs((9.0, 9.1, 9.2), 1.0), Costs((1.0, 9.0), 1.0)):
+            party._prepare(costs)
+            for trace in party.sample(items[1], 0):
+                assert isinstance(trace, Trace), trace
+                assert trace.first_difference is None
+
+
+def test_drawn_answers_are_drawn_again_alike_and_differ_by_seed(
+    pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    said = []
+    for seed in (0, 0, 1):
+        config = DecodingConfig(
+            max_new_tokens=MAX_NEW, overlap="inline", temperature=3.0, top_p=0.95, seed=seed
+        )
+        strategies = [parse(n, 3) for n in (BASELINE, "E1_decode", "E1_tree")]
+        records = bench.run(
+            pair, PairConfig(device="cpu"), items[:1], strategies, adapters, {}, config,
+            repeats=1, warmup=0, timed=False,
+        )  # fmt: skip
+        said.append([r.token_ids for r in records if isinstance(r, Trace)])
+    assert said[0] == said[1] != said[2]
+    assert len(said[0]) == 3

@@ -86,7 +86,7 @@ def test_offline_counts_are_live_counts(
     records = bench.run(
         pair, PairConfig(device="cpu"), items, [parse(BASELINE, 0), strategy],
         {name: tmp_path / name}, {}, DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline"),
-        repeats=1, warmup=0,
+        repeats=1, warmup=0, timed=False,
     )  # fmt: skip
     live = [r for r in records if isinstance(r, Trace) and r.strategy == strategy.name]
     seen = 0

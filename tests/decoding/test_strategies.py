@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from xsd.decoding.config import ALL_CONFIGS
-from xsd.decoding.strategies import adapter_names, needs_drafter, parse
+from xsd.decoding.strategies import adapter_names, needs_drafter, parse, parse_all
 from xsd.errors import XsdError
 
 
@@ -23,7 +23,29 @@ def test_what_a_name_means() -> None:
     assert all(needs_drafter(parse(n, 4)) for n in ("L5_decode", "E2_decode", "drafter+VL"))
 
 
-@pytest.mark.parametrize("name", ["L9+VL", "L5+VL", "E3", "L4_decode", "L4+VL@upside_down", ""])
+def test_controls_and_trees() -> None:
+    names = [s.name for s in parse_all("synthetic:0.9,0.7, oracle,X1+ngram,synthetic:.5", 4)]
+    assert names == ["vl_baseline", "synthetic:0.9,0.7", "oracle", "X1+ngram", "synthetic:.5"]
+    assert adapter_names(parse("X1+ngram", 4)) == ["X1"]
+    assert adapter_names(parse("oracle", 4)) == [] and not needs_drafter(parse("oracle", 4))
+    tree = parse("E3_tree", 6)
+    assert (tree.head, tree.gamma, tree.tree) == ("E3", 6, True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "synthetic",
+        "oracle:0.5",
+        "B1_tree",
+        "L9+VL",
+        "L5+VL",
+        "E3",
+        "L4_decode",
+        "L4+VL@upside_down",
+        "",
+    ],
+)
 def test_unknown_names_are_refused_with_the_list(name: str) -> None:
     with pytest.raises(XsdError, match=r"known|only"):
         parse(name, 4)

@@ -37,7 +37,7 @@ class AttentionAdapter(Adapter):
         self.alpha = nn.Parameter(torch.tensor(0.1))
 
     def embed(
-        self, rows: StepInputs, start: int
+        self, rows: StepInputs, at: slice
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         h = self.enter(rows.drafter)
         return h, h

@@ -75,6 +75,16 @@ class StepInputs:
     token: Float[Tensor, "B R Dv"] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """How the rows of a cached step stand in a draft tree: at one position, in many branches."""
+
+    position: int
+    """Answer position of them all."""
+    visible: Bool[Tensor, "R end"]
+    """Cached rows, these included, that each of them follows."""
+
+
 class Adapter(nn.Module, ABC):
     """Base of all levels: ``embed`` rows, run the blocks over them, ``finish``.
 
@@ -97,10 +107,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def embed(
-        self, rows: StepInputs, start: int
+        self, rows: StepInputs, at: slice
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
-        """Input of the first block, and what ``finish`` mixes back in; ``start`` is row 0's
-        answer position."""
+        """Input of the first block, and what ``finish`` mixes back in; ``at`` are the rows' answer
+        positions (one position: all rows stand there)."""
 
     def finish(
         self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
@@ -124,16 +134,17 @@ class Adapter(nn.Module, ABC):
         place of the verifier's states. Where ``t + shift + k`` passes the end it means nothing.
         """
         streams.require(self.row)
-        self._check_length(streams.ids.shape[1] + num_steps - 1)
+        length = streams.ids.shape[1]
+        self._check_length(length + num_steps - 1)
         chain = self._chain(streams)
         if not self.row.feedback:
-            out = self._run(_rows(streams, streams.verifier, 0), 0, chain)
+            out = self._run(_rows(streams, streams.verifier, 0), slice(length), chain)
             return [advance(out, k) for k in range(num_steps)]
         outputs: list[Tensor] = []
         for k in range(num_steps):
             chain.begin(k)
             states = outputs[-1] if outputs else streams.verifier
-            outputs.append(self._run(_rows(streams, states, k), k, chain))
+            outputs.append(self._run(_rows(streams, states, k), slice(k, k + length), chain))
         return outputs
 
     @torch.no_grad()
@@ -173,26 +184,32 @@ class Adapter(nn.Module, ABC):
             cache.reserve_memory()
         return cache
 
-    def step(self, rows: StepInputs, cache: AdapterCache) -> Float[Tensor, "B R Dv"]:
+    def step(
+        self, rows: StepInputs, cache: AdapterCache, siblings: Siblings | None = None
+    ) -> Float[Tensor, "B R Dv"]:
         """Append rows to the cache and return their outputs.
 
-        Rolling back is ``cache.length = n``: the next rows overwrite what was beyond.
+        Rolling back is ``cache.length = n``: the next rows overwrite what was beyond. Rows that are
+        ``siblings`` do not follow each other but stand at one answer position of a draft tree.
         """
         start = cache.length
-        read = rows.drafter if rows.verifier is None else rows.verifier
-        assert read is not None, f"level {self.row.name} was given no rows"
-        cache.begin(read.shape[1], ahead=self.memory == "drafter")
+        given = (rows.verifier, rows.drafter, rows.token)
+        num_rows = next(x.shape[1] for x in given if x is not None)
+        cache.begin(num_rows, ahead=self.memory == "drafter")
+        at = slice(start, start + num_rows)
+        if siblings is not None:
+            at, cache.mask = slice(siblings.position, siblings.position + 1), siblings.visible
         twin: Adapter = cache.twin
         if self.memory == "drafter":
             states = twin.enter(rows.drafter)
             for layer, block in enumerate(twin.blocks):
                 cache.extend_memory(layer, block.project_memory(states))
-        out = twin._run(rows, start, cache)
-        cache.length = start + read.shape[1]
+        out = twin._run(rows, at, cache)
+        cache.length = start + num_rows
         return out
 
-    def _run(self, rows: StepInputs, start: int, past: Past) -> Tensor:
-        x, residual = self.embed(rows, start)
+    def _run(self, rows: StepInputs, at: slice, past: Past) -> Tensor:
+        x, residual = self.embed(rows, at)
         for layer, block in enumerate(self.blocks):
             x = block.run(x, past, layer)
         return self.finish(x, residual)

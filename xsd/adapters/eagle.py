@@ -24,10 +24,10 @@ class EagleAdapter(AttentionAdapter):
         self.positions = learned_positions(config)
 
     def embed(
-        self, rows: StepInputs, start: int
+        self, rows: StepInputs, at: slice
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         h = self.source(rows)
-        return self.norm_in(h) + self.positions[start : start + h.shape[1]], h
+        return self.norm_in(h) + self.positions[at], h
 
     def source(self, rows: StepInputs) -> Float[Tensor, "B R Dv"]:
         states: Tensor = self.enter(rows.drafter)
@@ -62,10 +62,10 @@ class TokenHead(AttentionAdapter):
         self.positions = learned_positions(config)
 
     def embed(
-        self, rows: StepInputs, start: int
+        self, rows: StepInputs, at: slice
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         both = torch.cat((self.norm_state(rows.verifier), self.norm_token(rows.token)), dim=-1)
-        x = self.fuse(both) + self.positions[start : start + both.shape[1]]
+        x = self.fuse(both) + self.positions[at]
         return x, x
 
     def finish(

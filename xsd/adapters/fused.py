@@ -21,10 +21,10 @@ class FusedEagleAdapter(EagleAdapter):
         self.mix = nn.Linear(2 * width, width)
 
     def embed(
-        self, rows: StepInputs, start: int
+        self, rows: StepInputs, at: slice
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         e, v = self.enter(rows.drafter), rows.verifier
         assert v is not None, "L5F reads verifier states"
         both = torch.cat((e, v), dim=-1)
         fused = torch.lerp(v, e, torch.sigmoid(self.gate(both))) + self.mix(both)
-        return self.norm_in(fused) + self.positions[start : start + v.shape[1]], v
+        return self.norm_in(fused) + self.positions[at], v

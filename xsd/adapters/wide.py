@@ -44,7 +44,7 @@ class WideBottleneck(Adapter):
         self.layers = nn.Sequential(nn.LayerNorm(width), *blocks, nn.LayerNorm(width))
 
     def embed(
-        self, rows: StepInputs, start: int
+        self, rows: StepInputs, at: slice
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         h = self.enter(rows.drafter)
         return self.layers(h), h

@@ -20,7 +20,7 @@ STAGES: Final = (
 )
 """The entry points of MLproject, in the order in which a tensor meets them."""
 
-VERBS: Final = ("levels", "registry", "lineage", "gc")
+VERBS: Final = ("generate", "levels", "registry", "lineage", "gc")
 """Plain commands that make no run."""
 
 _REFUSALS: Final = (

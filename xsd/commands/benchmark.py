@@ -70,9 +70,11 @@ def perform(config: Config) -> Product:
         items = bench.choose_items(scenes, config, pair)
         adapters = {name: inputs[f"adapter.{name}"].path for name in names}
         answers = HiddenStore.open(find_folder(inputs["data"].path, "train"))
+        needs_answers = any("ngram" in (s.head or "") for s in strategies)
+        known = bench.training_answers(answers) if needs_answers else ()
         records = bench.run(
             pair, config, items, strategies, adapters, bench.templates(answers), config,
-            repeats=config.repeats, warmup=config.warmup,
+            repeats=config.repeats, warmup=config.warmup, answers=known,
         )  # fmt: skip
         total = len(items) * len(strategies) * config.repeats
         found = bench.check_failures(_shown(records, total), total, config.max_failures)

@@ -2,11 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Guesses at what is said next: a chain, or a tree whose root is the last token said."""
+
+    tokens: list[int]
+    parents: list[int] | None = None
+    """Of every token, the one it follows: an earlier one, or -1 for the root; None: a chain."""
+    q: Float[Tensor, "n V"] | None = None
+    """What each token was sampled from; siblings share it, and were drawn independently of each
+    other. None: the tokens were not drawn but chosen."""
+    confidence: list[float] | None = None
+    """How probable each token is to follow its parent, as whoever drafted it believes."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def children(self, node: int) -> Iterator[int]:
+        """The guesses that follow ``node`` (-1: the root), in the order they are to be tried."""
+        if self.parents is None:
+            return iter((node + 1,) if node + 1 < len(self.tokens) else ())
+        return (i for i in range(node + 1, len(self.tokens)) if self.parents[i] == node)
+
+    def cut(self, size: int) -> Draft:
+        """The first ``size`` tokens (a tree stays one: parents come first)."""
+        if size >= len(self.tokens):
+            return self
+        return Draft(
+            self.tokens[:size],
+            None if self.parents is None else self.parents[:size],
+            None if self.q is None else self.q[:size],
+            None if self.confidence is None else self.confidence[:size],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is drawn: logits over temperature, then the fewest tokens that hold top_p."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def probabilities(self, logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
+        p = torch.softmax(logits.float() / self.temperature, -1)
+        if self.top_p >= 1.0:
+            return p
+        best, order = p.sort(dim=-1, descending=True)
+        # A token is kept if those before it do not yet hold the mass.
+        best = best.masked_fill(best.cumsum(-1) - best >= self.top_p, 0.0)
+        kept = torch.zeros_like(p).scatter(-1, order, best)
+        return kept / kept.sum(-1, keepdim=True)
 
 
 def accepted_prefix(match: Bool[Tensor, "*batch n"]) -> Int[Tensor, "*batch"]:
@@ -24,48 +77,65 @@ def accepted_prefix_length(drafts: Sequence[int], said: Sequence[int]) -> int:
     return accepted
 
 
-def verify_greedy(drafts: Sequence[int], argmax: Sequence[int]) -> tuple[int, int]:
-    """Check a chain against the verifier's own choices.
+def verify_greedy(draft: Draft, argmax: Sequence[int]) -> tuple[list[int], int]:
+    """Check a draft against the verifier's own choices.
 
     Args:
-        drafts: g drafted tokens.
-        argmax: the verifier's g + 1 choices: ``argmax[i]`` is its token where ``drafts[i]``
-            stands, and the last one follows after all drafts.
+        argmax: n + 1 tokens: the verifier's choice at the root, then after each drafted token.
 
     Returns:
-        Drafts accepted, and the verifier's token after them (the bonus token).
+        The drafted tokens that hold, as indices from the root on, and the verifier's token after
+        them (the bonus token).
     """
-    assert len(argmax) == len(drafts) + 1, f"{len(drafts)} drafts, {len(argmax)} choices"
-    accepted = accepted_prefix_length(drafts, argmax)
-    return accepted, argmax[accepted]
+    assert len(argmax) == len(draft) + 1, f"{len(draft)} drafts, {len(argmax)} choices"
+    if draft.parents is None:
+        accepted = accepted_prefix_length(draft.tokens, argmax)
+        return list(range(accepted)), argmax[accepted]
+    path: list[int] = []
+    node = -1
+    while True:
+        token = argmax[node + 1]
+        held = next((i for i in draft.children(node) if draft.tokens[i] == token), None)
+        if held is None:
+            return path, token
+        path.append(held)
+        node = held
 
 
 def verify_sampled(
-    drafts: Sequence[int],
-    q: Float[Tensor, "g V"],
-    p: Float[Tensor, "g1 V"],
-    generator: torch.Generator | None = None,
-) -> tuple[int, int]:
-    """Check a sampled chain so that tokens follow the verifier's distribution exactly.
+    draft: Draft, p: Float[Tensor, "n1 V"], generator: torch.Generator | None = None
+) -> tuple[list[int], int]:
+    """Check a draft so that what is said follows the verifier's distribution exactly.
 
-    Draft i is accepted with probability min(1, p/q); the first rejected one is replaced by a
-    sample of (p - q)+, normalised (Leviathan et al., arXiv:2211.17192, algorithm 1).
+    The children of a node are tried in turn. One that was drawn from q is accepted with
+    probability min(1, p/q); after a rejection p becomes (p - q)+, normalised, which the next one is
+    held against and, after the last, the token is drawn from (Leviathan et al., arXiv:2211.17192,
+    algorithm 1; for trees SpecInfer's multi-step sampling, arXiv:2305.09781). A token that was
+    chosen, not drawn, has a q of one at itself: accepted with probability p, else ruled out.
 
     Args:
-        drafts: g tokens, each sampled from its row of ``q``.
-        q: the drafts' probabilities.
-        p: the verifier's, g + 1 rows.
-        generator: random numbers, on the device of ``p``.
+        p: the verifier's probabilities at the root, then after each drafted token.
+        generator: random numbers, on the device of ``p``; not the one the drafts were drawn with.
 
     Returns:
-        Drafts accepted, and the token after them.
+        The drafted tokens that hold, as indices from the root on, and the token after them.
     """
-    assert len(drafts) == len(q) == len(p) - 1, "one row of p more than drafts"
-    for i, token in enumerate(drafts):
-        chance = torch.rand((), generator=generator, device=p.device)
-        if chance * q[i, token] >= p[i, token]:
-            return i, _sample(residual(p[i], q[i]), generator)
-    return len(drafts), _sample(p[-1], generator)
+    assert len(p) == len(draft) + 1, "one row of p more than drafts"
+    path: list[int] = []
+    node = -1
+    while True:
+        rest = p[node + 1]
+        for child in draft.children(node):
+            token = draft.tokens[child]
+            q = one_hot(token, rest) if draft.q is None else draft.q[child]
+            chance = torch.rand((), generator=generator, device=p.device)
+            if chance * q[token] < rest[token]:
+                path.append(child)
+                node = child
+                break
+            rest = residual(rest, q)
+        else:
+            return path, draw(rest, generator)
 
 
 def residual(p: Float[Tensor, " V"], q: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
@@ -73,6 +143,18 @@ def residual(p: Float[Tensor, " V"], q: Float[Tensor, " V"]) -> Float[Tensor, " 
     rest = (p - q).clamp(min=0.0)
     total = rest.sum()
     return rest / total if total > 0 else p
+
+
+def one_hot(token: int, like: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+    """The distribution of a token that was chosen without chance."""
+    q = torch.zeros_like(like)
+    q[token] = 1.0
+    return q
+
+
+def draw(p: Float[Tensor, " V"], generator: torch.Generator | None = None) -> int:
+    """A token with probabilities ``p``."""
+    return int(torch.multinomial(p, 1, generator=generator))
 
 
 def tau_from_prefix(prefix: Sequence[int], gamma: int, length: int) -> tuple[int, int]:
@@ -95,7 +177,3 @@ def tau_from_prefix(prefix: Sequence[int], gamma: int, length: int) -> tuple[int
         known += min(prefix[known - 1], gamma) + 1
         cycles += 1
     return cycles, max(0, length - 1)
-
-
-def _sample(p: Tensor, generator: torch.Generator | None) -> int:
-    return int(torch.multinomial(p, 1, generator=generator))

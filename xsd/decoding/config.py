@@ -9,6 +9,10 @@ from xsd.errors import XsdError
 
 GAP_LEVELS = ("L1", "L2", "L3", "L4", "X1")
 HEAD_LEVELS = ("L5", "B1", "L5F", "E1", "E2", "E3")
+CONTROL_HEADS = ("ngram", "oracle", "synthetic")
+"""Heads that are no adapters: they draft by rote, or with the answer in hand."""
+TREE_HEADS = ("E1", "E3")
+MAX_GAMMA, MAX_TREE_NODES = 16, 63
 BASELINE = "vl_baseline"
 ALL_CONFIGS = (
     BASELINE,
@@ -19,6 +23,9 @@ ALL_CONFIGS = (
     "X1+E3",
     "drafter+VL",
     "template+VL",
+    *(f"{level}_tree" for level in TREE_HEADS),
+    "ngram",
+    "oracle",
 )
 
 
@@ -29,7 +36,23 @@ class DecodingConfig:
     max_new_tokens: int = 50
     """Longest answer."""
     gamma: int = 4
-    """Drafts per verifier call in decode (the seed's benchmark: 1)."""
+    """Drafts per verifier call in decode, at most (the seed's benchmark: 1)."""
+    policy: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: draft and verify only what pays by measured costs and the drafter's confidence;
+    fixed: gamma drafts, always."""
+    tree_width: int = 3
+    """Branches a node, and nodes that branch a level, in draft trees."""
+    tree_nodes: int = 10
+    """Largest draft tree that is verified."""
+    temperature: float = 0.0
+    """0: greedy; above: tokens are drawn, and follow the same distribution as by plain decoding."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens that hold this much of the probability."""
+    seed: int = 0
+    """Seed of the draws."""
+    last_chunk: int = 0
+    """Prompt rows of the last pass of a speculative prefill, which drafts that are ready join; 0:
+    the prefill is one pass, and drafts are verified in another."""
     overlap: Literal["process", "inline"] = "process"
     """process: the drafter runs beside the verifier's prefill in a process of its own; inline: it
     runs before the prefill in the same process, and its time counts in full."""
@@ -37,8 +60,18 @@ class DecodingConfig:
     """No more drafts than this in the prefill gap (inline: exactly so many)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "gamma"):
+        for name in ("max_new_tokens", "gamma", "tree_width", "tree_nodes"):
             if getattr(self, name) < 1:
                 raise XsdError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.max_gap_drafts < 0:
             raise XsdError(f"max_gap_drafts={self.max_gap_drafts}: must not be negative")
+        if self.gamma > MAX_GAMMA:
+            raise XsdError(f"gamma={self.gamma}: at most {MAX_GAMMA} drafts a cycle")
+        if self.temperature < 0:
+            raise XsdError(f"temperature={self.temperature}: 0 is greedy, below is nothing")
+        if not 0.0 < self.top_p <= 1.0:
+            raise XsdError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.last_chunk < 0:
+            raise XsdError(f"last_chunk={self.last_chunk}: must not be negative")
+        if self.tree_nodes > MAX_TREE_NODES:
+            raise XsdError(f"tree_nodes={self.tree_nodes}: at most {MAX_TREE_NODES}")

@@ -1,11 +1,17 @@
-"""Controls: what drafting by rote reaches, without looking at the scene."""
+"""Controls: drafting by rote, without looking at the scene, and with the answer in hand."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from xsd.decoding.accept import accepted_prefix_length
+from torch import Tensor
+
+from xsd.decoding.accept import Draft, accepted_prefix_length
+from xsd.errors import XsdError
+from xsd.files import read_json
 
 Ids = tuple[int, ...]
 
@@ -99,3 +105,97 @@ def ngram_tau(
             emitted += step
             cycles += 1
     return emitted / cycles
+
+
+class NGramHead:
+    """Control: copies what followed the longest context found in prompt and answer, else asks a
+    table of the training answers."""
+
+    reads_drafter = False
+
+    def __init__(
+        self,
+        prompt: Callable[[str], Sequence[int]],
+        answers: Iterable[tuple[str, Sequence[int]]],
+        order: int = 5,
+    ) -> None:
+        """
+        Args:
+            prompt: a question's prompt ids, without the visual tokens.
+            answers: ``(question, ids)`` of a training set.
+        """
+        self._prompt = prompt
+        self._table = NGramTable(order).fit((prompt(question), ids) for question, ids in answers)
+        self._context: list[int] = []
+
+    def begin(self, question: str, visual: Tensor | None, reader: object) -> None:
+        self._context = list(self._prompt(question))
+
+    def propose(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Draft:
+        said = [*self._context, *tokens]
+        return Draft((looked_up(said, gamma) or self._table.draft(said, gamma))[:gamma])
+
+
+def looked_up(ids: Sequence[int], length: int, order: int = 4) -> list[int]:
+    """What followed the last earlier occurrence of the last ``order - 1`` tokens; maybe nothing.
+
+    Prompt lookup decoding, with one context length: shorter ones are the table's.
+    """
+    size = order - 1
+    for start in range(len(ids) - size - 1, -1, -1):
+        if ids[start : start + size] == ids[len(ids) - size :]:
+            return list(ids[start + size : start + size + length])
+    return []
+
+
+class Known:
+    """The answer of plain decoding, where a control may look it up."""
+
+    def __init__(self) -> None:
+        self.answer: list[int] = []
+
+
+class OracleHead:
+    """Controls ``oracle`` and ``synthetic``: drafts that hold always, or at given rates.
+
+    Whether a draft holds is drawn, position by position; the system is then measured without any
+    drafter, and what it says is still the verifier's own.
+    """
+
+    reads_drafter = False
+
+    def __init__(self, known: Known, rates: Sequence[float], vocab_size: int, seed: int) -> None:
+        """``rates[i]``: how often draft i holds, given those before it; the last one goes on."""
+        self._known, self._rates, self._vocab_size = known, rates, vocab_size
+        self._random = random.Random(seed)
+
+    def begin(self, question: str, visual: Tensor | None, reader: object) -> None:
+        """Nothing to prepare."""
+
+    def propose(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Draft:
+        rest = self._known.answer[len(tokens) : len(tokens) + gamma]
+        rates = [self._rates[min(i, len(self._rates) - 1)] for i in range(len(rest))]
+        drafts = [
+            token if self._random.random() < rate else (token + 1) % self._vocab_size
+            for token, rate in zip(rest, rates, strict=True)
+        ]
+        return Draft(drafts, confidence=rates)
+
+
+def acceptance_rates(text: str) -> list[float]:
+    """``0.8``, ``0.9,0.7`` or a JSON file with such a list.
+
+    Raises:
+        XsdError: anything else, or a number that is no rate.
+    """
+    try:
+        found = read_json(Path(text)) if text.endswith(".json") else text.split(",")
+        rates = [float(item) for item in found]
+    except (TypeError, ValueError) as error:
+        raise XsdError(
+            f"config synthetic:{text}: write synthetic:0.8, synthetic:0.9,0.7 or a JSON file that "
+            f"holds a list of rates ({error})"
+        ) from error
+    if not rates or not all(0.0 <= rate <= 1.0 for rate in rates):
+        raise XsdError(f"config synthetic:{text}: every rate must be between 0 and 1")
+    return rates

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xsd.adapters.base import Adapter, StepInputs
+from xsd.adapters.base import Adapter, Siblings, StepInputs
+from xsd.decoding.accept import Draft, Sampling, draw
+from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media
 
 Logits = Callable[[Float[Tensor, "*rows Dv"]], Float[Tensor, "*rows V"]]
@@ -36,7 +39,11 @@ class VerifierTables:
         return cls(verifier.embedding, verifier.logits, verifier.eos_ids)
 
     def choose(self, hidden: Float[Tensor, "*rows Dv"]) -> Int[Tensor, "*rows"]:
-        return self.logits(hidden.to(self.embedding.dtype)).argmax(-1)
+        return self.score(hidden).argmax(-1)
+
+    def score(self, hidden: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows V"]:
+        """Logits of states in an adapter's own precision."""
+        return self.logits(hidden.to(self.embedding.dtype))
 
 
 class DrafterReader:
@@ -137,32 +144,74 @@ def adapt_free(
     return drafts
 
 
-class HeadDrafter:
-    """A head on the verifier's states: a few rows in, a chain of drafts out."""
+@runtime_checkable
+class Head(Protocol):
+    """Drafts in decode: an adapter (``HeadDrafter``) or a control."""
 
-    def __init__(self, head: Adapter, tables: VerifierTables, max_new_tokens: int) -> None:
+    reads_drafter: bool
+    """Whether ``begin`` needs a reader."""
+
+    def begin(
+        self, question: str, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None
+    ) -> None:
+        """A sample begins."""
+
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        """What follows ``tokens``, at most ``gamma`` deep; states of the last m of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOptions:
+    """How a head drafts."""
+
+    tree_width: int = 0
+    """Branches a node and nodes a level of a draft tree; 0: chains."""
+    tree_nodes: int = 12
+    """Largest tree that is verified."""
+    sampling: Sampling | None = None
+    """Draw the drafts of a chain like this; None: take the likeliest."""
+    seed: int = 0
+    """Of the draws, a sample each."""
+
+
+class HeadDrafter:
+    """A head on the verifier's states: a few rows in, a chain or a tree of drafts out."""
+
+    def __init__(
+        self,
+        head: Adapter,
+        tables: VerifierTables,
+        max_new_tokens: int,
+        options: HeadOptions | None = None,
+        policy: Policy | None = None,
+    ) -> None:
         self.head = head
         self.tables = tables
-        self.max_length = max_new_tokens + 16
+        self.options = options or HeadOptions()
+        self.policy = policy or Policy()
+        self.max_length = max_new_tokens + 16 + 8 * self.options.tree_width
         row = head.row
         self._reads_verifier = "verifier" in row.streams
         self._reads_token = "token" in row.streams
-        self._reads_drafter = "drafter" in row.streams
+        self.reads_drafter = "drafter" in row.streams
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
 
-    def begin(self, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None) -> None:
+    def begin(
+        self, question: str, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None
+    ) -> None:
         """Start a sample; ``visual`` and ``reader`` only where the level's row asks for them."""
         self._cache = self.head.new_cache(
             1, self.max_length, None if visual is None else _for(self.head, visual[None])
         )
         self._reader = reader
+        # Not the verifier's random numbers: a draft must not know what it will be held against.
+        device = self.tables.embedding.device
+        self._generator = torch.Generator(device).manual_seed(self.options.seed + (1 << 32))
 
     @torch.inference_mode()
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
-        """Draft the ``gamma`` tokens after ``tokens``.
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        """Draft what follows ``tokens``, at most ``gamma`` deep.
 
         Args:
             tokens: everything said so far, ``y[0..t]``.
@@ -170,22 +219,80 @@ class HeadDrafter:
                 came in earlier cycles.
         """
         sequence = list(tokens)
-        end = len(sequence)
-        start = end - states.shape[0]
+        start = len(sequence) - states.shape[0]
         self._cache.length = start
-        hidden = self._step(sequence, start, end, _for(self.head, states[None]))
-        out = hidden[:, -1:]
-        for _ in range(gamma - 1):
-            sequence.append(int(self.tables.choose(out)))
+        out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
+        if self.options.tree_width:
+            return self._grow_tree(len(sequence), out, gamma)
+        return self._extend_chain(sequence, out, gamma)
+
+    def _extend_chain(self, sequence: list[int], out: Tensor, gamma: int) -> Draft:
+        end = len(sequence)
+        confidence: list[float] = []
+        rows: list[Tensor] = []
+        joint = 1.0
+        while True:
+            token, sure, q = self._guess(out)
+            sequence.append(token)
+            confidence.append(sure)
+            if q is not None:
+                rows.append(q)
+            joint *= self.policy.chance(sure)
+            drafted = len(sequence) - end
+            if drafted == gamma or token in self.tables.eos_ids:
+                break
+            if not self.policy.go_on(joint, drafted):
+                break
             out = self._step(sequence, len(sequence) - 1, len(sequence), out)
-        sequence.append(int(self.tables.choose(out)))
-        return sequence[end:]
+        return Draft(
+            sequence[end:],
+            None,
+            torch.stack(rows) if rows else None,
+            confidence if self.policy.asks_confidence else None,
+        )
+
+    def _guess(self, out: Float[Tensor, "1 1 Dv"]) -> tuple[int, float, Tensor | None]:
+        """A token, how probable it is, and what it was drawn from (None: it is the likeliest)."""
+        logits = self.tables.score(out)[0, 0]
+        sampling = self.options.sampling
+        if sampling is not None:
+            q = sampling.probabilities(logits)
+            token = draw(q, self._generator)
+            return token, float(q[token]), q
+        if not self.policy.asks_confidence:
+            return int(logits.argmax()), 1.0, None
+        best, index = torch.softmax(logits, -1).max(-1)
+        return int(index), float(best), None
+
+    def _grow_tree(self, base: int, out: Tensor, gamma: int) -> Draft:
+        """Level by level the likeliest nodes branch; of all, the likeliest are kept (EAGLE-2,
+        arXiv:2406.16858). The head's rows of one level are one pass."""
+        tree = _Tree(base)
+        width, policy = self.options.tree_width, self.policy
+        frontier = [-1]
+        for depth in range(1, gamma + 1):
+            best, ids = torch.softmax(self.tables.score(out)[0], -1).topk(width)
+            new = tree.branch(frontier, best.tolist(), ids.tolist(), policy)
+            open_ = [i for i in new if tree.tokens[i] not in self.tables.eos_ids]
+            rows = tree.best(open_, width)
+            size = min(len(tree.tokens), self.options.tree_nodes)
+            rows = [i for i in rows if policy.go_on(tree.joint[i], size)]
+            if depth == gamma or not rows:
+                break
+            states = out[:, [frontier.index(tree.parents[i]) for i in rows]]
+            ids = [tree.tokens[i] for i in rows]
+            token = _for(self.head, self.tables.embedding[ids][None])
+            inputs = StepInputs(None, states if self._reads_verifier else None, token)
+            visible = tree.visible(rows, self._cache.length).to(token.device)
+            out = self.head.step(inputs, self._cache, Siblings(base + depth - 1, visible))
+            frontier = rows
+        return tree.draft(self.options.tree_nodes)
 
     def _step(
         self, sequence: list[int], start: int, stop: int, states: Float[Tensor, "1 m Dv"]
     ) -> Float[Tensor, "1 m Dv"]:
         drafter = token = None
-        if self._reads_drafter:
+        if self.reads_drafter:
             assert self._reader is not None
             first = 0 if start == 0 else start + self._ahead
             read = self._reader.states(sequence, first, stop + self._ahead)
@@ -195,3 +302,60 @@ class HeadDrafter:
             token = _for(self.head, self.tables.embedding[ids])
         verifier = states if self._reads_verifier else None
         return self.head.step(StepInputs(drafter, verifier, token), self._cache)
+
+
+class _Tree:
+    """A draft tree while it grows; nodes are numbered as they come, parents first."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        """Head rows before the tree's."""
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.confidence: list[float] = []
+        self.joint: list[float] = []
+        self._slots: dict[int, int] = {}
+        """Nodes that the head has read, and which of its rows they are."""
+
+    def branch(
+        self,
+        frontier: list[int],
+        confidence: list[list[float]],
+        tokens: list[list[int]],
+        policy: Policy,
+    ) -> list[int]:
+        """Give every node of the frontier its likeliest followers; their numbers."""
+        first = len(self.tokens)
+        for parent, sure, ids in zip(frontier, confidence, tokens, strict=True):
+            before = 1.0 if parent == -1 else self.joint[parent]
+            self.parents += [parent] * len(ids)
+            self.tokens += ids
+            self.confidence += sure
+            self.joint += [before * policy.chance(p) for p in sure]
+        return list(range(first, len(self.tokens)))
+
+    def best(self, nodes: list[int], size: int) -> list[int]:
+        return sorted(nodes, key=lambda i: -self.joint[i])[:size]
+
+    def visible(self, rows: list[int], length: int) -> Bool[Tensor, "R end"]:
+        """Cached rows that each of ``rows`` follows, appended to ``length`` others."""
+        for slot, node in enumerate(rows, start=length):
+            self._slots[node] = slot
+        visible = torch.zeros(len(rows), length + len(rows), dtype=torch.bool)
+        visible[:, : self.base] = True
+        for row, node in enumerate(rows):
+            while node != -1:
+                visible[row, self._slots[node]] = True
+                node = self.parents[node]
+        return visible
+
+    def draft(self, size: int) -> Draft:
+        """The likeliest ``size`` nodes; a node is no likelier than its parent, so they connect."""
+        kept = self.best(list(range(len(self.tokens))), size)
+        number = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        return Draft(
+            [self.tokens[node] for node in kept],
+            [number[self.parents[node]] for node in kept],
+            None,
+            [self.confidence[node] for node in kept],
+        )

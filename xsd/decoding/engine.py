@@ -1,11 +1,14 @@
-"""Plain and speculative greedy decoding of the verifier: one cache, one loop.
+"""Plain and speculative decoding of the verifier: one cache, one loop.
 
 Speculation changes when tokens are computed, never which: a draft is kept only where it equals
 the verifier's own choice, and the verifier's choice after the last kept draft comes for nothing.
+Where tokens are drawn, the same holds for their distribution.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,11 +17,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xsd.clock import Stopwatch
-from xsd.decoding.accept import verify_greedy
+from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
+from xsd.decoding.config import MAX_TREE_NODES
+from xsd.decoding.policy import Costs, Policy
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media
+from xsd.pairs.cache import TreeRows
 from xsd.types import Span
+
+NO_DRAFT = Draft([])
 
 
 @dataclass
@@ -28,6 +36,8 @@ class Decoded:
     token_ids: list[int] = field(default_factory=list)
     prefill_ms: float = 0.0
     total_ms: float = 0.0
+    num_free: int = 0
+    """Drafts that were ready when the prefill ended."""
     gap_drafted: int = 0
     gap_accepted: int = 0
     cycle_drafted: list[int] = field(default_factory=list)
@@ -42,46 +52,120 @@ class Decoded:
 class Engine:
     """The verifier, sample after sample. Memory is allocated here, once."""
 
-    def __init__(self, verifier: Decoder, max_new_tokens: int, max_prompt: int) -> None:
+    def __init__(
+        self,
+        verifier: Decoder,
+        max_new_tokens: int,
+        max_prompt: int,
+        *,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        last_chunk: int = 0,
+    ) -> None:
+        """
+        Args:
+            sampling: draw tokens like this; None: greedy.
+            seed: every answer is drawn with random numbers that begin here.
+            last_chunk: prompt rows of the prefill's last pass, which early drafts join; 0: the
+                prefill is one pass, and drafts are checked in another.
+        """
         self.verifier = verifier
         self.max_new_tokens = max_new_tokens
-        self._cache = verifier.new_cache(1, max_prompt + max_new_tokens)
+        self._sampling, self._seed, self._last_chunk = sampling, seed, last_chunk
+        self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + MAX_TREE_NODES)
         self._device = verifier.stack.device
+        self._generator = torch.Generator(self._device)
 
     @torch.inference_mode()
     def plain(self, media: Media, question: str) -> Decoded:
-        """Greedy decoding, one row a step: the baseline of every speedup."""
-        return self._decode(media, question, None, 0)
+        """Decoding one row a step: the baseline of every speedup."""
+        return self._decode(media, question, None, 0, Policy())
 
     @torch.inference_mode()
-    def speculate(self, media: Media, question: str, speculator: Speculator, gamma: int) -> Decoded:
-        """The same answer with drafts from ``speculator``: in the gap, in decode, or both."""
-        return self._decode(media, question, speculator, gamma)
+    def speculate(
+        self,
+        media: Media,
+        question: str,
+        speculator: Speculator,
+        gamma: int,
+        policy: Policy | None = None,
+    ) -> Decoded:
+        """The same with drafts from ``speculator``: in the gap, in decode, or both.
+
+        Args:
+            gamma: longest draft of a cycle.
+            policy: decides how much of it to make and verify; None: all.
+        """
+        policy = policy or Policy()
+        # Without the gap and without a head there is nothing to start a drafter for.
+        if not gamma and not policy.wants_gap():
+            return self._decode(media, question, None, 0, policy)
+        return self._decode(media, question, speculator, gamma, policy)
+
+    @torch.inference_mode()
+    def measure(self, media: Media, question: str, max_rows: int = 24, repeats: int = 7) -> Costs:
+        """What the verifier's passes cost here and now: medians behind a real prompt."""
+        self._cache.reset()
+        prefill_ms = statistics.median(
+            self.plain(media, question).prefill_ms for _ in range(repeats)
+        )
+        length = self._cache.length
+        verify_ms: list[float] = []
+        for num_rows in range(1, max_rows + 1):
+            token = torch.zeros(1, num_rows, dtype=torch.long, device=self._device)
+            times = []
+            for _ in range(repeats):
+                self._cache.length = length
+                watch = Stopwatch(self._device)
+                states = self.verifier.forward(self.verifier.embed(token), self._cache)[0]
+                self.verifier.logits(states).argmax(-1).tolist()
+                times.append(watch.ms())
+            verify_ms.append(statistics.median(times))
+        # More rows never cost less: what says so is noise.
+        for row in range(max_rows - 1, 0, -1):
+            verify_ms[row - 1] = min(verify_ms[row - 1 : row + 1])
+        return Costs(tuple(verify_ms), prefill_ms)
 
     def _decode(
-        self, media: Media, question: str, speculator: Speculator | None, gamma: int
+        self,
+        media: Media,
+        question: str,
+        speculator: Speculator | None,
+        gamma: int,
+        policy: Policy,
     ) -> Decoded:
         watch = Stopwatch(self._device)
+        self._generator.manual_seed(self._seed)
         result = Decoded()
         if speculator is not None:
             speculator.start(media, question, watch)
-        state = self._prefill(media, question, speculator, watch, result)
-        tokens = result.token_ids = [int(self.verifier.logits(state[0]).argmax())]
+        states, early = self._prefill(media, question, speculator, watch, result)
+        tokens = result.token_ids = [self._next(states[0])]
         result.prefill_ms = watch.ms()
         if speculator is not None:
-            state = self._check_gap(speculator, state, result)
+            states = self._check_gap(speculator, states, early, result, policy)
+        unseen = [states]
         while not self._finished(tokens):
-            drafts: list[int] = []
             # The verifier's own token ends the answer: one draft less than there is room.
             depth = min(gamma, self.max_new_tokens - len(tokens) - 1)
-            if speculator is not None and depth > 0:
-                drafts = self._useful(speculator.propose(tokens, state, depth), tokens)
-            if drafts:
-                state, accepted = self._verify(tokens, drafts)
-                result.cycle_drafted.append(len(drafts))
-                result.cycle_accepted.append(accepted)
+            draft = NO_DRAFT
+            drafting_ms = 0.0
+            if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
+                began = time.perf_counter()
+                asked = speculator.propose(tokens, torch.cat(unseen), depth)
+                drafting_ms = 1e3 * (time.perf_counter() - began)
+                draft, unseen = policy.select(self._useful(asked, tokens)), []
+            began = time.perf_counter()
+            if draft.tokens:
+                states, path = self._verify(tokens, draft)
+                result.cycle_drafted.append(len(draft))
+                result.cycle_accepted.append(len(path))
             else:
-                state = self._step(tokens)
+                states, path = self._step(tokens), []
+            if drafting_ms:
+                verifying_ms = 1e3 * (time.perf_counter() - began)
+                policy.learn(draft, path, drafting_ms, verifying_ms)
+            unseen.append(states)
         result.total_ms = watch.ms()
         result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
         if speculator is not None:
@@ -95,8 +179,12 @@ class Engine:
         speculator: Speculator | None,
         watch: Stopwatch,
         result: Decoded,
-    ) -> Float[Tensor, "1 Dv"]:
-        """Fill the cache with the prompt; the state that predicts the first token."""
+    ) -> tuple[Float[Tensor, "m Dv"], list[int]]:
+        """Fill the cache with the prompt.
+
+        Returns the state that predicts the first token, followed by those of the drafts that
+        joined the last chunk, and these drafts.
+        """
         verifier = self.verifier
         visual = verifier.visual_tokens(verifier.pixels(media))
         seen_ms = watch.ms()
@@ -105,63 +193,146 @@ class Engine:
             speculator.on_projected(pool_visual(visual))
         prompt = verifier.prompt(question)
         self._cache.reset()
-        states = verifier.forward(verifier.embed_prompt(prompt, visual), self._cache)[0]
+        rows = verifier.embed_prompt(prompt, visual)
+        num_rows = rows.shape[1]
+        read: list[Tensor] = []
+        early: list[int] = []
+        if speculator is not None and 0 < self._last_chunk < num_rows:
+            first = num_rows - self._last_chunk
+            read = [verifier.forward(rows[:, :first], self._cache)[0]]
+            early = self._useful(Draft(speculator.gap_drafts()), ()).tokens
+            # The prefill checks the first draft anyhow; one alone would add nothing.
+            early = early if len(early) > 1 else []
+            joined = torch.tensor([early], dtype=torch.long, device=self._device)
+            rows = torch.cat([rows[:, first:], verifier.embed(joined)], dim=1)
+        states = torch.cat([*read, verifier.forward(rows, self._cache)[0]])
         if speculator is not None and speculator.wants_prefilled:
             start = len(prompt.before)
             speculator.on_prefilled(pool_visual(states[start : start + len(visual)]))
         result.timeline.append(Span("verifier", "prefill", seen_ms, watch.ms()))
-        return states[-1:]
+        return states[num_rows - 1 :], early
 
     def _check_gap(
-        self, speculator: Speculator, state: Float[Tensor, "1 Dv"], result: Decoded
-    ) -> Float[Tensor, "m Dv"]:
+        self,
+        speculator: Speculator,
+        states: Float[Tensor, "m Dv"],
+        early: list[int],
+        result: Decoded,
+        policy: Policy,
+    ) -> Float[Tensor, "n Dv"]:
         """Check what was drafted during prefill, in one pass; states of the tokens said so far.
 
-        The prefill itself has checked draft 0.
+        The prefill itself has checked draft 0, and those in its last chunk (``early``).
         """
         tokens = result.token_ids
-        drafts = speculator.gap_drafts()
-        result.gap_drafted = len(drafts)
-        if not drafts or drafts[0] != tokens[0]:
-            return state
-        result.gap_accepted = 1
-        rest = self._useful(drafts[1:], tokens)
-        if not rest or self._finished(tokens):
-            return state
-        states, accepted = self._verify(tokens, rest)
-        result.gap_accepted += accepted
-        return torch.cat([state, states])
+        is_checked = bool(early)
+        drafts = early or speculator.gap_drafts()
+        result.num_free = result.gap_drafted = len(drafts)
+        rest: list[int] = []
+        path: list[int] = []
+        if drafts and drafts[0] == tokens[0]:
+            result.gap_accepted = 1
+            rest = [] if self._finished(tokens) else self._useful(Draft(drafts[1:]), tokens).tokens
+        if is_checked:
+            states, path = self._judge_early(tokens, drafts, rest, states)
+        elif rest and (size := policy.gap_size(len(rest))):
+            rest = rest[:size]
+            verified, path = self._verify(tokens, Draft(rest))
+            states = torch.cat([states, verified])
+        elif rest:
+            rest = []
+        if result.gap_accepted and not is_checked:
+            result.gap_drafted = 1 + len(rest)
+        result.gap_accepted += len(path)
+        if drafts:
+            policy.learn_gap(
+                0 if is_checked else len(rest), len(path), result.prefill_ms, len(tokens)
+            )
+        return states
 
-    def _useful(self, drafts: list[int], tokens: Sequence[int]) -> list[int]:
-        """Drafts that could still be said: up to EOS, and one less than the room that is left."""
-        drafts = drafts[: self.max_new_tokens - len(tokens) - 1]
-        for index, token in enumerate(drafts):
+    def _judge_early(
+        self, tokens: list[int], drafts: list[int], rest: list[int], states: Float[Tensor, "m Dv"]
+    ) -> tuple[Float[Tensor, "n Dv"], list[int]]:
+        """Hold the drafts of the prefill's last chunk against its states, of 0..len(drafts)."""
+        path: list[int] = []
+        kept = 0
+        if rest or (drafts[0] == tokens[0] and not self._finished(tokens)):
+            draft = Draft(rest)
+            path, said = self._judge(draft, states[1 : len(rest) + 2])
+            kept = 1 + len(path)
+            tokens.extend(self._said(draft, path, said))
+        # The cache holds all drafts; rows of those that were said stay, but for the last token's.
+        self._cache.length -= len(drafts) - min(kept, len(tokens) - 1)
+        return states[: len(tokens)], path
+
+    def _useful(self, draft: Draft, tokens: Sequence[int]) -> Draft:
+        """What could still be said of a chain: up to EOS, and one less than the room that is left.
+
+        A tree is never deeper than the room, for that is what was asked for.
+        """
+        if draft.parents is not None:
+            return draft.cut(MAX_TREE_NODES)
+        draft = draft.cut(self.max_new_tokens - len(tokens) - 1)
+        for index, token in enumerate(draft.tokens):
             if token in self.verifier.eos_ids:
-                return drafts[: index + 1]
-        return drafts
+                return draft.cut(index + 1)
+        return draft
 
     def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
         """One plain step."""
         rows = self.verifier.embed(torch.tensor([tokens[-1:]], device=self._device))
         state = self.verifier.forward(rows, self._cache)[0]
-        tokens.append(int(self.verifier.logits(state[0]).argmax()))
+        tokens.append(self._next(state[0]))
         return state
 
-    def _verify(self, tokens: list[int], drafts: list[int]) -> tuple[Float[Tensor, "m Dv"], int]:
-        """Check a chain in one pass and say what holds, plus the verifier's own next token.
+    def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:
+        """Check a draft in one pass and say what holds, plus the verifier's own next token.
 
-        Returns the states of the tokens added, and how many drafts were accepted.
+        Returns the states of the tokens added, and which drafted tokens were accepted.
         """
-        rows = self.verifier.embed(torch.tensor([[tokens[-1], *drafts]], device=self._device))
+        rows = self.verifier.embed(torch.tensor([[tokens[-1], *draft.tokens]], device=self._device))
+        if draft.parents is not None:
+            self._cache.tree = tree_rows(draft.parents, self._device)
         states = self.verifier.forward(rows, self._cache)[0]
-        chosen: list[int] = self.verifier.logits(states).argmax(-1).tolist()
-        accepted, _ = verify_greedy(drafts, chosen)
-        self._cache.length -= len(drafts) - accepted
-        said = chosen[: accepted + 1]
-        if accepted and drafts[accepted - 1] in self.verifier.eos_ids:
-            said = chosen[:accepted]
+        self._cache.tree = None
+        path, token = self._judge(draft, states)
+        kept = [0, *(node + 1 for node in path)]
+        self._cache.keep(len(draft) + 1, kept)
+        said = self._said(draft, path, token)
         tokens.extend(said)
-        return states[: len(said)], accepted
+        if kept[-1] == len(path):
+            return states[: len(said)], path
+        return states[kept[: len(said)]], path
+
+    def _judge(self, draft: Draft, states: Float[Tensor, "m Dv"]) -> tuple[list[int], int]:
+        logits = self.verifier.logits(states)
+        if self._sampling is None:
+            return verify_greedy(draft, logits.argmax(-1).tolist())
+        return verify_sampled(draft, self._sampling.probabilities(logits), self._generator)
+
+    def _said(self, draft: Draft, path: list[int], token: int) -> list[int]:
+        """The accepted tokens and the verifier's own, which does not follow an end."""
+        said = [draft.tokens[node] for node in path]
+        if said and said[-1] in self.verifier.eos_ids:
+            return said
+        return [*said, token]
+
+    def _next(self, state: Float[Tensor, " Dv"]) -> int:
+        logits = self.verifier.logits(state)
+        if self._sampling is None:
+            return int(logits.argmax())
+        return draw(self._sampling.probabilities(logits), self._generator)
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids
+
+
+def tree_rows(parents: Sequence[int], device: torch.device) -> TreeRows:
+    """The pass over a root and a tree's tokens behind it."""
+    ancestors = [[True] + [False] * len(parents)]
+    depths = [0]
+    for row, parent in enumerate(parents, start=1):
+        ancestors.append(ancestors[parent + 1].copy())
+        ancestors[-1][row] = True
+        depths.append(depths[parent + 1] + 1)
+    return TreeRows(torch.tensor(depths, device=device), torch.tensor(ancestors, device=device))

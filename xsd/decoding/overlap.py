@@ -23,11 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xsd.adapters import checkpoint
-from xsd.adapters.catalog import level
 from xsd.clock import Stopwatch
+from xsd.decoding.accept import Draft
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.draft import HeadDrafter, VerifierTables
-from xsd.decoding.speculator import LocalSpeculator
+from xsd.decoding.draft import Head, VerifierTables
+from xsd.decoding.speculator import LocalSpeculator, reads_visual
 from xsd.decoding.strategies import adapter_names
 from xsd.errors import XsdError
 from xsd.hidden.visual import MAX_VISUAL
@@ -136,21 +136,20 @@ class ProcessSpeculator:
     """
 
     def __init__(
-        self, strategy: Strategy, process: DrafterProcess, local_head: HeadDrafter | None
+        self, strategy: Strategy, process: DrafterProcess, local_head: Head | None
     ) -> None:
         self.strategy = strategy
         self._process = process
         self._local_head = local_head
         self._views = process.shared.views()
         gap = strategy.gap if strategy.gap_mode == "coupled" else None
-        self.wants_projected = gap is not None and level(gap).visual == "projected"
-        head = None if strategy.head is None else level(strategy.head)
-        self.wants_prefilled = head is not None and head.visual == "prefilled"
+        self.wants_projected = reads_visual(gap, "projected")
+        self.wants_prefilled = reads_visual(strategy.head, "prefilled")
 
     def start(self, media: Media, question: str, watch: Stopwatch) -> None:
         self._views["flags"][:] = 0
         self._views["clock_ns"][:] = 0
-        self._watch = watch
+        self._watch, self._question = watch, question
         self._prefilled: Tensor | None = None
         self._head_began = False
         images = [np.ascontiguousarray(image) for image in media.event_images]
@@ -179,14 +178,12 @@ class ProcessSpeculator:
         drafts: list[int] = self._views["drafts"][:count].tolist()
         return drafts
 
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         if self.strategy.head is None:
-            return []
+            return Draft([])
         if self._local_head is not None:
             if not self._head_began:
-                self._local_head.begin(self._prefilled, None)
+                self._local_head.begin(self._question, self._prefilled, None)
                 self._head_began = True
             return self._local_head.propose(tokens, states, gamma)
         views, shared = self._views, self._process.shared
@@ -198,8 +195,7 @@ class ProcessSpeculator:
         asked = int(flags[_ASKED]) + 1
         flags[_ASKED] = asked
         self._process.wait(lambda: flags[_ANSWERED] == asked)
-        drafts: list[int] = views["drafts"][:gamma].tolist()
-        return drafts
+        return Draft(views["drafts"][: int(views["request"][2])].tolist())
 
     def finish(self) -> list[Span]:
         self._views["flags"][_STOP] = self._views["flags"][_FINISH] = 1
@@ -312,7 +308,7 @@ class _Worker:
         """Answer requests for drafts until the sample is finished."""
         flags, request = self.views["flags"], self.views["request"]
         served = 0
-        needs_reader = party.head is not None and "drafter" in party.head.head.row.streams
+        needs_reader = party.head is not None and party.head.reads_drafter
         while True:
             if not needs_reader:
                 return
@@ -325,7 +321,8 @@ class _Worker:
             num_tokens, rows, gamma = (int(value) for value in request)
             tokens = self.views["tokens"][:num_tokens].tolist()
             drafts = party.propose(tokens, self.shared.states[:rows].clone(), gamma)
-            self.views["drafts"][: len(drafts)] = drafts
+            self.views["drafts"][: len(drafts)] = drafts.tokens
+            request[2] = len(drafts)
             served += 1
             flags[_ANSWERED] = served
 

@@ -14,9 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xsd.adapters.base import Adapter
+from xsd.adapters.catalog import LEVELS
 from xsd.clock import Stopwatch
+from xsd.decoding.accept import Draft
 from xsd.decoding.draft import (
     DrafterReader,
+    Head,
     HeadDrafter,
     VerifierTables,
     adapt_free,
@@ -48,9 +51,7 @@ class Speculator(Protocol):
     def gap_drafts(self) -> list[int]:
         """Stop drafting in the gap and hand over what is ready, from answer position 0."""
 
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         """Draft what follows ``tokens``; ``states`` are the verifier's of its last m."""
 
     def finish(self) -> list[Span]:
@@ -71,11 +72,13 @@ class LocalSpeculator:
         max_new_tokens: int,
         max_prompt: int,
         max_gap_drafts: int,
+        head: Head | None = None,
     ) -> None:
         """
         Args:
             adapters: by name, see ``strategies.adapter_names``.
             templates: a fixed answer for every question (control ``template``).
+            head: who drafts in decode; None: the strategy's adapter, with default options.
         """
         missing = [name for name in adapter_names(strategy) if name not in adapters]
         if missing:
@@ -90,12 +93,14 @@ class LocalSpeculator:
         free = strategy.gap_mode == "free"
         gap_name = f"{strategy.gap}:free" if free else strategy.gap
         self.gap_adapter = adapters.get(gap_name) if gap_name is not None else None
-        head = adapters[strategy.head] if strategy.head else None
-        self.head = None if head is None else HeadDrafter(head, tables, max_new_tokens)
+        self.head = head
+        name = strategy.head
+        if head is None and name is not None and name in LEVELS:
+            self.head = HeadDrafter(adapters[name], tables, max_new_tokens)
         self.wants_projected = (
             self.gap_adapter is not None and self.gap_adapter.row.visual == "projected"
         )
-        self.wants_prefilled = head is not None and head.row.visual == "prefilled"
+        self.wants_prefilled = reads_visual(strategy.head, "prefilled")
 
     def start(self, media: Media, question: str, watch: Stopwatch) -> None:
         self._question = question
@@ -145,15 +150,18 @@ class LocalSpeculator:
         self._spans.append(Span("drafter", "draft", begin_ms, self._watch.ms()))
         return drafts
 
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         if self.head is None:
-            return []
+            return Draft([])
         if not self._head_began:
-            self.head.begin(self._prefilled, self.reader)
+            self.head.begin(self._question, self._prefilled, self.reader)
             self._head_began = True
         return self.head.propose(tokens, states, gamma)
 
     def finish(self) -> list[Span]:
         return self._spans
+
+
+def reads_visual(name: str | None, kind: str) -> bool:
+    """Whether ``name`` is a level that attends to such visual states (controls do not)."""
+    return name is not None and name in LEVELS and LEVELS[name].visual == kind

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
-from xsd.decoding.config import ALL_CONFIGS, BASELINE, GAP_LEVELS, HEAD_LEVELS
+from xsd.decoding.config import (
+    ALL_CONFIGS,
+    BASELINE,
+    CONTROL_HEADS,
+    GAP_LEVELS,
+    HEAD_LEVELS,
+    TREE_HEADS,
+)
 from xsd.errors import XsdError
 from xsd.types import Strategy
 
 
 def parse(name: str, gamma: int) -> Strategy:
-    """``L4+VL``, ``L4+VL:free``, ``E3_decode``, ``X1+E3``, ``drafter+VL``, ``template+VL``, or
-    any of them with ``@shuffled_events``.
+    """``L4+VL``, ``L4+VL:free``, ``E3_decode``, ``E3_tree``, ``X1+E3``, ``drafter+VL``,
+    ``template+VL``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a position,
+    ``synthetic:0.9,0.7``, or a JSON file of them), or any of them with ``@shuffled_events``.
 
     Raises:
         XsdError: unknown name; the message lists the known ones.
@@ -32,7 +41,9 @@ def parse_all(names: str, gamma: int, control: str | None = None) -> list[Strate
     Raises:
         XsdError: an unknown name or control.
     """
-    listed = ALL_CONFIGS if names == "all" else tuple(name.strip() for name in names.split(","))
+    # A bare number belongs to the list of rates before it.
+    split = re.split(r",(?!\s*[.\d]+\s*(?:[,@+]|$))", names)
+    listed = ALL_CONFIGS if names == "all" else tuple(name.strip() for name in split)
     found = [parse(name, gamma) for name in dict.fromkeys((BASELINE, *listed))]
     if control is None:
         return found
@@ -47,17 +58,26 @@ def _parse_base(name: str, gamma: int) -> Strategy:
         return Strategy(name, gap=name.partition("+")[0], gap_mode="free")
     if name.endswith("_decode") and name.removesuffix("_decode") in HEAD_LEVELS:
         return Strategy(name, head=name.removesuffix("_decode"), gamma=gamma)
+    if name.endswith("_tree") and name.removesuffix("_tree") in TREE_HEADS:
+        return Strategy(name, head=name.removesuffix("_tree"), gamma=gamma, tree=True)
+    if _is_control(name):
+        return Strategy(name, head=name, gamma=gamma)
     gap, _, rest = name.partition("+")
     if gap in GAP_LEVELS and rest == "VL":
         return Strategy(name, gap=gap)
     if gap in GAP_LEVELS and rest == "VL:free":
         return Strategy(name, gap=gap, gap_mode="free")
-    if gap in GAP_LEVELS and rest in HEAD_LEVELS:
+    if gap in GAP_LEVELS and (rest in HEAD_LEVELS or _is_control(rest)):
         return Strategy(name, gap=gap, head=rest, gamma=gamma)
     raise XsdError(
         f"config {name!r} is unknown; known: {', '.join(ALL_CONFIGS)}, any GAP+HEAD, "
         "and each with @shuffled_events"
     )
+
+
+def _is_control(name: str) -> bool:
+    head, _, rates = name.partition(":")
+    return head in CONTROL_HEADS and bool(rates) == (head == "synthetic")
 
 
 def needs_drafter(strategy: Strategy) -> bool:
@@ -70,6 +90,6 @@ def adapter_names(strategy: Strategy) -> list[str]:
     names = []
     if strategy.gap in GAP_LEVELS:
         names.append(f"{strategy.gap}:free" if strategy.gap_mode == "free" else str(strategy.gap))
-    if strategy.head is not None:
+    if strategy.head in HEAD_LEVELS:
         names.append(strategy.head)
     return names

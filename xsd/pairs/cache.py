@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class LayerWindow(NamedTuple):
@@ -16,6 +17,15 @@ class LayerWindow(NamedTuple):
     new_values: Float[Tensor, "B heads R head_dim"]
     keys: Float[Tensor, "B heads end head_dim"]
     values: Float[Tensor, "B heads end head_dim"]
+
+
+class TreeRows(NamedTuple):
+    """How the rows of one pass branch: set as ``KVCache.tree`` for the pass."""
+
+    depths: Int[Tensor, " R"]
+    """Positions after the first row's."""
+    ancestors: Bool[Tensor, "R R"]
+    """Rows of the pass that each row follows, itself included."""
 
 
 class KVCache:
@@ -51,6 +61,7 @@ class KVCache:
             self.keys = self.keys.view(*shape[:3], head_dim, max_length).transpose(-1, -2)
         self.length = 0
         self.pad: Int[Tensor, " B"] | None = None
+        self.tree: TreeRows | None = None
 
     @property
     def batch(self) -> int:
@@ -68,6 +79,18 @@ class KVCache:
         self.length = 0
         self.pad = None
 
+    def keep(self, num_rows: int, kept: list[int]) -> None:
+        """Of the last pass, of ``num_rows`` rows, keep these (ascending); they move together.
+
+        A chain keeps its first rows, and nothing moves.
+        """
+        start = self.length - num_rows
+        self.length = start + len(kept)
+        if kept[-1] != len(kept) - 1:
+            rows = torch.tensor(kept, device=self.values.device) + start
+            for buffer in (self.keys, self.values):
+                buffer[:, :, :, start : self.length] = buffer[:, :, :, rows]
+
     def window(self, num_rows: int) -> list[LayerWindow]:
         """Every layer's views for a pass of R rows; ``length`` moves after the last layer.
 
@@ -84,9 +107,11 @@ class KVCache:
         )
         return [LayerWindow(*views) for views in zip(*parts, strict=True)]
 
-    def positions(self, num_rows: int) -> slice | Int[Tensor, "B R"]:
+    def positions(self, num_rows: int) -> slice | Int[Tensor, "B R"] | Int[Tensor, " R"]:
         """What the next R rows take out of a table of positions: one stretch, or a row each."""
         start, end = self.length, self.length + num_rows
+        if self.tree is not None:
+            return self.tree.depths + start
         if self.pad is None:
             return slice(start, end)
         return (self._columns(start, end) - self.pad[:, None]).clamp_(min=0)
@@ -94,6 +119,8 @@ class KVCache:
     def visible(self, num_rows: int) -> Bool[Tensor, "R end"] | Bool[Tensor, "B R end"] | None:
         """Which columns each of the next R rows may attend to; None: all of them."""
         start, end = self.length, self.length + num_rows
+        if self.tree is not None:
+            return pad(self.tree.ancestors, (start, 0), value=True)
         if self.pad is None and num_rows == 1:
             return None
         rows, columns = self._columns(start, end)[:, None], self._columns(0, end)
@@ -121,6 +148,7 @@ class KVCache:
             kept.keys = self.keys.index_select(1, rows)
         kept.length = self.length
         kept.pad = None if self.pad is None else self.pad.index_select(0, rows)
+        kept.tree = None
         return kept
 
     def _columns(self, start: int, end: int) -> Int[Tensor, " columns"]:

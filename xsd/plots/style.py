@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from xsd.decoding.config import HEAD_LEVELS
 from xsd.decoding.strategies import parse
 
 INK: Final = "#7a8291"
@@ -205,7 +206,11 @@ def plotly_js() -> str:
 def kind(strategy: str) -> Kind:
     """What sort of strategy a name is, for its colour."""
     row = parse(strategy, 1)
-    if row.shuffled_events or row.gap in ("drafter", "template"):
+    if (
+        row.shuffled_events
+        or row.gap in ("drafter", "template")
+        or (row.head is not None and row.head not in HEAD_LEVELS)
+    ):
         return "control"
     if row.gap and row.head:
         return "both"
