@@ -37,7 +37,7 @@ class DecodingConfig:
     """Longest answer."""
     gamma: int = 4
     """Drafts per verifier call in decode, at most (the seed's benchmark: 1)."""
-    policy: Literal["adaptive", "fixed"] = "adaptive"
+    policy: Literal["adaptive", "fixed"] = "fixed"
     """adaptive: draft and verify only what pays by measured costs and the drafter's confidence;
     fixed: gamma drafts, always."""
     tree_width: int = 3
