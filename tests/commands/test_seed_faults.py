@@ -52,6 +52,7 @@ from tests.commands.conftest import World, xsd
 from xsd import bench, metrics
 from xsd.bench_config import BenchConfig
 from xsd.clock import Stopwatch
+from xsd.decoding.accept import Draft
 from xsd.decoding.config import BASELINE, DecodingConfig
 from xsd.decoding.engine import Engine
 from xsd.decoding.strategies import parse
@@ -134,10 +135,8 @@ class Slow:
     def gap_drafts(self) -> list[int]:
         return []
 
-    def propose(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> list[int]:
-        return []
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        return Draft([])
 
     def finish(self) -> list[Span]:
         return []

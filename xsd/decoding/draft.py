@@ -280,8 +280,8 @@ class HeadDrafter:
             if depth == gamma or not rows:
                 break
             states = out[:, [frontier.index(tree.parents[i]) for i in rows]]
-            ids = [tree.tokens[i] for i in rows]
-            token = _for(self.head, self.tables.embedding[ids][None])
+            drafted = [tree.tokens[i] for i in rows]
+            token = _for(self.head, self.tables.embedding[drafted][None])
             inputs = StepInputs(None, states if self._reads_verifier else None, token)
             visible = tree.visible(rows, self._cache.length).to(token.device)
             out = self.head.step(inputs, self._cache, Siblings(base + depth - 1, visible))
