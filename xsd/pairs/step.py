@@ -7,6 +7,7 @@ own forward is a test.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xsd.kernels import PANEL
 from xsd.pairs.cache import KVCache, LayerWindow
-from xsd.pairs.folded import FoldedLayers, Tap
+from xsd.pairs.compiled import MAX_ROWS, CompiledLayers
 
-FOLDED_BYTES = 1 << 30
-"""Larger decoder layers are run as they are."""
+COMPILED_BYTES = 1 << 28
+"""Larger decoder layers are run as they are: their passes wait for memory, not for Python."""
+
+Tap = Callable[[int, Tensor], None]
+"""Number of a layer, from 1, and its output rows [B, R, D]."""
 
 
 class DecoderStack:
@@ -39,20 +44,16 @@ class DecoderStack:
         self.dtype: torch.dtype = model.norm.weight.dtype
         self._rotary = model.rotary_emb
         on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
-        # Folding keeps a copy of the layers: nothing for models that fill a machine.
-        is_small = sum(weight.nbytes for weight in model.layers.parameters()) <= FOLDED_BYTES
-        self._folds = (
-            on_cpu
-            and is_small
-            and all(
-                _is_plain(linear)
-                for layer in model.layers
-                for linear in (*layer.self_attn.children(), *layer.mlp.children())
-                if linear is not layer.mlp.act_fn
-            )
+        # Compiled passes keep a copy of the weights: nothing for models that fill a machine.
+        is_small = sum(weight.nbytes for weight in model.layers.parameters()) <= COMPILED_BYTES
+        is_plain = all(
+            _is_plain(linear)
+            for layer in model.layers
+            for linear in (*layer.self_attn.children(), *layer.mlp.children())
+            if linear is not layer.mlp.act_fn
         )
-        self._layers: FoldedLayers | ModuleLayers
-        self._layers = FoldedLayers(model) if self._folds else ModuleLayers(model)
+        self.compiled = CompiledLayers(model) if on_cpu and is_small and is_plain else None
+        self._layers = ModuleLayers(model)
         self.max_positions = int(config.max_position_embeddings)
         self._extend(self.max_positions)
 
@@ -76,7 +77,7 @@ class DecoderStack:
             self.head_dim,
             device=self.device,
             dtype=self.dtype,
-            keys_by_channel=self._folds,
+            slack=PANEL if self.compiled is not None else None,
         )
 
     @torch.inference_mode()
@@ -86,8 +87,11 @@ class DecoderStack:
         Raises:
             AssertionError: the rows do not fit into the cache.
         """
-        states = self._layers.run(x, cache)
-        cache.length += x.shape[1]
+        batch, num_rows, _ = x.shape
+        cache.check_room(num_rows)
+        few = self.compiled is not None and batch * num_rows <= MAX_ROWS and self.tap is None
+        states = (self.compiled if few else self._layers).run(x, cache)  # type: ignore[union-attr]
+        cache.length += num_rows
         return states
 
     def _extend(self, num_positions: int) -> None:
@@ -96,7 +100,10 @@ class DecoderStack:
         positions = torch.arange(num_positions, device=self.device).float()
         angles = torch.outer(positions, self._rotary.inv_freq.float().to(self.device))
         scaling = float(getattr(self._rotary, "attention_scaling", 1.0))
-        self._layers.set_rotation(angles.cos() * scaling, angles.sin() * scaling)
+        rotation = angles.cos() * scaling, angles.sin() * scaling
+        self._layers.set_rotation(*rotation)
+        if self.compiled is not None:
+            self.compiled.set_rotation(*rotation)
 
 
 class ModuleLayers:
