@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import pytest
 import torch
 
 from tests.commands.conftest import World, xsd
-from xsd.cli import main
+from xsd.cli import COMMANDS, main
 from xsd.errors import XsdError
 from xsd.files import write_json
 from xsd.hidden.store import HiddenStore
+from xsd.pairs.config import PairConfig
 from xsd.scenes.layout import INDEX_NAME
 from xsd.tracking import store
 
@@ -111,6 +113,7 @@ def train(world: World, data: Path, *more: object) -> list[object]:
         ("train --learning_rate nan", "--learning_rate: 'nan' is not float"),
         ("train --batch_size -4", "batch_size=-4: must be at least 1"),
         ("train --seed -1", "seed=-1: must not be negative"),
+        ("train --num_event_images 0", "--num_event_images 0: must be at least 1"),
         ("train --bottleneck_dim -3", "bottleneck_dim=-3: must be at least 1"),
         ("train --num_heads 0", "num_heads=0: must be at least 1"),
         ("sweep --num_trials 0", "num_trials=0: must be at least 1"),
@@ -135,6 +138,17 @@ def train(world: World, data: Path, *more: object) -> list[object]:
 )
 def test_a_slip_in_the_command_line(refused: Refused, words: str, message: str) -> None:
     assert message in refused(*words.split())
+
+
+def test_an_unknown_precision_is_refused_by_every_command_that_loads_a_pair(
+    refused: Refused,
+) -> None:
+    modules = {command: importlib.import_module(path) for command, path in COMMANDS.items()}
+    takers = [name for name, found in modules.items() if issubclass(found.Config, PairConfig)]
+    assert {"extract", "train", "benchmark", "generate"} <= set(takers)
+    for command in takers:
+        line = refused(command, "--quant", "3bit")
+        assert "--quant 3bit: choose one of 4bit, 8bit, fp16, bf16, fp32" in line
 
 
 @pytest.mark.parametrize(
@@ -180,6 +194,21 @@ def test_the_pipeline_checks_its_plan_before_the_first_stage(
 ) -> None:
     Path("recipe.yaml").write_text("seed: 0\n")
     assert message in refused("main", "--recipe", "recipe.yaml", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("quant: 3bit", "--quant 3bit: choose one of 4bit, "),
+        ("benchmark: {warmup: -1}", "warmup=-1: must not be negative"),
+    ],
+)
+def test_the_pipeline_checks_its_recipe_before_the_first_stage(
+    refused: Refused, runs: Callable[..., list[Any]], recipe: str, message: str
+) -> None:
+    Path("recipe.yaml").write_text(recipe)
+    assert message in refused("main", "--recipe", "recipe.yaml")
+    assert runs("scenes") == []
 
 
 def test_an_unknown_pair_costs_nothing(refused: Refused, runs: Callable[..., list[Any]]) -> None:

@@ -12,7 +12,6 @@ from xsd.errors import XsdError
 from xsd.pairs import released
 from xsd.pairs.base import ModelPair, PairSpec, Source
 from xsd.pairs.config import PairConfig
-from xsd.pairs.quantise import DTYPES
 
 PAIRS: Mapping[str, PairSpec] = MappingProxyType(
     {
@@ -67,12 +66,9 @@ def precision(config: PairConfig) -> str:
     """The precision the pair runs in: the one asked for, or its own.
 
     Raises:
-        XsdError: unknown pair or precision.
+        XsdError: unknown pair.
     """
-    quant = config.quant or find_pair(config.pair).default_quant
-    if quant not in DTYPES:
-        raise XsdError(f"--quant {quant}: choose one of {', '.join(DTYPES)}")
-    return quant
+    return config.quant or find_pair(config.pair).default_quant
 
 
 def load_pair(config: PairConfig) -> ModelPair:
@@ -82,8 +78,6 @@ def load_pair(config: PairConfig) -> ModelPair:
         XsdError: unknown pair, missing or unfit checkpoint, a precision, device or memory that is
             not to be had, tokenizers that disagree.
     """
-    if config.num_event_images < 1:
-        raise XsdError(f"--num_event_images {config.num_event_images}: must be at least 1")
     return find_pair(config.pair).load(config, precision(config))
 
 
