@@ -36,9 +36,7 @@ def models() -> tuple[EventGPT, VideoLlavaForConditionalGeneration]:
     shared = {"vocab_size": len(TOKENIZER), "eos_token_id": STOPS, "max_position_embeddings": 512}
     drafter = EventGPT(toy.drafter_config(D_DRAFTER, **shared))
     video = TOKENIZER.convert_tokens_to_ids("<video>")
-    verifier = VideoLlavaForConditionalGeneration(
-        toy.verifier_config(D_VERIFIER, video, **shared)
-    )
+    verifier = VideoLlavaForConditionalGeneration(toy.verifier_config(D_VERIFIER, video, **shared))
     for model in (drafter, verifier):
         model.generation_config.eos_token_id = STOPS
     return drafter.eval(), verifier.eval()
