@@ -195,7 +195,7 @@ class Bench:
         local = self.party(strategy, None)
         alone: Times = {"verifier": [], "drafter": []}
         both: Times = {"verifier": [], "drafter": []}
-        with DrafterProcess(setup, self.verifier.width) as process:
+        with DrafterProcess(setup, self.verifier) as process:
             party = ProcessSpeculator(strategy, process, None)
             for _ in range(self.options.repeats // 3 + 2):
                 for asked in self.asked:

@@ -150,7 +150,7 @@ class Bench:
                 self._max_prompt,
                 num_threads=1,
             )
-            self.process = stack.enter_context(DrafterProcess(setup, pair.verifier.width))
+            self.process = stack.enter_context(DrafterProcess(setup, pair.verifier))
         self._tables = VerifierTables.of(pair.verifier)
         self._prepare(None)
 

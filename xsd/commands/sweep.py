@@ -132,7 +132,7 @@ class _Sweep:
     def _publish(self, number: int, params: Mapping[str, Any], value: float) -> None:
         """The best trial's checkpoint as a logged model: a candidate, as ``train`` makes them."""
         from xsd.adapters import checkpoint
-        from xsd.commands.train import model_tags
+        from xsd.commands.train import model_tags, model_title
 
         folder, metric = self._trial_folder(number), self.row.selection_metric
         adapter, _ = checkpoint.load(folder)
@@ -140,7 +140,7 @@ class _Sweep:
         tags = model_tags(self.data, adapter, replace(self.config, **params))
         self.parent.tag({**tags, "best_trial": number})
         self.parent.log_model(
-            self.row.name,
+            model_title(tags),
             [folder / "best_model.safetensors", folder / checkpoint.CONFIG],
             params=params,
             tags=tags,

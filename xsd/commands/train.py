@@ -150,6 +150,11 @@ def model_tags(data: TrainingData, adapter: Adapter, config: Any) -> dict[str, s
     }
 
 
+def model_title(tags: Mapping[str, object]) -> str:
+    """The variant, as a logged model may be called: MLflow refuses a colon there."""
+    return variant(tags).replace(":", "-")
+
+
 def loss_of(config: Any) -> str:
     """The loss asked for, else the level's own."""
     from xsd.adapters.catalog import level
@@ -200,7 +205,7 @@ def _keep(
     accept_length = best.val[row.selection_metric]
     metrics = {f"val.{name}": value for name, value in best.val.items()}
     run.log_model(
-        row.name,
+        model_title(tags),
         [folder / "best_model.safetensors", folder / checkpoint.CONFIG],
         params=asdict(adapter.config),
         tags=tags,

@@ -10,9 +10,9 @@ cut to the verifier's own rows before every cycle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,27 +23,42 @@ from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media
 
-Logits = Callable[[Float[Tensor, "*rows Dv"]], Float[Tensor, "*rows V"]]
-
 
 @dataclass(frozen=True)
 class VerifierTables:
-    """The parts of the verifier that a draft needs: token embeddings in, logits out."""
+    """The parts of the verifier that a draft needs: token embeddings in, logits out.
 
-    embedding: Float[Tensor, "V Dv"]
-    logits: Logits
+    They hold nothing of its layers, so that a process which only drafts can be given them.
+    """
+
+    embedding: Float[Tensor, "ids Dv"]
+    lm_head: Any
+    """Module from states to logits of the ids that the pair shares."""
+    vocab_size: int
+    """How many those are."""
     eos_ids: frozenset[int]
 
     @classmethod
     def of(cls, verifier: Decoder) -> VerifierTables:
-        return cls(verifier.embedding, verifier.logits, verifier.eos_ids)
+        return cls(verifier.embedding, verifier.lm_head, verifier.vocab_size, verifier.eos_ids)
+
+    def share(self) -> None:
+        """Move them, in place, to where other processes can see them.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        self.embedding.share_memory_()
+        self.lm_head.share_memory()
 
     def choose(self, hidden: Float[Tensor, "*rows Dv"]) -> Int[Tensor, "*rows"]:
         return self.score(hidden).argmax(-1)
 
+    @torch.inference_mode()
     def score(self, hidden: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows V"]:
         """Logits of states in an adapter's own precision."""
-        return self.logits(hidden.to(self.embedding.dtype))
+        logits: Tensor = self.lm_head(hidden.to(self.embedding.dtype))
+        return logits
 
 
 class DrafterReader:

@@ -72,7 +72,7 @@ class Decoder(ABC):
     eos_ids: frozenset[int]
     embedding: Float[Tensor, "V D"]
     lm_head: Any
-    """Module from states to logits: a plain linear, or a quantised one."""
+    """Module from states to logits of the ids that are chosen among."""
 
     def __init__(
         self,
@@ -122,15 +122,20 @@ class Decoder(ABC):
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         logits: Tensor = self.lm_head(hidden)
-        return logits[..., : self.vocab_size]
+        return logits
 
     def limit_vocab(self, num_rows: int) -> None:
         """Choose among the first ``num_rows`` ids only: those that both models of a pair have."""
-        if num_rows < self.vocab_size and type(self.lm_head) is nn.Linear:
+        if num_rows >= self.vocab_size:
+            return
+        self.vocab_size = num_rows
+        is_matrix = type(self.lm_head) is nn.Linear and len([*self.lm_head.parameters()]) == 1
+        if is_matrix:
             cut = nn.Linear(self.width, num_rows, bias=False, device="meta")
             cut.weight = nn.Parameter(self.lm_head.weight.detach()[:num_rows], requires_grad=False)
             self.lm_head = cut
-        self.vocab_size = min(self.vocab_size, num_rows)
+        else:
+            self.lm_head = _FirstRows(self.lm_head, num_rows)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.stack.new_cache(batch, max_length)
@@ -141,6 +146,19 @@ class Decoder(ABC):
 
     def _embed_ids(self, ids: tuple[int, ...]) -> Float[Tensor, "R D"]:
         return self.embedding[torch.tensor(ids, dtype=torch.long, device=self.embedding.device)]
+
+
+class _FirstRows(nn.Module):
+    """An LM head that is no plain matrix, and whose last ids are not chosen."""
+
+    def __init__(self, lm_head: nn.Module, num_rows: int) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+        self.num_rows = num_rows
+
+    def forward(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        logits: Tensor = self.lm_head(hidden)
+        return logits[..., : self.num_rows]
 
 
 @dataclass(frozen=True)
@@ -186,5 +204,8 @@ class PairSpec:
     default_quant: str
     sources: Callable[[PairConfig], Mapping[str, Source]]
     """``drafter`` and ``verifier``; nothing is loaded."""
-    load: Callable[[PairConfig, str], ModelPair]
-    """The pair in a precision (a key of ``quantise.DTYPES``), in eval mode on its devices."""
+    drafter: Callable[[PairConfig, str], Decoder]
+    """In a precision (one of ``QUANTS``), in eval mode on its device."""
+    verifier: Callable[[PairConfig, str], Decoder]
+    num_frames: int
+    """Frames of a clip that the verifier is shown."""
