@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from xsd.pairs.cache import KVCache
-
 from xsd.pairs.step import DecoderStack
 
 WIDTH, MAX_LENGTH = 48, 40

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import StepInputs
+from xsd.adapters.compiled import CompiledTokenHead
 from xsd.adapters.config import AdapterConfig
 
 
@@ -64,15 +66,25 @@ class TokenHead(AttentionAdapter):
     def embed(
         self, rows: StepInputs, at: slice
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
-        both = torch.cat((self.norm_state(rows.verifier), self.norm_token(rows.token)), dim=-1)
-        x = self.fuse(both) + self.positions[at]
+        assert rows.token is not None, "a token head reads tokens"
+        states: Tensor = self.norm_state(rows.verifier)
+        width = states.shape[-1]
+        x = linear(states, self.fuse.weight[:, :width]) + (rows.token + self.positions[at])
         return x, x
+
+    def read_tokens(self, token: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows Dv"]:
+        """The token's half of ``fuse``."""
+        width = token.shape[-1]
+        return linear(self.norm_token(token), self.fuse.weight[:, width:], self.fuse.bias)
 
     def finish(
         self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
     ) -> Float[Tensor, "B R Dv"]:
         out: Tensor = self.project(self.norm_out(x))
         return out
+
+    def compiled(self) -> CompiledTokenHead | None:
+        return None if self.memory == "drafter" else CompiledTokenHead(self)
 
 
 class DrafterTokenHead(TokenHead):

@@ -118,7 +118,7 @@ class Engine:
                 self._cache.length = length
                 watch = Stopwatch(self._device)
                 states = self.verifier.forward(self.verifier.embed(token), self._cache)[0]
-                self.verifier.logits(states).argmax(-1).tolist()
+                self.verifier.choose(states)
                 times.append(watch.ms())
             verify_ms.append(statistics.median(times))
         # More rows never cost less: what says so is noise.
@@ -305,10 +305,10 @@ class Engine:
         return states[kept[: len(said)]], path
 
     def _judge(self, draft: Draft, states: Float[Tensor, "m Dv"]) -> tuple[list[int], int]:
-        logits = self.verifier.logits(states)
         if self._sampling is None:
-            return verify_greedy(draft, logits.argmax(-1).tolist())
-        return verify_sampled(draft, self._sampling.probabilities(logits), self._generator)
+            return verify_greedy(draft, self.verifier.choose(states))
+        p = self._sampling.probabilities(self.verifier.logits(states))
+        return verify_sampled(draft, p, self._generator)
 
     def _said(self, draft: Draft, path: list[int], token: int) -> list[int]:
         """The accepted tokens and the verifier's own, which does not follow an end."""
@@ -318,10 +318,9 @@ class Engine:
         return [*said, token]
 
     def _next(self, state: Float[Tensor, " Dv"]) -> int:
-        logits = self.verifier.logits(state)
         if self._sampling is None:
-            return int(logits.argmax())
-        return draw(self._sampling.probabilities(logits), self._generator)
+            return self.verifier.choose(state)[0]
+        return draw(self._sampling.probabilities(self.verifier.logits(state)), self._generator)
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from xsd.pairs.cache import KVCache
+from xsd.pairs.choose import Chooser, chooser
 from xsd.pairs.config import PairConfig
 
 
@@ -87,6 +88,7 @@ class Decoder(ABC):
         self.embedding = embedding
         self.lm_head = lm_head
         self.vocab_size = int(lm_head.out_features)
+        self._choose: Chooser | None = None
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
 
@@ -119,10 +121,15 @@ class Decoder(ABC):
         """R rows behind the cache; states after the final norm."""
         return self.stack.forward(x, cache)
 
-    @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         logits: Tensor = self.lm_head(hidden)
         return logits
+
+    def choose(self, hidden: Float[Tensor, "*rows D"]) -> list[int]:
+        """The likeliest token of every row, all rows in one list."""
+        if self._choose is None:
+            self._choose = chooser(self.lm_head)
+        return self._choose(hidden)
 
     def limit_vocab(self, num_rows: int) -> None:
         """Choose among the first ``num_rows`` ids only: those that both models of a pair have."""
@@ -136,6 +143,7 @@ class Decoder(ABC):
             self.lm_head = cut
         else:
             self.lm_head = _FirstRows(self.lm_head, num_rows)
+        self._choose = None
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.stack.new_cache(batch, max_length)
