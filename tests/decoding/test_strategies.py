@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from xsd.config import LEVELS
 from xsd.decoding.config import ALL_CONFIGS
-from xsd.decoding.strategies import adapter_names, needs_drafter, parse, parse_all
+from xsd.decoding.strategies import adapter_names, config_of, needs_drafter, parse, parse_all
 from xsd.errors import XsdError
 
 
@@ -28,8 +29,16 @@ def test_controls_and_trees() -> None:
     assert names == ["vl_baseline", "synthetic:0.9,0.7", "oracle", "X1+ngram", "synthetic:.5"]
     assert adapter_names(parse("X1+ngram", 4)) == ["X1"]
     assert adapter_names(parse("oracle", 4)) == [] and not needs_drafter(parse("oracle", 4))
+    text = parse("text", 4)
+    assert (text.head, adapter_names(text), needs_drafter(text)) == ("text", ["text"], False)
     tree = parse("E3_tree", 6)
     assert (tree.head, tree.gamma, tree.tree) == ("E3", 6, True)
+
+
+@pytest.mark.parametrize("adapter", [*LEVELS, "L4:free"])
+def test_every_adapter_has_a_config_of_its_own(adapter: str) -> None:
+    assert config_of(adapter) in ALL_CONFIGS
+    assert adapter_names(parse(config_of(adapter), 1)) == [adapter]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +51,7 @@ def test_controls_and_trees() -> None:
         "L5+VL",
         "E3",
         "L4_decode",
+        "text_decode",
         "L4+VL@upside_down",
         "",
     ],

@@ -9,8 +9,8 @@ from xsd.errors import XsdError
 
 GAP_LEVELS = ("L1", "L2", "L3", "L4", "X1")
 HEAD_LEVELS = ("L5", "B1", "L5F", "E1", "E2", "E3")
-CONTROL_HEADS = ("ngram", "oracle", "synthetic")
-"""Heads that are no adapters: they draft by rote, or with the answer in hand."""
+CONTROL_HEADS = ("text", "ngram", "oracle", "synthetic")
+"""Heads that never look at the scene: a level that reads tokens alone, rote, the answer in hand."""
 TREE_HEADS = ("E1", "E3")
 MAX_GAMMA, MAX_TREE_NODES = 16, 63
 BASELINE = "vl_baseline"
@@ -24,6 +24,7 @@ ALL_CONFIGS = (
     "drafter+VL",
     "template+VL",
     *(f"{level}_tree" for level in TREE_HEADS),
+    "text",
     "ngram",
     "oracle",
 )
