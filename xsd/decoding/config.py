@@ -54,6 +54,9 @@ class DecodingConfig:
     last_chunk: int = 0
     """Prompt rows of the last pass of a speculative prefill, which drafts that are ready join; 0:
     the prefill is one pass, and drafts are verified in another."""
+    strict: bool = False
+    """Every pass of decoding, plain or speculative, has one row shape, so that reduced precision
+    rounds both alike; then no difference is excused as a near tie."""
     overlap: Literal["process", "inline"] = "process"
     """process: the drafter runs beside the verifier's prefill in a process of its own; inline: it
     runs before the prefill in the same process, and its time counts in full."""
@@ -74,5 +77,15 @@ class DecodingConfig:
             raise XsdError(f"top_p={self.top_p}: must be above 0 and at most 1")
         if self.last_chunk < 0:
             raise XsdError(f"last_chunk={self.last_chunk}: must not be negative")
+        if self.strict and self.last_chunk:
+            raise XsdError(
+                f"strict: last_chunk={self.last_chunk} gives the speculative prefill another shape "
+                "than the plain one; leave one of them out"
+            )
+        if self.strict and self.temperature > 0:
+            raise XsdError(
+                f"strict: temperature={self.temperature} draws tokens, and no two answers need be "
+                "equal; leave one of them out"
+            )
         if self.tree_nodes > MAX_TREE_NODES:
             raise XsdError(f"tree_nodes={self.tree_nodes}: at most {MAX_TREE_NODES}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
@@ -61,6 +62,7 @@ class Engine:
         sampling: Sampling | None = None,
         seed: int = 0,
         last_chunk: int = 0,
+        strict_rows: int | None = None,
     ) -> None:
         """
         Args:
@@ -68,11 +70,17 @@ class Engine:
             seed: every answer is drawn with random numbers that begin here.
             last_chunk: prompt rows of the prefill's last pass, which early drafts join; 0: the
                 prefill is one pass, and drafts are checked in another.
+            strict_rows: every pass of decoding, a plain step too, has so many rows and attends
+                over the whole cache, so that rounding is the same whatever is drafted; longer
+                drafts are cut. None: passes are as short as they can be.
         """
+        assert not (strict_rows and last_chunk), "a strict prefill is the same with drafts"
         self.verifier = verifier
         self.max_new_tokens = max_new_tokens
         self._sampling, self._seed, self._last_chunk = sampling, seed, last_chunk
-        self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + MAX_TREE_NODES)
+        self._strict_rows = strict_rows
+        longest_draft = max(MAX_TREE_NODES, strict_rows or 0)
+        self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + longest_draft)
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
 
@@ -111,14 +119,14 @@ class Engine:
         )
         length = self._cache.length
         verify_ms: list[float] = []
+        max_rows = min(max_rows, self._strict_rows or max_rows)
         for num_rows in range(1, max_rows + 1):
             token = torch.zeros(1, num_rows, dtype=torch.long, device=self._device)
             times = []
             for _ in range(repeats):
                 self._cache.length = length
                 watch = Stopwatch(self._device)
-                states = self.verifier.forward(self.verifier.embed(token), self._cache)[0]
-                self.verifier.logits(states).argmax(-1).tolist()
+                self._pass(self.verifier.embed(token))[1].argmax(-1).tolist()
                 times.append(watch.ms())
             verify_ms.append(statistics.median(times))
         # More rows never cost less: what says so is noise.
@@ -140,7 +148,7 @@ class Engine:
         if speculator is not None:
             speculator.start(media, question, watch)
         states, early = self._prefill(media, question, speculator, watch, result)
-        tokens = result.token_ids = [self._next(states[0])]
+        tokens = result.token_ids = [self._next(self.verifier.logits(states[0]))]
         result.prefill_ms = watch.ms()
         if speculator is not None:
             states = self._check_gap(speculator, states, early, result, policy)
@@ -258,7 +266,7 @@ class Engine:
         kept = 0
         if rest or (drafts[0] == tokens[0] and not self._finished(tokens)):
             draft = Draft(rest)
-            path, said = self._judge(draft, states[1 : len(rest) + 2])
+            path, said = self._judge(draft, self.verifier.logits(states[1 : len(rest) + 2]))
             kept = 1 + len(path)
             tokens.extend(self._said(draft, path, said))
         # The cache holds all drafts; rows of those that were said stay, but for the last token's.
@@ -270,6 +278,8 @@ class Engine:
 
         A tree is never deeper than the room, for that is what was asked for.
         """
+        if self._strict_rows is not None:
+            draft = draft.cut(self._strict_rows - 1)
         if draft.parents is not None:
             return draft.cut(MAX_TREE_NODES)
         draft = draft.cut(self.max_new_tokens - len(tokens) - 1)
@@ -278,11 +288,29 @@ class Engine:
                 return draft.cut(index + 1)
         return draft
 
+    def _pass(
+        self, rows: Float[Tensor, "1 R Dv"]
+    ) -> tuple[Float[Tensor, "R Dv"], Float[Tensor, "R V"]]:
+        """States and logits of rows behind the cache; in the strict shape where there is one."""
+        if self._strict_rows is None:
+            states = self.verifier.forward(rows, self._cache)[0]
+            return states, self.verifier.logits(states)
+        num_rows, spare = rows.shape[1], self._spare(rows.shape[1])
+        self._cache.whole = True
+        states = self.verifier.forward(pad(rows, (0, 0, 0, spare)), self._cache)[0]
+        self._cache.whole = False
+        self._cache.length -= spare
+        return states[:num_rows], self.verifier.logits(states)[:num_rows]
+
+    def _spare(self, num_rows: int) -> int:
+        """Rows that fill a pass up to the strict shape; nobody looks at them."""
+        return 0 if self._strict_rows is None else self._strict_rows - num_rows
+
     def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
         """One plain step."""
         rows = self.verifier.embed(torch.tensor([tokens[-1:]], device=self._device))
-        state = self.verifier.forward(rows, self._cache)[0]
-        tokens.append(self._next(state[0]))
+        state, logits = self._pass(rows)
+        tokens.append(self._next(logits[0]))
         return state
 
     def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:
@@ -292,10 +320,11 @@ class Engine:
         """
         rows = self.verifier.embed(torch.tensor([[tokens[-1], *draft.tokens]], device=self._device))
         if draft.parents is not None:
-            self._cache.tree = tree_rows(draft.parents, self._device)
-        states = self.verifier.forward(rows, self._cache)[0]
+            spare = [-1] * self._spare(rows.shape[1])
+            self._cache.tree = tree_rows([*draft.parents, *spare], self._device)
+        states, logits = self._pass(rows)
         self._cache.tree = None
-        path, token = self._judge(draft, states)
+        path, token = self._judge(draft, logits)
         kept = [0, *(node + 1 for node in path)]
         self._cache.keep(len(draft) + 1, kept)
         said = self._said(draft, path, token)
@@ -304,8 +333,7 @@ class Engine:
             return states[: len(said)], path
         return states[kept[: len(said)]], path
 
-    def _judge(self, draft: Draft, states: Float[Tensor, "m Dv"]) -> tuple[list[int], int]:
-        logits = self.verifier.logits(states)
+    def _judge(self, draft: Draft, logits: Float[Tensor, "m V"]) -> tuple[list[int], int]:
         if self._sampling is None:
             return verify_greedy(draft, logits.argmax(-1).tolist())
         return verify_sampled(draft, self._sampling.probabilities(logits), self._generator)
@@ -317,8 +345,7 @@ class Engine:
             return said
         return [*said, token]
 
-    def _next(self, state: Float[Tensor, " Dv"]) -> int:
-        logits = self.verifier.logits(state)
+    def _next(self, logits: Float[Tensor, " V"]) -> int:
         if self._sampling is None:
             return int(logits.argmax())
         return draw(self._sampling.probabilities(logits), self._generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from xsd.config import LEVELS
@@ -13,6 +14,7 @@ from xsd.decoding.config import (
     GAP_LEVELS,
     HEAD_LEVELS,
     TREE_HEADS,
+    DecodingConfig,
 )
 from xsd.errors import XsdError
 from xsd.types import Strategy
@@ -93,6 +95,21 @@ def config_of(adapter: str) -> str:
     if level in GAP_LEVELS:
         return f"{level}+VL:{mode}" if mode else f"{level}+VL"
     return level if level in CONTROL_HEADS else f"{level}_decode"
+
+
+def strict_rows(strategies: Iterable[Strategy], config: DecodingConfig) -> int | None:
+    """The one row shape of ``--strict``: rows of the largest pass of any of them; None: not asked
+    for."""
+    if not config.strict:
+        return None
+    rows = [1]
+    for strategy in strategies:
+        if strategy.gap is not None:
+            # The first draft is checked by the prefill, and the token said then is a row.
+            rows.append(min(config.max_gap_drafts, config.max_new_tokens))
+        if strategy.head is not None:
+            rows.append(1 + (config.tree_nodes if strategy.tree else strategy.gamma))
+    return max(rows)
 
 
 def adapter_names(strategy: Strategy) -> list[str]:
