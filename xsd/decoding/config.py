@@ -39,8 +39,8 @@ class DecodingConfig:
     gamma: int = 4
     """Drafts per verifier call in decode, at most (the seed's benchmark: 1)."""
     policy: Literal["adaptive", "fixed"] = "fixed"
-    """adaptive: draft and verify only what pays by measured costs and the drafter's confidence;
-    fixed: gamma drafts, always."""
+    """adaptive: draft and verify only what pays by measured costs and the drafter's confidence, and
+    where a chain costs less a token than a tree, a chain; fixed: gamma drafts, always."""
     tree_width: int = 3
     """Branches a node, and nodes that branch a level, in draft trees."""
     tree_nodes: int = 10
