@@ -143,7 +143,7 @@ def test_published_chunks(
     [run] = runs("train")
     assert tags(run)["level"] == "B1" and tags(run)["approximate_split"] == "true"
     assert tags(run)["conditioning"] == "free_running"
-    for name in ("X1", "E1", "E2", "E3"):
+    for name in ("X1", "E1", "E2", "E3", "text"):
         xsd(*words, "--level", name, expect=2)
         assert f"level {name} reads" in capsys.readouterr().err
     xsd(*words, "--val_data", folder, expect=2)

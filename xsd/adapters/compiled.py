@@ -19,20 +19,30 @@ Matrix = Float[np.ndarray, "in out"]
 Bias = Float[np.ndarray, " out"]
 
 
-def _affine(
-    linear: nn.Linear, norm: nn.LayerNorm | None = None, scaled: int = 0, scale: float = 1.0
+def _fold(
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"],
+    norm: nn.LayerNorm | None = None,
+    queries: int = 0,
+    scale: float = 1.0,
 ) -> tuple[Matrix, Bias]:
-    """``linear(norm(x))`` of a row that is normalised, but by no factors.
+    """``norm(x) @ weight.T + bias`` of a row that is normalised, but by no factors.
 
-    ``scale`` goes into the first ``scaled`` outputs.
+    ``scale`` goes into the first outputs, ``queries`` of them.
     """
-    weight, bias = linear.weight.t().double(), linear.bias.double()
+    weight, bias = weight.t().double(), bias.double()
     if norm is not None:
         bias = bias + norm.bias.double() @ weight
         weight = norm.weight.double()[:, None] * weight
-    weight[:, :scaled] *= scale
-    bias[:scaled] *= scale
-    return weight.float().numpy(), bias.float().numpy()
+    scales = torch.ones_like(bias)
+    scales[:queries] = scale
+    return (weight * scales).float().numpy(), (bias * scales).float().numpy()
+
+
+def _affine(
+    linear: nn.Linear, norm: nn.LayerNorm | None = None, queries: int = 0, scale: float = 1.0
+) -> tuple[Matrix, Bias]:
+    return _fold(linear.weight, linear.bias, norm, queries, scale)
 
 
 def _stack(parts: list[tuple[Matrix, Bias]]) -> tuple[np.ndarray, np.ndarray]:
@@ -56,12 +66,14 @@ class CompiledTokenHead:
         (eps,) = {norm.eps for norm in norms}
         self.eps = np.float32(eps)
 
-        state = nn.Linear(width, width, bias=True, device="meta")
-        state.weight = nn.Parameter(head.fuse.weight[:, :width], requires_grad=False)
-        # The bias of ``fuse`` comes with the token, that of the normalisation with the position.
-        state.bias = nn.Parameter(torch.zeros_like(head.fuse.bias), requires_grad=False)
-        entrance, at_positions = _affine(state, head.norm_state)
-        self.positions = head.positions.detach() + torch.from_numpy(at_positions)
+        self.positions = head.positions.detach()
+        self.entrance = np.zeros((0, width, kernels.PANEL), np.float32)
+        if head.row.feedback:
+            # The bias of ``fuse`` comes with the token, that of the norm with the position.
+            weight, norm = head.fuse.weight[:, :width], head.norm_state
+            entrance, at_positions = _fold(weight, torch.zeros_like(head.fuse.bias), norm)
+            self.entrance = kernels.pack(entrance)
+            self.positions = self.positions + torch.from_numpy(at_positions)
         crosses = [block.cross for block in blocks if block.cross is not None]
         self.crosses = crosses
         # Without cross-attention any weights of the right kind will do: they are not read.
@@ -80,7 +92,7 @@ class CompiledTokenHead:
             )
         ]
         project, project_bias = _stack([_affine(head.project, head.norm_out)])
-        self.weights = [kernels.pack(entrance), *(w for w, _ in stacks), project[0]]
+        self.weights = [self.entrance, *(w for w, _ in stacks), project[0]]
         self.biases = [*(b for _, b in stacks), project_bias[0]]
 
 
@@ -109,8 +121,8 @@ class CompiledCache:
 
     def step(self, rows: StepInputs, siblings: Siblings | None) -> Float[Tensor, "1 R Dv"]:
         """Append rows and return their outputs (see ``Adapter.step``)."""
-        assert rows.verifier is not None and rows.token is not None
-        _, num_rows, width = rows.verifier.shape
+        assert rows.token is not None, "a token head reads tokens"
+        _, num_rows, width = rows.token.shape
         start, end = self.length, self.length + num_rows
         assert end <= self.max_length, f"cache of {self.max_length} rows is full"
         at, begin, seen = slice(start, end), start, self._chain
@@ -120,8 +132,10 @@ class CompiledCache:
             begin, seen = 0, siblings.visible.numpy()
         known = (rows.token[0] + self.head.positions[at]).numpy()
         out = np.empty((num_rows, width), np.float32)
+        # A head that reads no states has no weights for them either.
+        states = known if rows.verifier is None else rows.verifier[0].contiguous().numpy()
         kernels.head_pass(
-            known, rows.verifier[0].contiguous().numpy(), *self.head.weights, *self.head.biases,
+            known, states, *self.head.weights, *self.head.biases,
             self.head.eps, self._keys, self._values, *self._memory, start, begin, seen, out,
         )  # fmt: skip
         self.length = end

@@ -1,4 +1,4 @@
-"""Heads that predict the verifier's next state: L5, B1, E1 and E2.
+"""Heads that predict the verifier's next state: L5, B1, E1, E2 and text.
 
 L5 and B1 follow EAGLE's feature regression (arXiv:2401.15077) without its token input, as the seed
 did; E1 is EAGLE with it, trained on its own outputs as in EAGLE-3 (arXiv:2503.01840).
@@ -91,6 +91,29 @@ class DrafterTokenHead(TokenHead):
     """E2: E1 that attends to the drafter's states, which have read the chosen token too."""
 
     memory = "drafter"
+
+
+class TextHead(TokenHead):
+    """text: E1 without the verifier's state, a control for what language alone predicts.
+
+    A chain is unrolled by its tokens, which the parallel pass reads too: it has no states of its
+    own to be fed, so one pass trains every depth.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        del self.norm_state, self.fuse
+
+    def embed(
+        self, rows: StepInputs, at: slice
+    ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
+        assert rows.token is not None, "a token head reads tokens"
+        x = rows.token + self.positions[at]
+        return x, x
+
+    def read_tokens(self, token: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows Dv"]:
+        read: Tensor = self.norm_token(token)
+        return read
 
 
 def learned_positions(config: AdapterConfig) -> nn.Parameter:

@@ -31,7 +31,7 @@ class Config:
     """Pair of the catalog."""
     recipe: Path = Path(DEMO)
     """YAML with a section a stage; the demo is a cut of experiments/tiny.yaml."""
-    levels: str = "L1,L2,L3,L4,L4:feature,L4:free,L5,L5F,B1,E1,E2,E3,X1"
+    levels: str = "L1,L2,L3,L4,L4:feature,L4:free,L5,L5F,B1,E1,E2,E3,X1,text"
     """Adapters to train; ':feature' trains with the seed's loss, ':free' on free-running pairs."""
     two_phase: str | None = None
     """Gap adapters and heads to evaluate together; null: L4+L5F and X1+E3, where trained."""

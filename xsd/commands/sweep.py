@@ -32,7 +32,7 @@ class Config(SearchConfig, FitConfig, AdapterSizes, DataConfig, PairConfig, stag
     """Options of the sweep stage; what is searched overrides those of training."""
 
     level: Level = Level("L4")
-    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3 or X1; or the published 1 to 6."""
+    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3, X1 or text; or the published 1 to 6."""
     num_epochs: int = 3
     """Longest trial: enough to rank them; train the winner longer."""
 

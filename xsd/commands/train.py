@@ -39,7 +39,7 @@ class Config(FitConfig, AdapterSizes, DataConfig, PairConfig, stage.StageConfig)
     """Options of the train stage."""
 
     level: Level = Level("L1")
-    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3 or X1; or the published 1 to 6."""
+    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3, X1 or text; or the published 1 to 6."""
     output_dir: Path = Path("outputs/train")
     """A folder <level>/<level>_<time> is made in it."""
     resume: bool = True

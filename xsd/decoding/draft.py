@@ -257,7 +257,7 @@ class HeadDrafter:
         assert self._cache is not None, "propose comes after begin"
         self._cache.length = start
         out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
-        if self.options.tree_width:
+        if self.options.tree_width and self.policy.branches():
             return self._grow_tree(len(sequence), out, gamma)
         return self._extend_chain(sequence, out, gamma)
 

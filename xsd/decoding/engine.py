@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
@@ -61,6 +62,7 @@ class Engine:
         sampling: Sampling | None = None,
         seed: int = 0,
         last_chunk: int = 0,
+        strict_rows: int | None = None,
     ) -> None:
         """
         Args:
@@ -68,11 +70,17 @@ class Engine:
             seed: every answer is drawn with random numbers that begin here.
             last_chunk: prompt rows of the prefill's last pass, which early drafts join; 0: the
                 prefill is one pass, and drafts are checked in another.
+            strict_rows: every pass of decoding, a plain step too, has so many rows and attends
+                over the whole cache, so that rounding is the same whatever is drafted; longer
+                drafts are cut. None: passes are as short as they can be.
         """
+        assert not (strict_rows and last_chunk), "a strict prefill is the same with drafts"
         self.verifier = verifier
         self.max_new_tokens = max_new_tokens
         self._sampling, self._seed, self._last_chunk = sampling, seed, last_chunk
-        self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + MAX_TREE_NODES)
+        self._strict_rows = strict_rows
+        longest_draft = max(MAX_TREE_NODES, strict_rows or 0)
+        self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + longest_draft)
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
 
@@ -111,14 +119,14 @@ class Engine:
         )
         length = self._cache.length
         verify_ms: list[float] = []
+        max_rows = min(max_rows, self._strict_rows or max_rows)
         for num_rows in range(1, max_rows + 1):
             token = torch.zeros(1, num_rows, dtype=torch.long, device=self._device)
             times = []
             for _ in range(repeats):
                 self._cache.length = length
                 watch = Stopwatch(self._device)
-                states = self.verifier.forward(self.verifier.embed(token), self._cache)[0]
-                self.verifier.choose(states)
+                self.verifier.choose(self._pass(self.verifier.embed(token)))
                 times.append(watch.ms())
             verify_ms.append(statistics.median(times))
         # More rows never cost less: what says so is noise.
@@ -140,7 +148,7 @@ class Engine:
         if speculator is not None:
             speculator.start(media, question, watch)
         states, early = self._prefill(media, question, speculator, watch, result)
-        tokens = result.token_ids = [self._next(states[0])]
+        tokens = result.token_ids = [self._next(states[:1])]
         result.prefill_ms = watch.ms()
         if speculator is not None:
             states = self._check_gap(speculator, states, early, result, policy)
@@ -270,6 +278,8 @@ class Engine:
 
         A tree is never deeper than the room, for that is what was asked for.
         """
+        if self._strict_rows is not None:
+            draft = draft.cut(self._strict_rows - 1)
         if draft.parents is not None:
             return draft.cut(MAX_TREE_NODES)
         draft = draft.cut(self.max_new_tokens - len(tokens) - 1)
@@ -278,12 +288,27 @@ class Engine:
                 return draft.cut(index + 1)
         return draft
 
+    def _pass(self, rows: Float[Tensor, "1 R Dv"]) -> Float[Tensor, "m Dv"]:
+        """States of rows behind the cache, followed by those that fill up the strict shape."""
+        if self._strict_rows is None:
+            return self.verifier.forward(rows, self._cache)[0]
+        spare = self._spare(rows.shape[1])
+        self._cache.whole = True
+        states = self.verifier.forward(pad(rows, (0, 0, 0, spare)), self._cache)[0]
+        self._cache.whole = False
+        self._cache.length -= spare
+        return states
+
+    def _spare(self, num_rows: int) -> int:
+        """Rows that fill a pass up to the strict shape; nobody looks at them."""
+        return 0 if self._strict_rows is None else self._strict_rows - num_rows
+
     def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
         """One plain step."""
         rows = self.verifier.embed(torch.tensor([tokens[-1:]], device=self._device))
-        state = self.verifier.forward(rows, self._cache)[0]
-        tokens.append(self._next(state[0]))
-        return state
+        states = self._pass(rows)
+        tokens.append(self._next(states))
+        return states[:1]
 
     def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:
         """Check a draft in one pass and say what holds, plus the verifier's own next token.
@@ -292,8 +317,9 @@ class Engine:
         """
         rows = self.verifier.embed(torch.tensor([[tokens[-1], *draft.tokens]], device=self._device))
         if draft.parents is not None:
-            self._cache.tree = tree_rows(draft.parents, self._device)
-        states = self.verifier.forward(rows, self._cache)[0]
+            spare = [-1] * self._spare(rows.shape[1])
+            self._cache.tree = tree_rows([*draft.parents, *spare], self._device)
+        states = self._pass(rows)
         self._cache.tree = None
         path, token = self._judge(draft, states)
         kept = [0, *(node + 1 for node in path)]
@@ -305,8 +331,9 @@ class Engine:
         return states[kept[: len(said)]], path
 
     def _judge(self, draft: Draft, states: Float[Tensor, "m Dv"]) -> tuple[list[int], int]:
+        """``states``: at the root, after each drafted token, and perhaps some that nobody asks."""
         if self._sampling is None:
-            return verify_greedy(draft, self.verifier.choose(states))
+            return verify_greedy(draft, self.verifier.choose(states)[: len(draft) + 1])
         p = self._sampling.probabilities(self.verifier.logits(states))
         return verify_sampled(draft, p, self._generator)
 
@@ -317,10 +344,12 @@ class Engine:
             return said
         return [*said, token]
 
-    def _next(self, state: Float[Tensor, " Dv"]) -> int:
+    def _next(self, states: Float[Tensor, "m Dv"]) -> int:
+        """What follows the first of ``states``."""
         if self._sampling is None:
-            return self.verifier.choose(state)[0]
-        return draw(self._sampling.probabilities(self.verifier.logits(state)), self._generator)
+            return self.verifier.choose(states)[0]
+        p = self._sampling.probabilities(self.verifier.logits(states[0]))
+        return draw(p, self._generator)
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids

@@ -42,8 +42,8 @@ def _block(num_rows: int, num_vectors: int) -> Any:
 
     ``out[row + r, column + j] += sum_k x[row + r, start + k] * w[first + k, w_column + j]`` for r
     below ``num_rows`` and j below 16 ``num_vectors``; k goes from 0 to ``size`` (at least 1), one
-    after the other. Loops in Python's syntax leave the choice of registers to LLVM, which then stores and
-    loads every sum at every k: half as fast at one row, a quarter at five.
+    after the other. Loops in Python's syntax leave the choice of registers to LLVM, which then
+    stores and loads every sum at every k: half as fast at one row, a quarter at five.
     """
 
     @intrinsic

@@ -16,8 +16,8 @@ class LayerWindow(NamedTuple):
 
     new_keys: Float[Tensor, "B heads R head_dim"]
     new_values: Float[Tensor, "B heads R head_dim"]
-    keys: Float[Tensor, "B heads end head_dim"]
-    values: Float[Tensor, "B heads end head_dim"]
+    keys: Float[Tensor, "B heads seen head_dim"]
+    values: Float[Tensor, "B heads seen head_dim"]
 
 
 class TreeRows(NamedTuple):
@@ -38,6 +38,10 @@ class KVCache:
     Rows of a batch may have prompts of different lengths; shorter ones are padded on the left,
     and ``pad`` holds how many of a row's first positions are padding.
     """
+
+    whole: bool = False
+    """Set for a pass, it looks at the whole buffers, all beyond its rows masked: attention then
+    sums over one length, and in one order, wherever the rows stand."""
 
     def __init__(
         self,
@@ -109,10 +113,11 @@ class KVCache:
     def window(self, num_rows: int) -> list[LayerWindow]:
         """Every layer's views for a pass of R rows; ``length`` moves after the last layer."""
         start, end = self.length, self.length + num_rows
+        seen = self.max_length if self.whole else end
         # Sliced once for all layers: at one row, views cost as much as arithmetic.
         parts = (
             buffer[:, :, :, columns].unbind(0)
-            for columns in (slice(start, end), slice(end))
+            for columns in (slice(start, end), slice(seen))
             for buffer in (self.keys, self.values)
         )
         return [LayerWindow(*views) for views in zip(*parts, strict=True)]
@@ -126,14 +131,16 @@ class KVCache:
             return slice(start, end)
         return (self._columns(start, end) - self.pad[:, None]).clamp_(min=0)
 
-    def visible(self, num_rows: int) -> Bool[Tensor, "R end"] | Bool[Tensor, "B R end"] | None:
+    def visible(self, num_rows: int) -> Bool[Tensor, "R seen"] | Bool[Tensor, "B R seen"] | None:
         """Which columns each of the next R rows may attend to; None: all of them."""
         start, end = self.length, self.length + num_rows
+        seen = self.max_length if self.whole else end
         if self.tree is not None:
-            return pad(self.tree.ancestors, (start, 0), value=True)
-        if self.pad is None and num_rows == 1:
+            behind = pad(self.tree.ancestors, (0, seen - end), value=False)
+            return pad(behind, (start, 0), value=True)
+        if self.pad is None and num_rows == 1 and not self.whole:
             return None
-        rows, columns = self._columns(start, end)[:, None], self._columns(0, end)
+        rows, columns = self._columns(start, end)[:, None], self._columns(0, seen)
         causal = columns <= rows
         if self.pad is None:
             return causal
