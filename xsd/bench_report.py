@@ -58,7 +58,8 @@ def write(
         "timing_breakdown": clock.timing_breakdown(traces),
         "accept_rate_comparison": clock.accept_rate_comparison(traces),
     }
-    shown = example(traces, items, pair)
+    # A batch's time is no sample's, so there is no one sample's timeline to show.
+    shown = example(traces, items, pair) if config.batch_size == 1 else None
     if shown is not None:
         write_json(folder / "example.json", shown.as_dict())
         run.artifact(folder / "example.json")
@@ -101,9 +102,9 @@ def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair
 
 def metrics(summary: pd.DataFrame) -> dict[str, float]:
     """``measured.<config>.<quantity>``; MLflow refuses some characters of config names."""
-    kept = ("speedup", "decode_speedup", "ratio_mean", "ratio_p5", "ratio_p95", "share_slower",
-            "prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free",
-            "num_different", "num_near_ties")  # fmt: skip
+    kept = ("speedup", "decode_speedup", "speedup_alone", "tokens_per_s", "ratio_mean",
+            "ratio_p5", "ratio_p95", "share_slower", "prefill_ms", "decode_ms", "total_ms",
+            "tokens_accepted", "tau", "num_free", "num_different", "num_near_ties")  # fmt: skip
     found: dict[str, float] = {}
     for _, row in summary.iterrows():
         name = re.sub(r"[^\w.-]+", "_", str(row["strategy"]))
@@ -122,10 +123,13 @@ def table(
 
     ``is_drawn``: tokens were sampled, so that no two answers need be equal.
     """
-    header = (
+    header: tuple[str, ...] = (
         "Config", "Prefill", "Decode", "Total", "Accept", "Accepted", "Tau", "Speedup",
         "Per sample (mean ± sd)", "Slower", "Free Tokens", "Lossless",
     )  # fmt: skip
+    size = max(trace.batch_size for trace in traces)
+    if size > 1:
+        header = (*header, "Tokens/s", "Against one by one")
     rows = [
         (
             row["strategy"],
@@ -140,6 +144,7 @@ def table(
             f"{row['share_slower']:.0%}",
             f"{row['num_free']:.1f}" if row["num_free"] else "-",
             "in distribution" if is_drawn else _verdict(row),
+            *((f"{row['tokens_per_s']:.0f}", f"{row['speedup_alone']:.2f}x") if size > 1 else ()),
         )
         for _, row in summary.iterrows()
     ]
@@ -150,6 +155,13 @@ def table(
         f"speedup pooled (sum over sum). The clock starts with decoded media; decoding the files "
         f"takes {media_ms:.1f} ms more, the same for every config."
     )
+    if size > 1:
+        num_batches = len({trace.batch for trace in traces})
+        note += (
+            f" Batch size {size}: {num_batches} batches, {len(items) / num_batches:.1f} questions "
+            "each. Times are a batch's, the speedup is over plain decoding of the same batch, and "
+            "the last column over plain decoding of its questions one by one."
+        )
     return "\n".join([*lines, "", note])
 
 

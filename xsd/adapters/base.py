@@ -27,6 +27,9 @@ from xsd.adapters.config import AdapterConfig
 from xsd.adapters.live import bind
 from xsd.errors import XsdError
 
+Positions = slice | Int[Tensor, "B R"]
+"""Answer positions of the rows of a pass: one stretch, or each batch row's own."""
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -85,6 +88,16 @@ class Siblings:
     """Cached rows, these included, that each of them follows."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """How the rows of a cached step stand where every batch row has come to another place."""
+
+    positions: Int[Tensor, "B R"]
+    """Answer positions; those of a batch row ascend, and its cache is valid before the first."""
+    end: int
+    """One more than the largest of them."""
+
+
 class Adapter(nn.Module, ABC):
     """Base of all levels: ``embed`` rows, run the blocks over them, ``finish``.
 
@@ -107,7 +120,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         """Input of the first block, and what ``finish`` mixes back in; ``at`` are the rows' answer
         positions (one position: all rows stand there)."""
@@ -152,9 +165,10 @@ class Adapter(nn.Module, ABC):
         self,
         batch_size: int,
         max_length: int,
-        visual: Float[Tensor, "B K Dv"] | None = None,
+        visual: Float[Tensor, "clips K Dv"] | None = None,
     ) -> AdapterCache:
-        """Room for ``max_length`` rows; a clip's visual vectors are projected here, once.
+        """Room for ``max_length`` rows; visual vectors, of one clip or of each batch row's, are
+        projected here, once.
 
         Raises:
             XsdError: bidirectional attention, no visual vectors where the level attends to them,
@@ -179,27 +193,36 @@ class Adapter(nn.Module, ABC):
         if self.memory == "visual":
             if visual is None:
                 raise XsdError(f"level {self.row.name} needs {self.row.visual} visual states")
-            cache.memory = [block.project_memory(visual) for block in self.blocks]
+            # One clip's vectors may serve a whole batch.
+            cache.memory = [
+                block.project_memory(visual).expand(-1, batch_size, -1, -1, -1)
+                for block in self.blocks
+            ]
         elif self.memory == "drafter":
             cache.reserve_memory()
         return cache
 
     def step(
-        self, rows: StepInputs, cache: AdapterCache, siblings: Siblings | None = None
+        self, rows: StepInputs, cache: AdapterCache, where: Siblings | Ragged | None = None
     ) -> Float[Tensor, "B R Dv"]:
         """Append rows to the cache and return their outputs.
 
         Rolling back is ``cache.length = n``: the next rows overwrite what was beyond. Rows that are
-        ``siblings`` do not follow each other but stand at one answer position of a draft tree.
+        ``Siblings`` do not follow each other but stand at one answer position of a draft tree.
+        ``Ragged`` rows are rolled back by naming earlier positions; ``length`` does not count them.
         """
+        twin: Adapter = cache.twin
+        if isinstance(where, Ragged):
+            assert self.memory != "drafter", "drafter states are cached for one answer at a time"
+            cache.begin_ragged(where.positions, where.end)
+            return twin._run(rows, where.positions, cache)
         start = cache.length
         given = (rows.verifier, rows.drafter, rows.token)
         num_rows = next(x.shape[1] for x in given if x is not None)
         cache.begin(num_rows, ahead=self.memory == "drafter")
         at = slice(start, start + num_rows)
-        if siblings is not None:
-            at, cache.mask = slice(siblings.position, siblings.position + 1), siblings.visible
-        twin: Adapter = cache.twin
+        if where is not None:
+            at, cache.mask = slice(where.position, where.position + 1), where.visible
         if self.memory == "drafter":
             states = twin.enter(rows.drafter)
             for layer, block in enumerate(twin.blocks):
@@ -208,7 +231,7 @@ class Adapter(nn.Module, ABC):
         cache.length = start + num_rows
         return out
 
-    def _run(self, rows: StepInputs, at: slice, past: Past) -> Tensor:
+    def _run(self, rows: StepInputs, at: Positions, past: Past) -> Tensor:
         x, residual = self.embed(rows, at)
         for layer, block in enumerate(self.blocks):
             x = block.run(x, past, layer)

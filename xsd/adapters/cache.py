@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 KeyValue = Float[Tensor, "2 B H _ Dh"]
@@ -93,6 +93,8 @@ class AdapterCache(Past):
         self._buffers = [like.new_zeros(shape) for _ in range(num_layers)]
         self._memory_buffers: list[Tensor] = []
         self._num_rows = 0
+        self._columns: Int[Tensor, "1 B 1 R 1"] | None = None
+        self._end = 0
 
     def reserve_memory(self) -> None:
         """Room for drafter states, which arrive one by one and run one ahead of the rows."""
@@ -105,7 +107,7 @@ class AdapterCache(Past):
         """Prepare to append ``num_rows`` rows after ``length``."""
         end = self.length + num_rows
         assert end <= self.max_length, f"cache of {self.max_length} rows is full"
-        self._num_rows = num_rows
+        self._num_rows, self._columns = num_rows, None
         self.mask = self.memory_mask = None
         if num_rows > 1:
             device = self._buffers[0].device if self._buffers else None
@@ -113,8 +115,27 @@ class AdapterCache(Past):
             self.mask = ones[:, :end].tril(self.length)
             self.memory_mask = ones.tril(self.length + 1) if ahead else None
 
+    def begin_ragged(self, positions: Int[Tensor, "B R"], end: int) -> None:
+        """Prepare to write every batch row's new rows at its own positions, all below ``end``.
+
+        A row's column is its position, so whatever stands before it is the row's own past.
+        """
+        assert end <= self.max_length, f"cache of {self.max_length} rows is full"
+        self._columns, self._end = positions[None, :, None, :, None], end
+        columns = torch.arange(end, device=positions.device)
+        self.mask = (columns <= positions[:, :, None])[:, None]
+        self.memory_mask = None
+
+    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Only these rows of the batch go on (finished answers retire)."""
+        self._buffers = [buffer.index_select(1, rows) for buffer in self._buffers]
+        self.memory = [memory.index_select(1, rows) for memory in self.memory]
+
     def extend(self, layer: int, new: KeyValue) -> KeyValue:
         buffer: Tensor = self._buffers[layer]
+        if self._columns is not None:
+            buffer.scatter_(3, self._columns.expand_as(new), new)
+            return buffer.narrow(3, 0, self._end)
         buffer.narrow(3, self.length, self._num_rows).copy_(new)
         return buffer.narrow(3, 0, self.length + self._num_rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from xsd.decoding.config import (
@@ -83,6 +84,15 @@ def _is_control(name: str) -> bool:
 def needs_drafter(strategy: Strategy) -> bool:
     """Whether the drafter model runs at all."""
     return strategy.gap not in (None, "template") or strategy.head in ("L5", "L5F", "E2")
+
+
+def batchable(strategies: Sequence[Strategy]) -> tuple[list[Strategy], list[Strategy]]:
+    """Those that decode a batch, and the rest.
+
+    A batch has chains from heads that look at the verifier alone: no gap, no drafter, no trees.
+    """
+    fit = [s for s in strategies if s.gap is None and not s.tree and not needs_drafter(s)]
+    return fit, [s for s in strategies if s not in fit]
 
 
 def adapter_names(strategy: Strategy) -> list[str]:
