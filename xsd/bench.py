@@ -283,6 +283,8 @@ class Bench:
 def choose_items(scenes: Path, config: BenchConfig, pair: ModelPair) -> list[BenchItem]:
     """Samples of a split, drawn over clips and questions alike, with their media decoded.
 
+    Questions that share their clip in a batch are drawn together.
+
     Raises:
         XsdError: the split is empty, or a file cannot be read.
     """
@@ -290,9 +292,24 @@ def choose_items(scenes: Path, config: BenchConfig, pair: ModelPair) -> list[Ben
     if not found:
         raise XsdError(f"{scenes}: no scene of split {config.split!r}; choose another --split")
     if 0 < config.max_samples < len(found):
-        chosen = random.Random(0).sample(range(len(found)), config.max_samples)
-        found = [found[index] for index in sorted(chosen)]
+        size = config.batch_size if config.share_visual else 1
+        units = grouped(found, size, lambda sample: sample.scene.key)
+        num_units = max(1, config.max_samples // size)
+        chosen = random.Random(0).sample(range(len(units)), num_units)
+        found = [sample for index in sorted(chosen) for sample in units[index]]
     return load_items(found, pair.num_event_images, pair.num_frames)
+
+
+def grouped(things: Sequence[T], size: int, clip: Callable[[T], str]) -> list[list[T]]:
+    """At most ``size`` things of one clip at a time; clips and their things in order."""
+    by_clip: dict[str, list[T]] = {}
+    for thing in things:
+        by_clip.setdefault(clip(thing), []).append(thing)
+    return [
+        found[start : start + size]
+        for found in by_clip.values()
+        for start in range(0, len(found), size)
+    ]
 
 
 def fastest_threads(plain_ms: Callable[[T], float], work: Sequence[T]) -> str:

@@ -17,6 +17,7 @@ from xsd.bench import (
     Failure,
     fastest_threads,
     first_difference,
+    grouped,
     load_adapters,
     longest_prompt,
 )
@@ -60,16 +61,9 @@ def run(
             yield from bench.batch(batch, repeat)
 
 
-def group(items: Sequence[BenchItem], size: int, *, share_visual: bool) -> list[Batch]:
+def group(items: Sequence[BenchItem], size: int, *, share_visual: bool) -> list[list[BenchItem]]:
     """Batches of at most ``size``, in order; with ``share_visual`` each of one clip."""
-    by_clip: dict[str, list[BenchItem]] = {}
-    for item in items:
-        by_clip.setdefault(item.sample.scene.key if share_visual else "", []).append(item)
-    return [
-        found[start : start + size]
-        for found in by_clip.values()
-        for start in range(0, len(found), size)
-    ]
+    return grouped(items, size, lambda item: item.sample.scene.key if share_visual else "")
 
 
 class BatchBench:

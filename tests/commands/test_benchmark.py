@@ -50,7 +50,7 @@ def test_batches_of_questions_about_one_clip(
     world: World, runs: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--dataset_dir", world.scenes, "--data", world.data, "--output_dir", "out"]
-    small = ["--max_samples", -1, "--max_questions", 3, "--max_new_tokens", 8, "--repeats", 1]
+    small = ["--max_samples", 4, "--max_questions", 3, "--max_new_tokens", 8, "--repeats", 1]
     words = [*world.pair_flags, *given, *small, "--warmup", 0, "--batch_size", 3]
     xsd("benchmark", *words, "--configs", "ngram,oracle,drafter+VL")
     printed = capsys.readouterr().out
@@ -61,7 +61,9 @@ def test_batches_of_questions_about_one_clip(
     [path] = Path("out").glob("*/e2e_wallclock_*.json")
     found = read_json(path)
     assert found["config"]["batch_size"] == "3"
-    assert {trace["batch_size"] for trace in found["traces"]} == {3}
+    # Of four samples that were allowed, the three that share a clip.
+    assert [trace["batch_size"] for trace in found["traces"]] == [3] * 9
+    assert len({trace["sample_key"].rpartition("/q")[0] for trace in found["traces"]}) == 1
     header = printed[printed.index("| Config") :].splitlines()[0]
     assert header.endswith("| Tokens/s | Against one by one |")
     assert "Batch size 3: " in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def samples(items: list[BenchItem]) -> list[BenchItem]:
     ]
 
 
-def keys(batches: list[bench_batch.Batch]) -> list[list[str]]:
+def keys(batches: Sequence[bench_batch.Batch]) -> list[list[str]]:
     return [[item.sample.key for item in batch] for batch in batches]
 
 
