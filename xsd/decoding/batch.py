@@ -81,8 +81,8 @@ class BatchEngine(Engine):
         super().__init__(verifier, max_new_tokens, max_prompt)
         length = max_prompt + max_new_tokens + MAX_GAMMA
         self._batch_cache = verifier.new_cache(batch_size, length)
-        self._share_visual = share_visual
         self._prefix_cache = verifier.new_cache(1, max_prompt)
+        self._share_visual = share_visual
 
     @torch.inference_mode()
     def decode_batch(
@@ -117,10 +117,10 @@ class BatchEngine(Engine):
                     head.keep_rows(going)
             states, fresh = self._cycle(cache, rows, states, fresh, head, gamma)
         total_ms = watch.ms()
+        spans = [("prefill", 0.0, prefill_ms), ("decode", prefill_ms, total_ms)]
         for answer in answers:
             answer.prefill_ms, answer.total_ms = prefill_ms, total_ms
-            answer.timeline.append(Span("verifier", "prefill", 0.0, prefill_ms))
-            answer.timeline.append(Span("verifier", "decode", prefill_ms, total_ms))
+            answer.timeline = [Span("verifier", *span) for span in spans]
         return answers
 
     def _prefill_batch(
@@ -150,8 +150,7 @@ class BatchEngine(Engine):
         seen = verifier.forward(verifier.embed_prompt(Prompt(before, ()), visual), shared)[0]
         cache.expand_from(shared)
         tails = [verifier.embed(self._ids([prompt.after]))[0] for prompt in prompts]
-        _, states = prefill(verifier, tails, 0, cache)
-        return states, [seen[len(before) :]]
+        return prefill(verifier, tails, 0, cache)[1], [seen[len(before) :]]
 
     def _read_each(
         self, media: Sequence[Media], questions: Sequence[str], cache: KVCache
@@ -186,15 +185,14 @@ class BatchEngine(Engine):
         choices = self.verifier.logits(new).argmax(-1)
         num_said: list[int] = []
         # The one time in a cycle that the device is waited for.
-        for row, (drafted, chosen) in zip(
-            rows, torch.stack([ids, choices], 1).tolist(), strict=True
-        ):
+        found: list[list[list[int]]] = torch.stack([ids, choices], 1).tolist()
+        for row, (drafted, chosen) in zip(rows, found, strict=True):
             tokens = row.token_ids
             if self._finished(tokens):
                 num_said.append(0)
                 continue
-            drafted = [token for token in drafted[1:] if token != NOTHING]
-            draft = self._useful(Draft(drafted), tokens)
+            drafts = [token for token in drafted[1:] if token != NOTHING]
+            draft = self._useful(Draft(drafts), tokens)
             path, token = verify_greedy(draft, chosen[: len(draft) + 1])
             said = self._said(draft, path, token)
             if draft.tokens:

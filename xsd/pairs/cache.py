@@ -102,7 +102,7 @@ class KVCache:
         start, device = self.length - num_rows, self.values.device
         before = self.ragged or [start] * self.batch
         num_moved = max(kept)
-        if self.ragged is not None and num_moved:
+        if num_moved and min(before) < start:
             columns = torch.tensor(before, device=device)[:, None] + self._columns(0, num_moved)
             rows = torch.arange(self.batch, device=device)[:, None]
             for buffer in (self.keys, self.values):
