@@ -135,6 +135,10 @@ class TestFrames:
         fast = frame[frame["strategy"] == "X1+E3"]
         assert fast["ratio"].tolist() == [2.0, 1.25] and set(fast["kind"]) == {"both"}
 
+    def test_a_batch_is_one_dot(self) -> None:
+        together = [replace(trace, batch="a", batch_size=2) for trace in TRACES]
+        assert len(clock.speedup_frame(together)) == 2
+
     def test_timing_adds_up(self) -> None:
         frame = clock.timing_frame(TRACES)
         sums = frame.groupby("strategy")["ms"].sum()

@@ -335,3 +335,30 @@ def test_cycles_of_one_length_are_the_formula() -> None:
     plain = 12 * costs.step_ms
     assert plain / costs.cycles_ms([3] * 4, 0) == pytest.approx(costs.decode_speedup(3.0, 3))
     assert costs.cycles_ms([], 12) == plain
+
+
+class TestBatches:
+    """Samples a and b were decoded together, c with nobody."""
+
+    @staticmethod
+    def traces(strategy: str, together_ms: float, single_ms: float) -> list[Trace]:
+        pair = [
+            trace(strategy, key, together_ms, batch="a", batch_size=2, alone_ms=alone_ms)
+            for key, alone_ms in (("a", 100.0), ("b", 140.0))
+        ]
+        return [*pair, trace(strategy, "c", single_ms, batch="c", alone_ms=90.0)]
+
+    def test_times_are_summed_over_batches_and_counts_over_samples(self) -> None:
+        plain = self.traces("vl_baseline", 160.0, 80.0)
+        fast = row([*plain, *self.traces("E1", 80.0, 80.0)], "E1")
+        assert fast["speedup"] == pytest.approx(240 / 160)
+        assert fast["speedup_alone"] == pytest.approx(330 / 160)
+        assert fast["tokens_per_s"] == pytest.approx(12 / 0.160)
+        assert fast["ratio_mean"] == pytest.approx(1.5)  # 2.0 and 1.0
+        assert fast["total_ms"] == pytest.approx(80.0)
+        assert (fast["num_samples"], fast["batch_size"], fast["num_tokens"]) == (3, 2, 4)
+
+    def test_without_batches_there_is_nothing_to_hold_them_against(self) -> None:
+        found = row(PLAIN, "vl_baseline")
+        assert math.isnan(float(str(found["speedup_alone"]))) and found["batch_size"] == 1
+        assert found["tokens_per_s"] == pytest.approx(8 / 0.400)

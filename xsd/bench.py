@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -44,6 +45,8 @@ from xsd.pairs.config import PairConfig
 from xsd.scenes.dsec import load_index, samples
 from xsd.scenes.questions import QUESTIONS
 from xsd.types import Sample, Strategy, Trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -219,22 +222,10 @@ class Bench:
             self._prepare(self.engine.measure(item.media, item.sample.question))
 
     def choose_threads(self) -> str:
-        """Give this process the number of threads that decodes plainly the fastest; what was found.
-
-        Both sides of every ratio then run with it. Small models are often faster on one core.
-        """
-        times: dict[int, float] = {}
-        for num_threads in sorted({1, os.cpu_count() or 1}):
-            torch.set_num_threads(num_threads)
-            runs = [
-                self.engine.plain(item.media, item.sample.question).total_ms
-                for item in self.items[:3] * 3
-            ]
-            times[num_threads] = statistics.median(runs)
-        fastest = min(times, key=lambda n: times[n])
-        torch.set_num_threads(fastest)
-        told = ", ".join(f"{n}: {ms:.1f} ms" for n, ms in times.items())
-        return f"benchmark: {fastest} thread(s) for the verifier (plain answer by threads: {told})"
+        """``fastest_threads`` for plain answers."""
+        return fastest_threads(
+            lambda item: self.engine.plain(item.media, item.sample.question).total_ms, self.items
+        )
 
     def decode(self, item: BenchItem, strategy: Strategy) -> Decoded:
         speculator = self.speculators[strategy.name]
@@ -302,6 +293,8 @@ class Bench:
 def choose_items(scenes: Path, config: BenchConfig, pair: ModelPair) -> list[BenchItem]:
     """Samples of a split, drawn over clips and questions alike, with their media decoded.
 
+    Questions that share their clip in a batch are drawn together.
+
     Raises:
         XsdError: the split is empty, or a file cannot be read.
     """
@@ -309,9 +302,39 @@ def choose_items(scenes: Path, config: BenchConfig, pair: ModelPair) -> list[Ben
     if not found:
         raise XsdError(f"{scenes}: no scene of split {config.split!r}; choose another --split")
     if 0 < config.max_samples < len(found):
-        chosen = random.Random(0).sample(range(len(found)), config.max_samples)
-        found = [found[index] for index in sorted(chosen)]
+        size = config.batch_size if config.share_visual else 1
+        units = grouped(found, size, lambda sample: sample.scene.key)
+        num_units = max(1, config.max_samples // size)
+        chosen = random.Random(0).sample(range(len(units)), num_units)
+        found = [sample for index in sorted(chosen) for sample in units[index]]
     return load_items(found, pair.num_event_images, pair.num_frames)
+
+
+def grouped(things: Sequence[T], size: int, clip: Callable[[T], str]) -> list[list[T]]:
+    """At most ``size`` things of one clip at a time; clips and their things in order."""
+    by_clip: dict[str, list[T]] = {}
+    for thing in things:
+        by_clip.setdefault(clip(thing), []).append(thing)
+    return [
+        found[start : start + size]
+        for found in by_clip.values()
+        for start in range(0, len(found), size)
+    ]
+
+
+def fastest_threads(plain_ms: Callable[[T], float], work: Sequence[T]) -> str:
+    """Give this process the number of threads that decodes plainly the fastest; what was found.
+
+    Both sides of every ratio then run with it. Small models are often faster on one core.
+    """
+    times: dict[int, float] = {}
+    for num_threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(num_threads)
+        times[num_threads] = statistics.median(plain_ms(item) for item in [*work[:3]] * 3)
+    fastest = min(times, key=lambda n: times[n])
+    torch.set_num_threads(fastest)
+    told = ", ".join(f"{n}: {ms:.1f} ms" for n, ms in times.items())
+    return f"benchmark: {fastest} thread(s) for the verifier (plain decoding by threads: {told})"
 
 
 def check_failures(

@@ -27,12 +27,18 @@ class BenchConfig(DecodingConfig):
     """Interleaved repeats of every sample; a sample's time is their median."""
     warmup: int = 3
     """Samples decoded first, outside the measurement."""
+    batch_size: int = 1
+    """Answers decoded at once, at most. Above 1 a ratio is to plain decoding of the same batches,
+    and configs that cannot draft for a batch are left out."""
+    share_visual: bool = True
+    """The questions of a batch are about one clip, which is read once; false: about any, and every
+    prompt is read whole."""
     max_failures: float = 0.02
     """Share of failed decodings at which the stage fails."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_questions", "repeats"):
+        for name in ("max_questions", "repeats", "batch_size"):
             if getattr(self, name) < 1:
                 raise XsdError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.max_samples < 1 and self.max_samples != -1:
@@ -41,3 +47,15 @@ class BenchConfig(DecodingConfig):
             raise XsdError(f"warmup={self.warmup}: must not be negative")
         if not 0.0 <= self.max_failures <= 1.0:
             raise XsdError(f"max_failures={self.max_failures}: must be a share between 0 and 1")
+        alone = {
+            f"temperature={self.temperature}": self.temperature > 0,
+            f"last_chunk={self.last_chunk}": self.last_chunk > 0,
+            "strict": self.strict,
+            f"policy={self.policy}": self.policy != "fixed",
+        }
+        refused = [name for name, is_set in alone.items() if is_set]
+        if self.batch_size > 1 and refused:
+            raise XsdError(
+                f"batch_size={self.batch_size} goes without {', '.join(refused)}: batches are "
+                "greedy, prefilled in one pass, and draft gamma tokens always"
+            )

@@ -62,7 +62,8 @@ def write(
         "timing_breakdown": clock.timing_breakdown(traces),
         "accept_rate_comparison": clock.accept_rate_comparison(traces),
     }
-    shown = example(traces, items, pair)
+    # A batch's time is no sample's, so there is no one sample's timeline to show.
+    shown = example(traces, items, pair) if config.batch_size == 1 else None
     if shown is not None:
         write_json(folder / "example.json", shown.as_dict())
         run.artifact(folder / "example.json")
@@ -107,9 +108,9 @@ def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair
 
 def metrics(summary: pd.DataFrame) -> dict[str, float]:
     """``measured.<config>.<quantity>``; MLflow refuses some characters of config names."""
-    kept = ("speedup", "decode_speedup", "ratio_mean", "ratio_p5", "ratio_p95", "share_slower",
-            "prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free",
-            "num_different", "num_near_ties")  # fmt: skip
+    kept = ("speedup", "decode_speedup", "speedup_alone", "tokens_per_s", "ratio_mean",
+            "ratio_p5", "ratio_p95", "share_slower", "prefill_ms", "decode_ms", "total_ms",
+            "tokens_accepted", "tau", "num_free", "num_different", "num_near_ties")  # fmt: skip
     found: dict[str, float] = {}
     for _, row in summary.iterrows():
         name = re.sub(r"[^\w.-]+", "_", str(row["strategy"]))
@@ -130,10 +131,13 @@ def table(
     ``is_drawn``: tokens were sampled, so that no two answers need be equal. ``strict_rows``: of
     every pass of decoding, if they had one shape.
     """
-    header = (
+    header: tuple[str, ...] = (
         "Config", "Prefill", "Decode", "Total", "Accept", "Accepted", "Tau", "Speedup",
         "Per sample (mean ± sd)", "Slower", "Free Tokens", "Lossless",
     )  # fmt: skip
+    size = max(trace.batch_size for trace in traces)
+    if size > 1:
+        header = (*header, "Tokens/s", "Against one by one")
     rows = [
         (
             row["strategy"],
@@ -148,6 +152,7 @@ def table(
             f"{row['share_slower']:.0%}",
             f"{row['num_free']:.1f}" if row["num_free"] else "-",
             "in distribution" if is_drawn else _verdict(row),
+            *((f"{row['tokens_per_s']:.0f}", f"{row['speedup_alone']:.2f}x") if size > 1 else ()),
         )
         for _, row in summary.iterrows()
     ]
@@ -162,6 +167,13 @@ def table(
         note += (
             f" Strict: every pass of decoding, plain or not, has {strict_rows} rows, so a speedup "
             "is one over plain decoding at that shape, which is slower; any difference counts."
+        )
+    if size > 1:
+        num_batches = len({trace.batch for trace in traces})
+        note += (
+            f" Batch size {size}: {num_batches} batches, {len(items) / num_batches:.1f} questions "
+            "each. Times are a batch's, the speedup is over plain decoding of the same batch, and "
+            "the last column over plain decoding of its questions one by one."
         )
     return "\n".join([*lines, "", note])
 

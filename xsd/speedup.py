@@ -7,7 +7,8 @@ and counts alone, and no number is ever both.
 Measured. Both sides of a ratio are the same samples in the same repeats; a sample that one side
 lacks (it failed there) leaves both sides and is counted. Repeats become a median per sample first.
 The headline is the pooled ratio, sum over sum: it is what a user waits for, whereas the mean of
-per-sample ratios weighs a short answer as much as a long one.
+per-sample ratios weighs a short answer as much as a long one. Of samples that were decoded together
+only their batch has a time: sums, means and ratios are then over batches, counts over samples.
 
 Modelled. A chain of drafts yields ``1 + sum_k P(first k drafts all match)`` tokens a verifier pass
 (the expectation of Leviathan et al., arXiv:2211.17192, without assuming independent drafts).
@@ -50,7 +51,9 @@ _COUNTS = [
 def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFrame:
     """One row a strategy and sample that it shares with ``baseline``.
 
-    Columns: strategy, sample_key, times (median over shared repeats), ``baseline_`` times, ratio
+    Columns: strategy, sample_key, batch (its first sample's key; the same for all in it) and
+    batch_size, times (of the batch; median over shared repeats), ``baseline_`` times, alone_ms
+    (plain decoding of this sample alone; NaN where it was not decoded in a batch), ratio
     (> 1: faster than plain decoding), counts (mean over repeats; ``accepted`` adds gap and decode,
     ``num_early`` tokens stood before decode began, ``num_calls`` verifier calls said the others),
     differs and excused (by a near tie).
@@ -68,6 +71,7 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
     )
     how: dict[str, str] = dict.fromkeys((*_TIMES, *_BASELINE_TIMES), "median")
     how |= dict.fromkeys(_COUNTS, "mean")
+    how |= {"batch": "first", "batch_size": "first", "alone_ms": "median"}
     # A sample is excused only if every repeat that differs is.
     how |= {"differs": "max", "excused": "min"}
     rows = both.groupby(["strategy", "sample_key"], sort=False).agg(how).reset_index()
@@ -83,7 +87,9 @@ def measured(
     Args:
         num_attempted: samples that the benchmark took up; None: those with any trace.
 
-    Columns: strategy, num_samples, num_failed, prefill_ms, decode_ms, total_ms (means),
+    Columns: strategy, num_samples, num_failed, batch_size (the largest), prefill_ms, decode_ms,
+    total_ms (means), tokens_per_s, speedup_alone (pooled, over plain decoding one by one; NaN
+    without batches),
     num_tokens, tokens_accepted and gap_accepted (a sample), accept_rate (of what was drafted),
     tau (tokens a verifier call of decode), num_free, speedup and decode_speedup (pooled),
     ratio_mean, ratio_std, ratio_p5, ratio_p95, share_slower, lossless, num_different,
@@ -117,6 +123,9 @@ def _row(trace: Trace) -> dict[str, object]:
     return {
         "strategy": trace.strategy,
         "sample_key": trace.sample_key,
+        "batch": trace.batch or trace.sample_key,
+        "batch_size": trace.batch_size,
+        "alone_ms": math.nan if trace.alone_ms is None else trace.alone_ms,
         "repeat": trace.repeat,
         "prefill_ms": trace.prefill_ms,
         "decode_ms": trace.decode_ms,
@@ -134,24 +143,29 @@ def _row(trace: Trace) -> dict[str, object]:
 
 
 def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, object]:
-    total = rows[[*_TIMES, *_BASELINE_TIMES, *_COUNTS]].sum()
+    batches = rows.drop_duplicates("batch")
+    total = rows[_COUNTS].sum()
     mean = total / max(1, len(rows))
-    ratio = rows["ratio"]
+    times = batches[[*_TIMES, *_BASELINE_TIMES]].sum()
+    ratio = batches["ratio"]
     num_excused = int((rows["differs"] & rows["excused"]).sum())
     num_different = int(rows["differs"].sum())
     return {
         "strategy": strategy,
         "num_samples": len(rows),
         "num_failed": num_samples - len(rows),
-        **{name: mean[name] for name in _TIMES},
+        "batch_size": int(rows["batch_size"].max()) if len(rows) else 0,
+        **{name: times[name] / max(1, len(batches)) for name in _TIMES},
+        "tokens_per_s": 1e3 * _ratio(total["num_tokens"], times["total_ms"]),
         "num_tokens": mean["num_tokens"],
         "tokens_accepted": mean["accepted"],
         "gap_accepted": mean["gap_accepted"],
         "accept_rate": _ratio(total["accepted"], total["drafted"]),
         "tau": _ratio(total["num_tokens"] - total["num_early"], total["num_calls"]),
         "num_free": mean["num_free"],
-        "speedup": _ratio(total["baseline_total_ms"], total["total_ms"]),
-        "decode_speedup": _ratio(total["baseline_decode_ms"], total["decode_ms"]),
+        "speedup": _ratio(times["baseline_total_ms"], times["total_ms"]),
+        "decode_speedup": _ratio(times["baseline_decode_ms"], times["decode_ms"]),
+        "speedup_alone": _ratio(rows["alone_ms"].sum(min_count=1), times["total_ms"]),
         "ratio_mean": ratio.mean(),
         "ratio_std": ratio.std(ddof=0),
         "ratio_p5": ratio.quantile(0.05),

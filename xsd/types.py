@@ -168,6 +168,12 @@ class Trace:
     near_tie: bool = False
     """The difference sits where rounding may decide (reduced precision only), so it is excused."""
     timeline: tuple[Span, ...] = field(default=())
+    batch: str = ""
+    """Key of the first sample of the batch it was decoded in; then all times are the whole
+    batch's, and each of its samples has them. Empty: it was decoded alone."""
+    batch_size: int = 1
+    alone_ms: float | None = None
+    """Plain decoding of this sample alone, measured beside its batch."""
 
     @property
     def lossless(self) -> bool:

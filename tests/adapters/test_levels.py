@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.adapters.conftest import D_VERIFIER, SIZES, make_adapter, make_streams
-from xsd.adapters.base import Adapter, StepInputs, Streams
+from xsd.adapters.base import Adapter, Streams
 from xsd.adapters.catalog import LEVELS, Level
 from xsd.adapters.config import AdapterSizes
+from xsd.adapters.rows import StepInputs
 from xsd.errors import XsdError
 
 every_level = pytest.mark.parametrize("row", LEVELS.values(), ids=list(LEVELS))

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.commands.conftest import World, tags, xsd
 from xsd.files import read_json
 
@@ -48,3 +50,28 @@ def test_trainings_are_found_in_a_folder_and_all_files_are_left(
     # Eight drafts in the gap: one is the prefill's, and the token said before the rest is a row.
     assert tags(strict)["strict_rows"] == "8" and tags(strict)["lossless"] == "true"
     assert "every pass of decoding, plain or not, has 8 rows" in tags(strict)["mlflow.note.content"]
+
+
+def test_batches_of_questions_about_one_clip(
+    world: World, runs: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--dataset_dir", world.scenes, "--data", world.data, "--output_dir", "out"]
+    small = ["--max_samples", 4, "--max_questions", 3, "--max_new_tokens", 8, "--repeats", 1]
+    words = [*world.pair_flags, *given, *small, "--warmup", 0, "--batch_size", 3]
+    xsd("benchmark", *words, "--configs", "ngram,oracle,drafter+VL")
+    printed = capsys.readouterr().out
+    assert "batches leave out drafter+VL: only heads that draft chains" in printed
+    [run] = runs("benchmark")
+    assert tags(run)["lossless"] == "true"
+    assert run.data.metrics["measured.oracle.speedup_alone"] > 0
+    [path] = Path("out").glob("*/e2e_wallclock_*.json")
+    found = read_json(path)
+    assert found["config"]["batch_size"] == "3"
+    # Of four samples that were allowed, the three that share a clip.
+    assert [trace["batch_size"] for trace in found["traces"]] == [3] * 9
+    assert len({trace["sample_key"].rpartition("/q")[0] for trace in found["traces"]}) == 1
+    header = printed[printed.index("| Config") :].splitlines()[0]
+    assert header.endswith("| Tokens/s | Against one by one |")
+    assert "Batch size 3: " in printed
+    xsd("benchmark", *words, "--configs", "drafter+VL", expect=2)
+    assert "--batch_size 3 with drafter+VL" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_answers_and_states_equal_those_of_whole_prompts(
 
 
 def test_padding_longer_than_the_prefix(decoder: Decoder) -> None:
-    """The general case of ``_lend``: then the whole prefix is computed again."""
+    """Padding stands behind the prefix, however long it is."""
     visuals = [torch.randn(2, decoder.width)] * 2
     questions = ["?", "a much longer question than the few positions of this prefix" * 5]
     prompts = [

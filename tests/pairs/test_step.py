@@ -156,6 +156,45 @@ def test_a_shared_prefix_starts_every_row(model: LlamaModel) -> None:
     close(stack.forward(x[:, 6:], cache), expected[:, 6:])
 
 
+def test_padding_stands_behind_a_shared_prefix(model: LlamaModel) -> None:
+    x, pads = rows(11, batch=4), [0, 4, 2, 5]
+    x[:2, :6], x[2:, :6] = x[:1, :6].clone(), x[2:3, :6].clone()
+    stack = DecoderStack(model)
+    prefixes = stack.new_cache(2, 6)
+    stack.forward(x[::2, :6], prefixes)
+    cache = stack.new_cache(5, MAX_LENGTH).first_rows(4)
+    cache.expand_from(prefixes)
+    cache.pad = torch.tensor(pads)
+    actual = torch.cat([stack.forward(part, cache) for part in x[:, 6:].split([4, 1], 1)], 1)
+    for b, pad in enumerate(pads):
+        alone = torch.cat([x[b : b + 1, :6], x[b : b + 1, 6 + pad :]], 1)
+        close(actual[b : b + 1, pad:], reference(model, alone)[:, 6:])
+
+
+@pytest.mark.parametrize("pads", [None, [0, 2, 5, 1]], ids=["even", "padded"])
+def test_rows_that_keep_different_numbers(model: LlamaModel, pads: list[int] | None) -> None:
+    """A pass has true rows, then rejected ones; what is kept goes on as if it stood alone."""
+    x, stack = rows(24, batch=4), DecoderStack(model)
+    expected = [reference(model, x[b : b + 1, (pads or [0] * 4)[b] :]) for b in range(4)]
+    cache = stack.new_cache(4, MAX_LENGTH)
+    cache.pad = None if pads is None else torch.tensor(pads)
+    stack.forward(x[:, :8], cache)
+    read, going = [8] * 4, [0, 1, 2, 3]
+    for kept in ([4, 1, 2, 0], [1, 1, 4, 0], [1, 3, 1, 1], [3, 2, 0]):
+        if len(kept) < len(going):
+            cache, going = cache.keep_rows(torch.tensor([0, 1, 3])), [0, 1, 3]
+        new = rows(4, batch=len(kept), seed=sum(read))
+        for row, (b, number) in enumerate(zip(going, kept, strict=True)):
+            new[row, :number] = x[b, read[b] : read[b] + number]
+        states = stack.forward(new, cache)
+        cache.keep_each(4, kept)
+        for row, (b, number) in enumerate(zip(going, kept, strict=True)):
+            first = read[b] - (pads or [0] * 4)[b]
+            close(states[row, :number], expected[b][0, first : first + number])
+            read[b] += number
+        assert cache.length == max(read[b] for b in going)
+
+
 def test_positions_beyond_the_configured_ones(model: LlamaModel) -> None:
     x = rows(140)
     expected = reference(model, x)

@@ -26,6 +26,7 @@ from xsd.adapters.catalog import Level, level
 from xsd.adapters.compiled import CompiledCache, CompiledTokenHead
 from xsd.adapters.config import AdapterConfig
 from xsd.adapters.live import bind
+from xsd.adapters.rows import Positions, Ragged, Siblings, StepInputs
 from xsd.errors import XsdError
 
 
@@ -63,30 +64,6 @@ class Streams:
                 raise XsdError(f"level {row.name} reads the {name} stream, which this data lacks")
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """The new rows of a cached step; a stream that the level does not read stays None.
-
-    Row ``r`` stands at answer position ``cache.length + r``. E2's drafter states run one position
-    ahead: rows at positions n..m need states e[n+1..m+1], and e[0] too when n is 0.
-    """
-
-    drafter: Float[Tensor, "B _ Dd"] | None = None
-    verifier: Float[Tensor, "B R Dv"] | None = None
-    token: Float[Tensor, "B R Dv"] | None = None
-    """As ``Adapter.read_tokens`` gives them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Siblings:
-    """How the rows of a cached step stand in a draft tree: at one position, in many branches."""
-
-    position: int
-    """Answer position of them all."""
-    visible: Bool[Tensor, "R end"]
-    """Cached rows, these included, that each of them follows."""
-
-
 class Adapter(nn.Module, ABC):
     """Base of all levels: ``embed`` rows, run the blocks over them, ``finish``.
 
@@ -110,7 +87,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         """Input of the first block, and what ``finish`` mixes back in; ``at`` are the rows' answer
         positions (one position: all rows stand there)."""
@@ -162,11 +139,11 @@ class Adapter(nn.Module, ABC):
         self,
         batch_size: int,
         max_length: int,
-        visual: Float[Tensor, "B K Dv"] | None = None,
+        visual: Float[Tensor, "clips K Dv"] | None = None,
     ) -> AdapterCache | CompiledCache:
         """Room for ``max_length`` rows, with the weights as they are now.
 
-        A clip's visual vectors are projected here, once.
+        Visual vectors, of one clip or of each batch row's, are projected here, once.
 
         Raises:
             XsdError: bidirectional attention, no visual vectors where the level attends to them,
@@ -181,8 +158,8 @@ class Adapter(nn.Module, ABC):
         self._check_length(max_length)
         twin, compiled = self._live()
         cache: AdapterCache | CompiledCache
-        if compiled is not None and batch_size == 1:
-            cache = CompiledCache(compiled, max_length)
+        if compiled is not None:
+            cache = CompiledCache(compiled, batch_size, max_length)
             cache.begin_sample(visual)
             return cache
         cache = AdapterCache(
@@ -201,24 +178,29 @@ class Adapter(nn.Module, ABC):
         self,
         rows: StepInputs,
         cache: AdapterCache | CompiledCache,
-        siblings: Siblings | None = None,
+        where: Siblings | Ragged | None = None,
     ) -> Float[Tensor, "B R Dv"]:
         """Append rows to the cache and return their outputs.
 
         Rolling back is ``cache.length = n``: the next rows overwrite what was beyond. Rows that are
-        ``siblings`` do not follow each other but stand at one answer position of a draft tree.
+        ``Siblings`` do not follow each other but stand at one answer position of a draft tree.
+        ``Ragged`` rows are rolled back by naming earlier positions; ``length`` does not count them.
         """
         if isinstance(cache, CompiledCache):
-            return cache.step(rows, siblings)
+            return cache.step(rows, where)
+        twin: Adapter = cache.twin
+        if isinstance(where, Ragged):
+            assert self.memory != "drafter", "drafter states are cached for one answer at a time"
+            cache.begin_ragged(where.positions, where.end)
+            return twin._run(rows, where.positions, cache)
         start = cache.length
         given = (rows.verifier, rows.drafter, rows.token)
         num_rows = next(x.shape[1] for x in given if x is not None)
-        visible = None if siblings is None else siblings.visible
+        visible = None if where is None else where.visible
         cache.begin(num_rows, ahead=self.memory == "drafter", visible=visible)
         at = slice(start, start + num_rows)
-        if siblings is not None:
-            at = slice(siblings.position, siblings.position + 1)
-        twin: Adapter = cache.twin
+        if where is not None:
+            at = slice(where.position, where.position + 1)
         if self.memory == "drafter":
             states = twin.enter(rows.drafter)
             for layer, block in enumerate(twin.blocks):
@@ -243,7 +225,7 @@ class Adapter(nn.Module, ABC):
         assert self._made is not None
         return self._made[1]
 
-    def _run(self, rows: StepInputs, at: slice, past: Past) -> Tensor:
+    def _run(self, rows: StepInputs, at: Positions, past: Past) -> Tensor:
         x, residual = self.embed(rows, at)
         for layer, block in enumerate(self.blocks):
             x = block.run(x, past, layer)

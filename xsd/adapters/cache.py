@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 KeyValue = Float[Tensor, "2 B H _ Dh"]
@@ -96,13 +96,20 @@ class AdapterCache(Past):
         # One more column than rows: drafter states run one ahead.
         hidden = like.new_full((max_length, max_length + 1), -torch.inf)
         self._bias, self._bias_ahead = hidden.triu(1), hidden.triu(2)
+        self._columns: Int[Tensor, "1 B 1 R 1"] | None = None
+        self._end = 0
 
-    def begin_sample(self, visual: Float[Tensor, "B K D"] | None = None) -> None:
+    def begin_sample(self, visual: Float[Tensor, "clips K D"] | None = None) -> None:
         """Forget all rows; attend to other visual vectors, where the level attends to any."""
         self.length = 0
         blocks = self.twin.blocks
         if self.twin.memory == "visual":
-            self.memory = [block.project_memory(visual) for block in blocks]
+            assert visual is not None, "a level that attends to visual vectors is given them"
+            # One clip's vectors may serve a whole batch.
+            batch_size = self._buffers[0].shape[1]
+            self.memory = [
+                block.project_memory(visual).expand(-1, batch_size, -1, -1, -1) for block in blocks
+            ]
         elif self.twin.memory == "drafter":
             # Room for drafter states, which arrive one by one and run one ahead of the rows.
             self._memory_buffers = self._memory_buffers or [
@@ -120,7 +127,7 @@ class AdapterCache(Past):
         """
         start, end = self.length, self.length + num_rows
         assert end <= self.max_length, f"cache of {self.max_length} rows is full"
-        self._num_rows = num_rows
+        self._num_rows, self._columns = num_rows, None
         self.mask = self.memory_mask = None
         if visible is not None:
             self.mask = self._bias.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
@@ -129,8 +136,27 @@ class AdapterCache(Past):
         if num_rows > 1 and ahead:
             self.memory_mask = self._bias_ahead[start:end, : end + 1]
 
+    def begin_ragged(self, positions: Int[Tensor, "B R"], end: int) -> None:
+        """Prepare to write every batch row's new rows at its own positions, all below ``end``.
+
+        A row's column is its position, so whatever stands before it is the row's own past.
+        """
+        assert end <= self.max_length, f"cache of {self.max_length} rows is full"
+        self._columns, self._end = positions[None, :, None, :, None], end
+        columns = torch.arange(end, device=positions.device)
+        self.mask = (columns <= positions[:, :, None])[:, None]
+        self.memory_mask = None
+
+    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Only these rows of the batch go on (finished answers retire)."""
+        self._buffers = [buffer.index_select(1, rows) for buffer in self._buffers]
+        self.memory = [memory.index_select(1, rows) for memory in self.memory]
+
     def extend(self, layer: int, new: KeyValue) -> KeyValue:
         buffer: Tensor = self._buffers[layer]
+        if self._columns is not None:
+            buffer.scatter_(3, self._columns.expand_as(new), new)
+            return buffer.narrow(3, 0, self._end)
         buffer.narrow(3, self.length, self._num_rows).copy_(new)
         return buffer.narrow(3, 0, self.length + self._num_rows)
 

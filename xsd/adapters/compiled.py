@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xsd import kernels
+from xsd.adapters.rows import Ragged, Siblings, StepInputs
 
 if TYPE_CHECKING:
-    from xsd.adapters.base import Siblings, StepInputs
     from xsd.adapters.eagle import TokenHead
 
 Matrix = Float[np.ndarray, "in out"]
@@ -97,57 +97,82 @@ class CompiledTokenHead:
 
 
 class CompiledCache:
-    """Keys and values of one answer; the counterpart of ``AdapterCache``.
+    """Keys and values of a batch of answers; the counterpart of ``AdapterCache``.
 
     ``length`` rows are valid. Setting it to a smaller number rolls back in O(1).
     """
 
-    def __init__(self, head: CompiledTokenHead, max_length: int) -> None:
+    def __init__(self, head: CompiledTokenHead, batch_size: int, max_length: int) -> None:
         self.head = head
         self.max_length = max_length
         self.length = 0
-        shape = (head.num_layers, head.num_heads, head.width // head.num_heads)
-        self._keys = np.zeros((*shape, max_length + kernels.PANEL), np.float32)
-        self._values = np.zeros((*shape[:2], max_length + kernels.PANEL, shape[2]), np.float32)
+        columns, head_dim = max_length + kernels.PANEL, head.width // head.num_heads
+        shape = (head.num_layers, batch_size, head.num_heads)
+        self._keys = np.zeros((*shape, head_dim, columns), np.float32)
+        self._values = np.zeros((*shape, columns, head_dim), np.float32)
         self._chain = np.zeros((0, 0), bool)
         self._remember([])
 
     @torch.no_grad()
-    def begin_sample(self, visual: Float[Tensor, "1 K Dv"] | None = None) -> None:
+    def begin_sample(self, visual: Float[Tensor, "clips K Dv"] | None = None) -> None:
         """Forget all rows; attend to other visual vectors, where the head attends to any."""
         self.length = 0
         if self.head.crosses:
+            assert visual is not None, "a level that attends to visual vectors is given them"
             self._remember([cross.project_memory(visual) for cross in self.head.crosses])
 
-    def step(self, rows: StepInputs, siblings: Siblings | None) -> Float[Tensor, "1 R Dv"]:
+    def step(self, rows: StepInputs, where: Siblings | Ragged | None) -> Float[Tensor, "B R Dv"]:
         """Append rows and return their outputs (see ``Adapter.step``)."""
         assert rows.token is not None, "a token head reads tokens"
-        _, num_rows, width = rows.token.shape
-        start, end = self.length, self.length + num_rows
+        batch, num_rows, width = rows.token.shape
+        column = begin = np.full(batch, self.length)
+        end, seen = self.length + num_rows, self._chain
+        positions: Tensor = self.head.positions
+        if where is None:
+            positions = positions[self.length : end]
+        elif isinstance(where, Ragged):
+            positions, end = positions[where.positions], where.end
+            column = begin = where.positions[:, 0].numpy()
+        else:
+            # A tree's rows look among all columns; they stand at one position.
+            begin, seen = np.zeros(batch, np.int64), where.visible.numpy()
+            positions = positions[where.position : where.position + 1]
         assert end <= self.max_length, f"cache of {self.max_length} rows is full"
-        at, begin, seen = slice(start, end), start, self._chain
-        if siblings is not None:
-            at = slice(siblings.position, siblings.position + 1)
-            # Before the tree's first row everything is seen.
-            begin, seen = 0, siblings.visible.numpy()
-        known = (rows.token[0] + self.head.positions[at]).numpy()
-        out = np.empty((num_rows, width), np.float32)
+        known = (rows.token + positions).reshape(-1, width).contiguous().numpy()
         # A head that reads no states has no weights for them either.
-        states = known if rows.verifier is None else rows.verifier[0].contiguous().numpy()
+        states = known
+        if rows.verifier is not None:
+            states = rows.verifier.reshape(-1, width).contiguous().numpy()
+        out = np.empty((batch * num_rows, width), np.float32)
         kernels.head_pass(
-            known, states, *self.head.weights, *self.head.biases,
-            self.head.eps, self._keys, self._values, *self._memory, start, begin, seen, out,
+            known, states, *self.head.weights, *self.head.biases, self.head.eps,
+            self._keys, self._values, *self._memory, column, begin, seen, out,
         )  # fmt: skip
-        self.length = end
-        return torch.from_numpy(out)[None]
+        if not isinstance(where, Ragged):
+            self.length = end
+        return torch.from_numpy(out).view(batch, num_rows, width)
 
-    def _remember(self, memories: list[Float[Tensor, "2 1 H K Dh"]]) -> None:
-        layers, heads, head_dim, _ = self._keys.shape
-        size = memories[0].shape[3] if memories else 0
-        keys = np.zeros((layers, heads, head_dim, size + kernels.PANEL), np.float32)
-        values = np.zeros((layers, heads, size + kernels.PANEL, head_dim), np.float32)
+    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Only these rows of the batch go on (finished answers retire)."""
+        kept = rows.numpy()
+        self._keys, self._values = (
+            np.ascontiguousarray(x[:, kept]) for x in (self._keys, self._values)
+        )
+        keys, values, size = self._memory
+        if keys.shape[1] > 1:
+            self._memory = (
+                np.ascontiguousarray(keys[:, kept]),
+                np.ascontiguousarray(values[:, kept]),
+                size,
+            )
+
+    def _remember(self, memories: list[Float[Tensor, "2 clips H K Dh"]]) -> None:
+        layers, _, heads, head_dim, _ = self._keys.shape
+        clips, size = memories[0].shape[1::2] if memories else (1, 0)
+        keys = np.zeros((layers, clips, heads, head_dim, size + kernels.PANEL), np.float32)
+        values = np.zeros((layers, clips, heads, size + kernels.PANEL, head_dim), np.float32)
         for layer, memory in enumerate(memories):
-            both = memory[:, 0].numpy()
-            keys[layer, :, :, :size] = both[0].transpose(0, 2, 1)
-            values[layer, :, :size] = both[1]
+            both = memory.numpy()
+            keys[layer, ..., :size] = both[0].swapaxes(-1, -2)
+            values[layer, :, :, :size] = both[1]
         self._memory = keys, values, size

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xsd.adapters.attention import AttentionAdapter
-from xsd.adapters.base import StepInputs
 from xsd.adapters.compiled import CompiledTokenHead
 from xsd.adapters.config import AdapterConfig
+from xsd.adapters.rows import Positions, StepInputs
 
 
 class EagleAdapter(AttentionAdapter):
@@ -26,7 +26,7 @@ class EagleAdapter(AttentionAdapter):
         self.positions = learned_positions(config)
 
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         h = self.source(rows)
         return self.norm_in(h) + self.positions[at], h
@@ -64,7 +64,7 @@ class TokenHead(AttentionAdapter):
         self.positions = learned_positions(config)
 
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         assert rows.token is not None, "a token head reads tokens"
         states: Tensor = self.norm_state(rows.verifier)
@@ -105,7 +105,7 @@ class TextHead(TokenHead):
         del self.norm_state, self.fuse
 
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         assert rows.token is not None, "a token head reads tokens"
         x = rows.token + self.positions[at]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +11,14 @@ from xsd.bench_config import BenchConfig
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.progress import progress
+from xsd.errors import XsdError
 from xsd.pairs.config import PairConfig
 
 if TYPE_CHECKING:
     from xsd.bench import Failure
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
-    from xsd.types import Trace
+    from xsd.types import Strategy, Trace
 
 HELP = "measure speculative decoding end to end against plain decoding"
 
@@ -42,6 +43,8 @@ def perform(config: Config) -> Product:
     from xsd.decoding.strategies import adapter_names, parse_all, strict_rows
 
     strategies = parse_all(config.configs, config.gamma, config.control)
+    if config.batch_size > 1:
+        strategies = _batchable(strategies, config.batch_size)
     names = dict.fromkeys(name for s in strategies for name in adapter_names(s))
 
     def resolve() -> dict[str, Product]:
@@ -59,7 +62,7 @@ def perform(config: Config) -> Product:
         return inputs
 
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
-        from xsd import bench, bench_report
+        from xsd import bench, bench_batch, bench_report
         from xsd.commands.extract import dataset_folder
         from xsd.hidden.store import HiddenStore, find_folder
         from xsd.pairs.catalog import load_pair
@@ -72,10 +75,13 @@ def perform(config: Config) -> Product:
         answers = HiddenStore.open(find_folder(inputs["data"].path, "train"))
         needs_answers = any("ngram" in (s.head or "") for s in strategies)
         known = bench.training_answers(answers) if needs_answers else ()
-        records = bench.run(
-            pair, config, items, strategies, adapters, bench.templates(answers), config,
-            repeats=config.repeats, warmup=config.warmup, answers=known,
-        )  # fmt: skip
+        if config.batch_size > 1:
+            records = bench_batch.run(pair, items, strategies, adapters, config, known)
+        else:
+            records = bench.run(
+                pair, config, items, strategies, adapters, bench.templates(answers), config,
+                repeats=config.repeats, warmup=config.warmup, answers=known,
+            )  # fmt: skip
         total = len(items) * len(strategies) * config.repeats
         found = bench.check_failures(_shown(records, total), total, config.max_failures)
         bench_report.write(run, found, items, pair, config, strict_rows(strategies, config))
@@ -84,9 +90,27 @@ def perform(config: Config) -> Product:
         "benchmark",
         config,
         resolve=resolve,
-        rooms=["pairs", "adapters", "decoding", "bench", "speedup"],
+        rooms=["pairs", "adapters", "decoding", "bench", "bench_batch", "speedup"],
         work=work,
     )
+
+
+def _batchable(strategies: Sequence[Strategy], batch_size: int) -> list[Strategy]:
+    """Leave out, and say so, what cannot draft for a batch.
+
+    Raises:
+        XsdError: nothing would be left beside the baseline.
+    """
+    from xsd.decoding.strategies import batchable
+
+    fit, left_out = batchable(strategies)
+    names = ", ".join(strategy.name for strategy in left_out)
+    why = "only heads that draft chains without the drafter serve a batch"
+    if left_out and len(fit) == 1:
+        raise XsdError(f"--batch_size {batch_size} with {names}: {why}")
+    if left_out:
+        print(f"benchmark: batches leave out {names}: {why}")
+    return fit
 
 
 def _shown(records: Iterator[Trace | Failure], total: int) -> Iterator[Trace | Failure]:

@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xsd.adapters.base import Adapter, Siblings, StepInputs
+from xsd.adapters.base import Adapter
 from xsd.adapters.cache import AdapterCache
 from xsd.adapters.compiled import CompiledCache
+from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media

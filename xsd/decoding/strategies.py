@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from xsd.config import LEVELS
@@ -110,6 +110,15 @@ def strict_rows(strategies: Iterable[Strategy], config: DecodingConfig) -> int |
         if strategy.head is not None:
             rows.append(1 + (config.tree_nodes if strategy.tree else strategy.gamma))
     return max(rows)
+
+
+def batchable(strategies: Sequence[Strategy]) -> tuple[list[Strategy], list[Strategy]]:
+    """Those that decode a batch, and the rest.
+
+    A batch has chains from heads that look at the verifier alone: no gap, no drafter, no trees.
+    """
+    fit = [s for s in strategies if s.gap is None and not s.tree and not needs_drafter(s)]
+    return fit, [s for s in strategies if s not in fit]
 
 
 def adapter_names(strategy: Strategy) -> list[str]:

@@ -42,7 +42,7 @@ class SharedPrefix(Decoder):
 
     def forward(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
         if cache.length == 0:
-            x = self._lend(x, cache)
+            cache.expand_from(self._prefix_cache)
         return self._decoder.forward(x, cache)
 
     def prompt(self, question: str) -> Prompt:
@@ -53,30 +53,6 @@ class SharedPrefix(Decoder):
 
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
         return self._decoder.visual_tokens(pixels)
-
-    def _lend(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
-        """Fill an empty cache with the prefixes; returns the rows that remain to be computed.
-
-        A row padded on the left by ``n`` keeps its padding at the very front of the cache, so its
-        prefix moves ``n`` to the right, and the last ``n`` positions of the prefix fall where new
-        rows begin: they are computed again, in place of the padding.
-        """
-        batch = len(x)
-        per_clip = batch // len(self.prefixes)
-        assert per_clip * len(self.prefixes) == batch, "as many questions for every clip"
-        pads = [0] * batch if cache.pad is None else cache.pad.tolist()
-        x = x.clone()
-        for row, pad in enumerate(pads):
-            clip, tail = row // per_clip, min(pad, self._length)
-            kept = self._length - tail
-            for mine, shared in (
-                (cache.keys, self._prefix_cache.keys),
-                (cache.values, self._prefix_cache.values),
-            ):
-                mine[:, row, :, pad : pad + kept] = shared[:, clip, :, :kept]
-            x[row, pad - tail : pad] = self.prefixes[clip, kept:]
-        cache.length = self._length
-        return x
 
 
 def share_prefix(

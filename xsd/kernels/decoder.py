@@ -11,8 +11,8 @@ from xsd.kernels.rows import ONE, ZERO, attend, normalise, silu, turn
 
 @exact
 def decoder_pass(
-    rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values, first, begin,
-    positions, ancestors, states,
+    rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
+    hole_start, hole_end, begin, positions, ancestors, states,
 ):  # fmt: skip
     """R new rows of each of B answers through a Llama decoder, behind what a cache holds.
 
@@ -27,16 +27,17 @@ def decoder_pass(
         final_norm: [D].
         eps: float32, of the norms.
         cos, sin: [positions, Dh / 2].
-        keys: [L, B, G, Dh, columns], at least 64 more columns than are in use; written.
-        values: [L, B, G, columns, Dh]; written.
-        first: [B] int64: of the columns that are seen.
+        keys: [L, >= B, G, Dh, columns], at least 64 more columns than are in use; written.
+        values: [L, >= B, G, columns, Dh]; written.
+        hole_start: first column of the padding.
+        hole_end: [B] int64: where every entry's ends.
         begin: [B] int64: column of the first new row.
         positions: [B R] int64.
         ancestors: [R, R] bool: which of each other the rows see; empty: those before them.
         states: [B R, D], overwritten: after the final norm.
     """
-    num_layers, batch, kv_heads, head_dim, num_columns = keys.shape
-    num_rows, width = rows.shape
+    num_layers, _, kv_heads, head_dim, num_columns = keys.shape
+    (num_rows, width), batch = rows.shape, begin.shape[0]
     each = num_rows // batch
     num_heads, ffn, half = attention_out.shape[2] // head_dim, down.shape[2], head_dim // 2
     group = num_heads // kv_heads
@@ -79,7 +80,7 @@ def decoder_pass(
                 attend(
                     projected, h * head_dim, lo, hi,
                     keys[layer, entry, h // group], values[layer, entry, h // group],
-                    first[entry], begin[entry], ancestors,
+                    hole_start, hole_end[entry], begin[entry], ancestors,
                     scores, line, bits, powers, attended, h * head_dim,
                 )  # fmt: skip
         add_product(attended, attention_out[layer], x)

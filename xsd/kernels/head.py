@@ -29,38 +29,39 @@ def head_pass(
     qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias, project_bias,
     eps, keys, values, memory_keys, memory_values, memory_size, column, begin, ancestors, out,
 ):  # fmt: skip
-    """R rows of a head of L blocks, behind what its cache holds.
+    """R rows of each of B answers through a head of L blocks, behind what its cache holds.
 
     Weights are packed; those behind a norm hold its factors, those of queries also
     ``1 / sqrt(Dh)``. Biases are as wide as the panels they belong to.
 
     Args:
-        known: [R, D]: what is known of a row before its state: token, position, biases.
-        states: [R, D], not yet normalised.
+        known: [B R, D]: what is known of a row before its state: token, position, biases.
+        states: [B R, D], not yet normalised.
         entrance: [P, D, 64], from normalised states.
         qkv: [L, P, D, 64]; attention_out, query, cross_out: the same; up: for F columns; down:
             [L, P, F, 64].
         project: [P, D, 64].
         eps: float32, of all norms.
-        keys: [L, H, Dh, columns], at least 64 more columns than are in use; written.
-        values: [L, H, columns, Dh]; written.
-        memory_keys: [L, H, Dh, >= K + 64].
-        memory_values: [L, H, >= K + 1, Dh].
+        keys: [L, B, H, Dh, columns], at least 64 more columns than are in use; written.
+        values: [L, B, H, columns, Dh]; written.
+        memory_keys: [L, B or 1, H, Dh, >= K + 64]; one may serve all answers.
+        memory_values: [L, B or 1, H, >= K + 1, Dh].
         memory_size: K; 0: the blocks do not look at a memory.
-        column: of the first row.
-        begin: all rows see the columns before it.
+        column: [B] int64: of the first row.
+        begin: [B] int64: all rows see the columns before it.
         ancestors: [R, n] bool: which columns from ``begin`` on each row sees; of no rows: the rows
             are a chain, and ``begin`` is ``column``.
-        out: [R, D], overwritten.
+        out: [B R, D], overwritten.
     """
-    num_layers, num_heads, head_dim, num_columns = keys.shape
+    num_layers, batch, num_heads, head_dim, num_columns = keys.shape
     num_rows, width = known.shape
-    room = max(num_columns, memory_keys.shape[3], up.shape[1] * PANEL) + PANEL
+    each = num_rows // batch
+    room = max(num_columns, memory_keys.shape[4], up.shape[1] * PANEL) + PANEL
     bits = np.empty(room, np.int32)
     powers = bits.view(np.float32)
     line = np.empty(room, np.float32)
     scores = np.empty((num_rows, room), np.float32)
-    everything = np.zeros((num_rows, 0), np.bool_)
+    everything = np.zeros((each, 0), np.bool_)
     x = np.zeros((num_rows, project.shape[0] * PANEL), np.float32)
     x[:, :width] = known
     normed = np.empty((num_rows, width), np.float32)
@@ -74,28 +75,34 @@ def head_pass(
     for layer in range(num_layers):
         _normalise_all(x, width, eps, normed)
         _affine(normed, qkv[layer], qkv_bias[layer], projected)
-        for h in range(num_heads):
-            its_keys, its_values = keys[layer, h], values[layer, h]
-            start = width + h * head_dim
-            for r in range(num_rows):
-                for d in range(head_dim):
-                    its_keys[d, column + r] = projected[r, start + d]
-                    its_values[column + r, d] = projected[r, start + width + d]
-            attend(
-                projected, h * head_dim, 0, num_rows, its_keys, its_values, 0, begin, ancestors,
-                scores, line, bits, powers, attended, h * head_dim,
-            )  # fmt: skip
+        for entry in range(batch):
+            lo, hi = entry * each, (entry + 1) * each
+            for h in range(num_heads):
+                its_keys, its_values = keys[layer, entry, h], values[layer, entry, h]
+                start = width + h * head_dim
+                for r in range(each):
+                    new = projected[lo + r, start:]
+                    for d in range(head_dim):
+                        its_keys[d, column[entry] + r] = new[d]
+                        its_values[column[entry] + r, d] = new[width + d]
+                attend(
+                    projected, h * head_dim, lo, hi, its_keys, its_values, 0, 0, begin[entry],
+                    ancestors, scores, line, bits, powers, attended, h * head_dim,
+                )  # fmt: skip
         x += attention_out_bias[layer]
         add_product(attended, attention_out[layer], x)
         if memory_size:
             _normalise_all(x, width, eps, normed)
             _affine(normed, query[layer], query_bias[layer], asked)
-            for h in range(num_heads):
-                attend(
-                    asked, h * head_dim, 0, num_rows, memory_keys[layer, h],
-                    memory_values[layer, h], 0, memory_size, everything,
-                    scores, line, bits, powers, attended, h * head_dim,
-                )  # fmt: skip
+            for entry in range(batch):
+                lo, hi = entry * each, (entry + 1) * each
+                lender = entry % memory_keys.shape[1]
+                for h in range(num_heads):
+                    attend(
+                        asked, h * head_dim, lo, hi, memory_keys[layer, lender, h],
+                        memory_values[layer, lender, h], 0, 0, memory_size, everything,
+                        scores, line, bits, powers, attended, h * head_dim,
+                    )  # fmt: skip
             x += cross_out_bias[layer]
             add_product(attended, cross_out[layer], x)
         _normalise_all(x, width, eps, normed)

@@ -10,6 +10,7 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from xsd.kernels.options import exact
@@ -49,6 +50,10 @@ def _block(num_rows: int, num_vectors: int) -> Any:
     @intrinsic
     def block(_: Any, x: Any, row: Any, start: Any, w: Any, first: Any, w_column: Any, size: Any,
               out: Any, column: Any) -> Any:  # fmt: skip
+        # Anything else would be read as if it were.
+        if any(array.layout != "C" for array in (x, w, out)):
+            raise TypingError("kernels take C-contiguous arrays")
+
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             real, index = ir.FloatType(), ir.IntType(64)
             vector = ir.VectorType(real, _LANES)

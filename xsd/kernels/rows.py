@@ -107,54 +107,82 @@ def turn(x, half, cos, sin, factor):
 
 @exact
 def attend(
-    x, start, lo, hi, keys, values, first, begin, ancestors, scores, line, bits, powers, out, column
-):
-    """One head of the rows ``lo..hi - 1``: all see the columns ``first..begin - 1``, and further
-    ones as ``ancestors`` says.
+    x, start, lo, hi, keys, values, hole_start, hole_end, begin, ancestors,
+    scores, line, bits, powers, out, column,
+):  # fmt: skip
+    """One head of the rows ``lo..hi - 1``: all see the columns before ``begin`` that are not in
+    the hole, and further ones as ``ancestors`` says.
 
     Args:
         x: [R, ..] scaled queries, from column ``start`` on.
         keys: [Dh, columns], at least 64 more than are in use.
         values: [columns, Dh].
-        first: of the columns that are seen.
+        hole_start, hole_end: columns of padding.
         ancestors: [hi - lo, n] bool: which of the n columns from ``begin`` on; of no rows: a row
             stands at each, and sees those before it and itself.
         out: [R, >= column + Dh + 31], overwritten from ``column`` on.
     """
     num_rows, head_dim = hi - lo, keys.shape[0]
-    num_after = num_rows if ancestors.shape[0] == 0 else ancestors.shape[1]
-    origin = min(first, begin)
+    is_chain = ancestors.shape[0] == 0
+    num_after = num_rows if is_chain else ancestors.shape[1]
+    origin = 0 if hole_start else min(hole_end, begin)
     end = begin + num_after - origin
     scores[lo:hi, : end + PANEL] = ZERO
     for j in range(0, end, PANEL):
         add_panel(x, lo, hi, start, keys, 0, origin + j, head_dim, scores, j)
     for i in range(num_rows):
         row = scores[lo + i]
-        # A row of padding sees itself: a softmax over nothing would be NaN.
-        seen = min(first, begin + i) - origin
-        if ancestors.shape[0] == 0:
-            size = begin + i + 1 - origin - seen
-            _softmax(row[seen:], size, bits, powers)
-            row[seen + size : end] = ZERO
+        if is_chain and not hole_start:
+            first = min(hole_end, begin + i) - origin
+            stop = begin + i + 1 - origin
+            _softmax(row[first:], stop - first, bits, powers)
+            row[:first] = ZERO
+            row[stop:end] = ZERO
         else:
-            # What a branch sees is brought together: it is a chain to the last bit.
-            size = begin - origin - seen
-            line[:size] = row[seen : seen + size]
-            total = size
-            for k in range(num_after):
-                if ancestors[i, k]:
-                    line[total] = row[seen + size + k]
-                    total += 1
-            _softmax(line, total, bits, powers)
-            row[seen : seen + size] = line[:size]
-            total = size
-            for k in range(num_after):
-                row[seen + size + k] = ZERO
-                if ancestors[i, k]:
-                    row[seen + size + k] = line[total]
-                    total += 1
-        row[:seen] = ZERO
+            # What is seen is brought together: any row is a chain to the last bit.
+            size = _gather(row, origin, hole_start, hole_end, begin, ancestors, i, line)
+            _softmax(line, size, bits, powers)
+            row[:end] = ZERO
+            _scatter(line, origin, hole_start, hole_end, begin, ancestors, i, row)
         out[lo + i, column : column + head_dim] = ZERO
     # What a block adds beyond this head, the next one overwrites.
     for j in range(0, head_dim, NARROW):
         add_narrow(scores, lo, hi, 0, values, origin, j, end, out, column + j)
+
+
+@exact
+def _gather(row, origin, hole_start, hole_end, begin, ancestors, i, line):
+    """Scores of the columns that row ``i`` sees, one after the other; how many they are."""
+    size = 0
+    for c in range(origin, hole_start):
+        line[size] = row[c - origin]
+        size += 1
+    for c in range(max(origin, min(hole_end, begin)), begin):
+        line[size] = row[c - origin]
+        size += 1
+    is_chain = ancestors.shape[0] == 0
+    # A row of padding sees itself: a softmax over nothing would be NaN.
+    stop = i + 1 if is_chain else ancestors.shape[1]
+    for k in range(max(0, min(hole_end, begin + i) - begin), stop):
+        if is_chain or ancestors[i, k]:
+            line[size] = row[begin + k - origin]
+            size += 1
+    return size
+
+
+@exact
+def _scatter(line, origin, hole_start, hole_end, begin, ancestors, i, row):
+    """The way back."""
+    size = 0
+    for c in range(origin, hole_start):
+        row[c - origin] = line[size]
+        size += 1
+    for c in range(max(origin, min(hole_end, begin)), begin):
+        row[c - origin] = line[size]
+        size += 1
+    is_chain = ancestors.shape[0] == 0
+    stop = i + 1 if is_chain else ancestors.shape[1]
+    for k in range(max(0, min(hole_end, begin + i) - begin), stop):
+        if is_chain or ancestors[i, k]:
+            row[begin + k - origin] = line[size]
+            size += 1

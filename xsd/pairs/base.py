@@ -121,6 +121,7 @@ class Decoder(ABC):
         """R rows behind the cache; states after the final norm."""
         return self.stack.forward(x, cache)
 
+    @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         logits: Tensor = self.lm_head(hidden)
         return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,10 @@ class KVCache:
     it: what lies beyond is overwritten by the next rows.
 
     Rows of a batch may have prompts of different lengths; shorter ones are padded on the left,
-    and ``pad`` holds how many of a row's first positions are padding.
+    and ``pad`` holds how many of a row's positions from ``pad_start`` on are padding. They may also
+    keep different numbers of drafts: then ``ragged`` holds how far each is valid, and ``length`` is
+    the longest of them. Every row's next positions are computed there, to be moved up to its own by
+    ``keep_each``, or by compiled passes in place.
     """
 
     whole: bool = False
@@ -69,6 +73,8 @@ class KVCache:
         self._arrays: tuple[np.ndarray, np.ndarray] | None = None
         self.length = 0
         self.pad: Int[Tensor, " B"] | None = None
+        self.pad_start = 0
+        self.ragged: list[int] | None = None
         self.tree: TreeRows | None = None
 
     @property
@@ -80,15 +86,18 @@ class KVCache:
         """Keys [layers, B, heads, head_dim, length] and values of a cache for compiled passes."""
         if self._arrays is None:
             self._arrays = self.keys.transpose(-1, -2).numpy(), self.values.numpy()
+            assert all(x.flags.c_contiguous for x in self._arrays), "a kernel takes whole buffers"
         return self._arrays
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.values.numel() * self.values.element_size()
+        """Of all that positions need, slack not counted."""
+        a_position = self.values[:, :, :, 0]
+        return 2 * a_position.numel() * a_position.element_size() * self.max_length
 
     def reset(self) -> None:
-        self.length = 0
-        self.pad = None
+        self.length = self.pad_start = 0
+        self.pad = self.ragged = None
 
     def keep(self, num_rows: int, kept: list[int]) -> None:
         """Of the last pass, of ``num_rows`` rows, keep these (ascending); they move together.
@@ -101,6 +110,23 @@ class KVCache:
             rows = torch.tensor(kept, device=self.values.device) + start
             for buffer in (self.keys, self.values):
                 buffer[:, :, :, start : self.length] = buffer[:, :, :, rows]
+
+    def keep_each(self, num_rows: int, kept: Sequence[int]) -> None:
+        """Of the last pass, of ``num_rows`` rows, batch row b keeps its first ``kept[b]``."""
+        start, device = self.length - num_rows, self.values.device
+        before = self.ragged or [start] * self.batch
+        num_moved = max(kept)
+        # Compiled passes put every row's positions behind its own.
+        if self.slack is None and num_moved and min(before) < start:
+            columns = torch.tensor(before, device=device)[:, None] + self._columns(0, num_moved)
+            rows = torch.arange(self.batch, device=device)[:, None]
+            for buffer in (self.keys, self.values):
+                by_row = buffer.permute(1, 3, 0, 2, 4)
+                by_row[rows, columns] = by_row[:, start : start + num_moved].clone()
+        self.ragged = [length + more for length, more in zip(before, kept, strict=True)]
+        self.length = max(self.ragged)
+        if self.pad is None:
+            self.pad = torch.zeros(self.batch, dtype=torch.long, device=device)
 
     def check_room(self, num_rows: int) -> None:
         """
@@ -129,6 +155,9 @@ class KVCache:
             return self.tree.depths + start
         if self.pad is None:
             return slice(start, end)
+        if self.ragged is not None:
+            first = torch.tensor(self.ragged, device=self.values.device) - self.pad
+            return first[:, None] + self._columns(0, num_rows)
         return (self._columns(start, end) - self.pad[:, None]).clamp_(min=0)
 
     def visible(self, num_rows: int) -> Bool[Tensor, "R seen"] | Bool[Tensor, "B R seen"] | None:
@@ -144,15 +173,34 @@ class KVCache:
         causal = columns <= rows
         if self.pad is None:
             return causal
+        real = columns >= self.pad_start + self.pad[:, None, None]
+        if self.pad_start:
+            real |= columns < self.pad_start
+        if self.ragged is not None:
+            valid = torch.tensor(self.ragged, device=self.values.device)[:, None, None]
+            real &= (columns < valid) | (columns >= start)
         # A row of padding sees itself: a softmax over nothing would be NaN.
-        return causal & (columns >= self.pad[:, None, None]) | (columns == rows)
+        return causal & real | (columns == rows)
 
     def expand_from(self, prefix: KVCache) -> None:
-        """Start every row of this cache with the one row of ``prefix`` (a shared visual prefix)."""
-        length = prefix.length
-        self.keys[:, :, :, :length] = prefix.keys[:, :1, :, :length]
-        self.values[:, :, :, :length] = prefix.values[:, :1, :, :length]
-        self.length = length
+        """Start the rows of this cache with those of ``prefix`` (shared visual prefixes).
+
+        Each of its C rows is lent to the next B / C of these; padding comes behind it.
+        """
+        length = self.length = self.pad_start = prefix.length
+        for mine, lent in ((self.keys, prefix.keys), (self.values, prefix.values)):
+            by_lender = mine.unflatten(1, (prefix.batch, -1))
+            by_lender[:, :, :, :, :length] = lent[:, :, None, :, :length]
+
+    def first_rows(self, batch: int) -> KVCache:
+        """A view of the first batch rows, empty."""
+        view = KVCache.__new__(KVCache)
+        view.keys, view.values = self.keys[:, :batch], self.values[:, :batch]
+        view.max_length, view.slack, view.tree = self.max_length, self.slack, None
+        # Compiled passes take whole buffers, and the first entries of them.
+        view._arrays = None if self.slack is None else self.arrays
+        view.reset()
+        return view
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> KVCache:
         """A smaller cache with the given batch rows (finished answers retire)."""
@@ -163,8 +211,12 @@ class KVCache:
             kept.keys = self.keys.transpose(-1, -2).index_select(1, rows).transpose(-1, -2)
         else:
             kept.keys = self.keys.index_select(1, rows)
-        kept.length = self.length
+        kept.length, kept.pad_start = self.length, self.pad_start
         kept.pad = None if self.pad is None else self.pad.index_select(0, rows)
+        kept.ragged = None
+        if self.ragged is not None:
+            kept.ragged = [self.ragged[row] for row in rows.tolist()]
+            kept.length = max(kept.ragged)
         kept.tree = None
         return kept
 

@@ -33,7 +33,7 @@ def chooser(lm_head: Any) -> Chooser:
     panels, (num_ids, width) = kernels.pack(weight.t().numpy()), weight.shape
 
     def choose(hidden: Float[Tensor, "*rows D"]) -> list[int]:
-        states = hidden.reshape(-1, width)
+        states = hidden.reshape(-1, width).contiguous()
         ids = np.empty(len(states), np.int64)
         kernels.choose(states.numpy(), panels, num_ids, ids)
         return ids.tolist()  # type: ignore[no-any-return]

@@ -49,12 +49,14 @@ class CompiledLayers:
         else:
             positions = positions.numpy().reshape(-1)
         keys, values = cache.arrays
+        hole_start, hole_end = 0, np.zeros(batch, np.int64)
+        if cache.pad is not None:
+            hole_start, hole_end = cache.pad_start, cache.pad.numpy() + cache.pad_start
+        begin = np.full(batch, cache.length) if cache.ragged is None else np.array(cache.ragged)
+        tree = self._no_tree if cache.tree is None else cache.tree.ancestors.numpy()
         kernels.decoder_pass(
-            x.reshape(-1, width).numpy(), *self.weights, self.final_norm, self.eps, self.cos,
-            self.sin, keys, values,
-            np.zeros(batch, np.int64) if cache.pad is None else cache.pad.numpy(),
-            np.full(batch, cache.length), positions,
-            self._no_tree if cache.tree is None else cache.tree.ancestors.numpy(), states,
+            x.reshape(-1, width).contiguous().numpy(), *self.weights, self.final_norm, self.eps,
+            self.cos, self.sin, keys, values, hole_start, hole_end, begin, positions, tree, states,
         )  # fmt: skip
         return torch.from_numpy(states).view(batch, num_rows, width)
 

@@ -22,20 +22,30 @@ class Answer:
 
 
 def prefill(
-    decoder: Decoder, prompts: Sequence[Float[Tensor, "_P D"]], num_new: int
+    decoder: Decoder,
+    prompts: Sequence[Float[Tensor, "_P D"]],
+    num_new: int,
+    cache: KVCache | None = None,
 ) -> tuple[KVCache, Float[Tensor, "B P D"]]:
     """Prefill a batch of prompts of any lengths, padded on the left.
 
-    Returns the cache, with room for ``num_new`` more positions, and the states of all rows.
+    Returns the cache (None: a new one with room for ``num_new`` more positions), and the states
+    of all rows.
     """
     longest = max(len(prompt) for prompt in prompts)
     pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=prompts[0].device)
     rows = torch.stack(
         [torch.nn.functional.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts]
     )
-    cache = decoder.new_cache(len(prompts), longest + num_new)
+    if cache is None:
+        cache = decoder.new_cache(len(prompts), longest + num_new)
     cache.pad = pad if bool(pad.any()) else None
     return cache, decoder.forward(rows, cache)
+
+
+def worth_leaving(num_finished: int, num_rows: int) -> bool:
+    """Whether finished rows should leave now: moving a cache costs as much as a step."""
+    return 4 * num_finished >= num_rows
 
 
 @torch.inference_mode()
@@ -59,8 +69,7 @@ def generate(
         done |= torch.isin(tokens, eos)
         if position + 1 == max_new_tokens or bool(done.all()):
             break
-        # Moving a cache costs as much as a step: rows leave when a quarter of them has finished.
-        if 4 * int(done.sum()) >= len(active):
+        if worth_leaving(int(done.sum()), len(active)):
             rows = (~done).nonzero()[:, 0]
             cache, tokens, done = cache.keep_rows(rows), tokens[rows], done[rows]
             active = [active[row] for row in rows.tolist()]

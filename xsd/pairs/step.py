@@ -89,7 +89,8 @@ class DecoderStack:
         """
         batch, num_rows, _ = x.shape
         cache.check_room(num_rows)
-        few = self.compiled is not None and batch * num_rows <= MAX_ROWS and self.tap is None
+        few = self.compiled is not None and self.tap is None
+        few = few and (batch * num_rows <= MAX_ROWS or cache.ragged is not None)
         states = (self.compiled if few else self._layers).run(x, cache)  # type: ignore[union-attr]
         cache.length += num_rows
         return states

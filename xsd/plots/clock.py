@@ -31,8 +31,10 @@ _ON_BAR = {BLUE: "white", ORANGE: DARK, GREY: "white"}
 
 
 def speedup_frame(traces: Sequence[Trace]) -> pd.DataFrame:
-    """One row a strategy and sample: strategy, kind, sample_key, ratio (plain / speculative)."""
-    frame = per_sample(traces)[["strategy", "sample_key", "ratio"]]
+    """One row a strategy and sample (of a batch: its first): strategy, kind, sample_key, ratio
+    (plain / speculative)."""
+    rows = per_sample(traces).drop_duplicates(["strategy", "batch"])
+    frame = rows[["strategy", "sample_key", "ratio"]]
     return frame.assign(kind=[kind(name) for name in frame["strategy"]])
 
 

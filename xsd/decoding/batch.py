@@ -1,0 +1,301 @@
+"""Plain and speculative greedy decoding of several answers at once, on one cache.
+
+Every answer is the one that plain decoding says alone: a pass carries the last token and the
+drafts of all rows, each row accepts as many as hold, and the cache closes the gaps that the others
+leave (``KVCache.keep_each``). The questions of one clip share everything up to its visual tokens:
+that prefix is read once and lent to all rows, for plain and speculative decoding alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xsd.adapters.base import Adapter
+from xsd.adapters.rows import Ragged, StepInputs
+from xsd.clock import Stopwatch
+from xsd.decoding.accept import Draft, verify_greedy
+from xsd.decoding.config import MAX_GAMMA
+from xsd.decoding.draft import Head, VerifierTables
+from xsd.decoding.engine import Decoded, Engine
+from xsd.errors import XsdError
+from xsd.hidden.visual import pool_visual
+from xsd.pairs.base import Decoder, Media, Prompt
+from xsd.pairs.cache import KVCache
+from xsd.pairs.generate import prefill, worth_leaving
+from xsd.types import Span
+
+NOTHING = -1
+"""In place of a draft, where a row has fewer than others."""
+
+
+@runtime_checkable
+class BatchHead(Protocol):
+    """Drafts in decode, for all rows of a batch."""
+
+    wants_prefilled: bool
+    """Whether ``begin`` needs the clips' visual states."""
+
+    def begin(self, questions: Sequence[str], visual: Float[Tensor, "clips K Dv"] | None) -> None:
+        """A batch begins; one clip's visual states serve all rows."""
+
+    def propose(
+        self,
+        answers: Sequence[list[int]],
+        states: Float[Tensor, "B m Dv"],
+        fresh: Sequence[int],
+        gamma: int,
+    ) -> Int[Tensor, "B n"]:
+        """What follows every row's answer: at most ``gamma`` tokens, ``NOTHING`` at the end.
+
+        Args:
+            answers: all that the rows have said.
+            states: in row b, first those of its last ``fresh[b]`` tokens, which came in the last
+                pass; none where the answer has ended.
+        """
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Only these rows go on."""
+
+
+class BatchEngine(Engine):
+    """An engine that also decodes a batch. Memory is allocated here, once."""
+
+    def __init__(
+        self,
+        verifier: Decoder,
+        max_new_tokens: int,
+        max_prompt: int,
+        batch_size: int,
+        *,
+        share_visual: bool = True,
+    ) -> None:
+        """
+        Args:
+            batch_size: most answers at once.
+            share_visual: the answers of a batch are about one clip, which is read once.
+        """
+        super().__init__(verifier, max_new_tokens, max_prompt)
+        length = max_prompt + max_new_tokens + MAX_GAMMA
+        self._batch_cache = verifier.new_cache(batch_size, length)
+        self._prefix_cache = verifier.new_cache(1, max_prompt)
+        self._share_visual = share_visual
+
+    @torch.inference_mode()
+    def decode_batch(
+        self,
+        media: Sequence[Media],
+        questions: Sequence[str],
+        head: BatchHead | None = None,
+        gamma: int = 0,
+    ) -> list[Decoded]:
+        """One answer a question; every clock reading is the whole batch's.
+
+        Args:
+            media: of every question; with ``share_visual`` they are one object.
+            head: drafts at most ``gamma`` tokens a cycle; None: plain decoding.
+        """
+        watch = Stopwatch(self._device)
+        answers = [Decoded() for _ in questions]
+        cache, last, visual = self._prefill_batch(media, questions, head)
+        first = self.verifier.choose(last)
+        for answer, token in zip(answers, first, strict=True):
+            answer.token_ids = [token]
+        prefill_ms = watch.ms()
+        if head is not None:
+            head.begin(questions, visual)
+        rows, states, fresh = answers, last[:, None], [1] * len(answers)
+        while going := [i for i, row in enumerate(rows) if not self._finished(row.token_ids)]:
+            if worth_leaving(len(rows) - len(going), len(rows)):
+                kept = torch.tensor(going, device=self._device)
+                cache, states = cache.keep_rows(kept), states[kept]
+                rows, fresh = [rows[i] for i in going], [fresh[i] for i in going]
+                if head is not None:
+                    head.keep_rows(going)
+            states, fresh = self._cycle(cache, rows, states, fresh, head, gamma)
+        total_ms = watch.ms()
+        spans = [("prefill", 0.0, prefill_ms), ("decode", prefill_ms, total_ms)]
+        for answer in answers:
+            answer.prefill_ms, answer.total_ms = prefill_ms, total_ms
+            answer.timeline = [Span("verifier", *span) for span in spans]
+        return answers
+
+    def _prefill_batch(
+        self, media: Sequence[Media], questions: Sequence[str], head: BatchHead | None
+    ) -> tuple[KVCache, Float[Tensor, "B Dv"], Float[Tensor, "clips K Dv"] | None]:
+        """Read all prompts: the cache behind them, each row's last state, and visual states."""
+        cache = self._batch_cache.first_rows(len(questions))
+        if self._share_visual and len(questions) > 1:
+            assert all(other is media[0] for other in media), "a shared prefix has one clip"
+            states, seen = self._read_shared(media[0], questions, cache)
+        else:
+            states, seen = self._read_each(media, questions, cache)
+        wants = head is not None and head.wants_prefilled
+        visual = torch.stack([pool_visual(x) for x in seen]) if wants else None
+        return cache, states[:, -1], visual
+
+    def _read_shared(
+        self, media: Media, questions: Sequence[str], cache: KVCache
+    ) -> tuple[Float[Tensor, "B R Dv"], list[Float[Tensor, "visual Dv"]]]:
+        """Read the clip once, lend it to all rows, and then the questions in one pass."""
+        verifier, shared = self.verifier, self._prefix_cache
+        visual = verifier.visual_tokens(verifier.pixels(media))
+        prompts = [verifier.prompt(question) for question in questions]
+        before = prompts[0].before
+        assert all(prompt.before == before for prompt in prompts), "questions come behind the clip"
+        shared.reset()
+        seen = verifier.forward(verifier.embed_prompt(Prompt(before, ()), visual), shared)[0]
+        cache.expand_from(shared)
+        tails = [verifier.embed(self._ids([prompt.after]))[0] for prompt in prompts]
+        return prefill(verifier, tails, 0, cache)[1], [seen[len(before) :]]
+
+    def _read_each(
+        self, media: Sequence[Media], questions: Sequence[str], cache: KVCache
+    ) -> tuple[Float[Tensor, "B R Dv"], list[Float[Tensor, "visual Dv"]]]:
+        verifier = self.verifier
+        visuals = [verifier.visual_tokens(verifier.pixels(clip)) for clip in media]
+        prompts = [verifier.prompt(question) for question in questions]
+        rows = [verifier.embed_prompt(p, v)[0] for p, v in zip(prompts, visuals, strict=True)]
+        _, states = prefill(verifier, rows, 0, cache)
+        ends = [-len(p.after) or None for p in prompts]
+        seen = [row[:end][-len(v) :] for row, end, v in zip(states, ends, visuals, strict=True)]
+        return states, seen
+
+    def _cycle(
+        self,
+        cache: KVCache,
+        rows: Sequence[Decoded],
+        states: Float[Tensor, "B m Dv"],
+        fresh: Sequence[int],
+        head: BatchHead | None,
+        gamma: int,
+    ) -> tuple[Float[Tensor, "B R Dv"], list[int]]:
+        """Draft, check in one pass, and say what holds; new states, and how many are a row's."""
+        answers = [row.token_ids for row in rows]
+        shortest = min(len(answer) for answer in answers if not self._finished(answer))
+        # The verifier's own token ends an answer: one draft less than there is room.
+        depth = min(gamma, self.max_new_tokens - shortest - 1)
+        ids = self._ids([answer[-1:] for answer in answers])
+        if head is not None and depth > 0:
+            ids = torch.cat([ids, head.propose(answers, states, fresh, depth)], dim=1)
+        new = self.verifier.forward(self.verifier.embed(ids.clamp(min=0)), cache)
+        # The one time in a cycle that the device is waited for.
+        choices, size = self.verifier.choose(new), ids.shape[1]
+        num_said: list[int] = []
+        for index, (row, drafted) in enumerate(zip(rows, ids.tolist(), strict=True)):
+            tokens, chosen = row.token_ids, choices[index * size : (index + 1) * size]
+            if self._finished(tokens):
+                num_said.append(0)
+                continue
+            drafts = [token for token in drafted[1:] if token != NOTHING]
+            draft = self._useful(Draft(drafts), tokens)
+            path, token = verify_greedy(draft, chosen[: len(draft) + 1])
+            said = self._said(draft, path, token)
+            if draft.tokens:
+                row.cycle_drafted.append(len(draft))
+                row.cycle_accepted.append(len(path))
+            tokens.extend(said)
+            num_said.append(len(said))
+        # Plain rows move together, ended or not.
+        if head is not None:
+            cache.keep_each(size, num_said)
+        return new[:, : max(num_said)], num_said
+
+    def _ids(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "B R"]:
+        return torch.tensor(rows, dtype=torch.long, device=self._device)
+
+
+class AdapterRows:
+    """A head on the verifier's states, for a whole batch in one step."""
+
+    def __init__(self, head: Adapter, tables: VerifierTables, max_new_tokens: int) -> None:
+        """
+        Raises:
+            XsdError: the head reads the drafter, which reads one answer at a time.
+        """
+        if "drafter" in head.row.streams:
+            raise XsdError(f"level {head.row.name} reads the drafter: it drafts for one answer")
+        self.wants_prefilled = head.row.visual == "prefilled"
+        self._head, self._tables = head, tables
+        self._dtype = next(head.parameters()).dtype
+        self._max_length = max_new_tokens + MAX_GAMMA
+
+    def begin(self, questions: Sequence[str], visual: Float[Tensor, "clips K Dv"] | None) -> None:
+        visual = None if visual is None else visual.to(self._dtype)
+        self._cache = self._head.new_cache(len(questions), self._max_length, visual)
+
+    def propose(
+        self,
+        answers: Sequence[list[int]],
+        states: Float[Tensor, "B m Dv"],
+        fresh: Sequence[int],
+        gamma: int,
+    ) -> Int[Tensor, "B n"]:
+        device, size = states.device, states.shape[1]
+        ends = [len(answer) for answer in answers]
+        starts = [end - new for end, new in zip(ends, fresh, strict=True)]
+        # Behind its last token a row computes what nobody reads and the drafts will overwrite.
+        said = [
+            a[s:] + [0] * (size - new) for a, s, new in zip(answers, starts, fresh, strict=True)
+        ]
+        first, after = (torch.tensor(x, device=device)[:, None] for x in (starts, ends))
+        at = first + torch.arange(size, device=device)
+        out = self._step(torch.tensor(said, device=device), states, at, max(starts) + size)
+        last = torch.tensor([max(new, 1) - 1 for new in fresh], device=device)
+        out = out[torch.arange(len(answers), device=device), last][:, None]
+        drafts = [self._tables.score(out).argmax(-1)]
+        for step in range(gamma - 1):
+            out = self._step(drafts[-1], out, after + step, max(ends) + step + 1)
+            drafts.append(self._tables.score(out).argmax(-1))
+        return torch.cat(drafts, dim=1)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self._cache.keep_rows(torch.tensor(rows, device=self._tables.embedding.device))
+
+    def _step(
+        self, ids: Tensor, states: Tensor, at: Int[Tensor, "B R"], end: int
+    ) -> Float[Tensor, "B R Dv"]:
+        streams = self._head.row.streams
+        token = None
+        if "token" in streams:
+            token = self._head.read_tokens(self._tables.embedding[ids].to(self._dtype))
+        verifier = states.to(self._dtype) if "verifier" in streams else None
+        return self._head.step(StepInputs(None, verifier, token), self._cache, Ragged(at, end))
+
+
+class SeparateRows:
+    """Heads that cost next to nothing (controls), one a row."""
+
+    wants_prefilled = False
+
+    def __init__(self, make: Callable[[int], Head], device: torch.device) -> None:
+        """``make``: the head of a row, by its number in the batch."""
+        self._make, self._device = make, device
+        self._heads: list[Head] = []
+
+    def begin(self, questions: Sequence[str], visual: Float[Tensor, "clips K Dv"] | None) -> None:
+        self._heads = [self._make(row) for row in range(len(questions))]
+        for head, question in zip(self._heads, questions, strict=True):
+            head.begin(question, None, None)
+
+    def propose(
+        self,
+        answers: Sequence[list[int]],
+        states: Float[Tensor, "B m Dv"],
+        fresh: Sequence[int],
+        gamma: int,
+    ) -> Int[Tensor, "B n"]:
+        drafts = [
+            head.propose(answer, state[:new], gamma).tokens[:gamma] if new else []
+            for head, answer, state, new in zip(self._heads, answers, states, fresh, strict=True)
+        ]
+        size = max(map(len, drafts))
+        filled = [draft + [NOTHING] * (size - len(draft)) for draft in drafts]
+        return torch.tensor(filled, dtype=torch.long, device=self._device)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self._heads = [self._heads[row] for row in rows]
