@@ -70,6 +70,14 @@ class Bench:
         # Questions differ by some tokens.
         self.max_prompt = max(rows.shape[1] for rows in self.prompts.values()) + 64
         self.engine = Engine(self.verifier, options.max_new_tokens, self.max_prompt)
+        self.halves = {"verifier": self.verifier, "drafter": self.drafter}
+        # One a half for all that is timed: at full size a cache is a gigabyte.
+        self.caches = {
+            role: decoder.new_cache(1, self.max_prompt + options.max_new_tokens + max(ROWS))
+            for role, decoder in self.halves.items()
+        }
+        for role in self.halves:
+            self.prefill(role)()
         self.tables = VerifierTables.of(self.verifier)
 
     # ------------------------------------------------------------ passes and steps
@@ -77,10 +85,9 @@ class Bench:
     def passes(self) -> Times:
         """V(r), steps and prefills, of the first clip, in the middle of an answer."""
         media, _ = self.asked[0]
-        halves = {"verifier": self.verifier, "drafter": self.drafter}
-        pixels = {role: decoder.pixels(media) for role, decoder in halves.items()}
+        pixels = {role: decoder.pixels(media) for role, decoder in self.halves.items()}
         tasks: dict[str, Callable[[], object]] = {}
-        for role, decoder in halves.items():
+        for role, decoder in self.halves.items():
             tasks[f"{role} pixels"] = lambda d=decoder: d.pixels(media)
             tasks[f"{role} vision"] = lambda d=decoder, r=role: d.visual_tokens(pixels[r])
             tasks[f"{role} prefill"] = self.prefill(role)
@@ -91,8 +98,7 @@ class Bench:
         return interleaved(tasks, self.device, self.options.repeats, settle=1)
 
     def prefill(self, role: str) -> Callable[[], object]:
-        decoder, rows = getattr(self, role), self.prompts[role]
-        cache = decoder.new_cache(1, self.max_prompt)
+        decoder, rows, cache = self.halves[role], self.prompts[role], self.caches[role]
 
         def work() -> None:
             cache.reset()
@@ -103,18 +109,20 @@ class Bench:
 
     def verify(self, role: str, num_rows: int) -> Callable[[], object]:
         """One pass of the engine's: tokens in, tokens out."""
-        decoder, prompt = getattr(self, role), self.prompts[role]
-        length = prompt.shape[1] + self.options.max_new_tokens // 2
-        cache = decoder.new_cache(1, length + num_rows)
-        decoder.forward(prompt, cache)
-        ids = [list(range(5, 5 + num_rows))]
+        decoder, cache = self.halves[role], self.caches[role]
+        length = self.middle(role)
+        ids = list(range(5, 5 + num_rows))
 
         def work() -> None:
+            # What lies between the prompt and there is old rows: as long to read as new ones.
             cache.length = length
-            states = decoder.forward(decoder.embed(torch.tensor(ids, device=self.device)), cache)
-            decoder.logits(states[0]).argmax(-1).tolist()
+            decoder.read(ids, cache).best.tolist()
 
         return work
+
+    def middle(self, role: str) -> int:
+        """Positions before the middle of an answer."""
+        return self.prompts[role].shape[1] + self.options.max_new_tokens // 2
 
     def head_chain(self, gamma: int) -> Callable[[], object]:
         """Drafts of a head (E1: trained ones where given; weights do not change its time)."""
@@ -286,8 +294,7 @@ class Bench:
         model = self.verifier.model.model.language_model  # type: ignore[attr-defined]
         weights = sum(w.nbytes for w in [*model.layers.parameters(), *model.norm.parameters()])
         weights += self.verifier.lm_head.weight.nbytes
-        length = self.prompts["verifier"].shape[1] + self.options.max_new_tokens // 2
-        kv = cache.num_bytes * length
+        kv = cache.num_bytes * self.middle("verifier")
         # As much as a step reads, so that what fits a cache is as near to both.
         source = torch.ones(min(weights + kv, MAX_COPY_BYTES) // 4, device=stack.device)
         target = torch.empty_like(source)

@@ -22,8 +22,9 @@ from xsd.decoding.config import MAX_TREE_NODES
 from xsd.decoding.policy import Costs, Policy
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
-from xsd.pairs.base import Decoder, Media
+from xsd.pairs.base import Decoder, Media, Scored
 from xsd.pairs.cache import TreeRows
+from xsd.pairs.device import to_device
 from xsd.types import Span
 
 NO_DRAFT = Draft([])
@@ -75,6 +76,7 @@ class Engine:
         self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + MAX_TREE_NODES)
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
+        verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
 
     @torch.inference_mode()
     def plain(self, media: Media, question: str) -> Decoded:
@@ -112,13 +114,12 @@ class Engine:
         length = self._cache.length
         verify_ms: list[float] = []
         for num_rows in range(1, max_rows + 1):
-            token = torch.zeros(1, num_rows, dtype=torch.long, device=self._device)
+            tokens = [0] * num_rows
             times = []
             for _ in range(repeats):
                 self._cache.length = length
                 watch = Stopwatch(self._device)
-                states = self.verifier.forward(self.verifier.embed(token), self._cache)[0]
-                self.verifier.logits(states).argmax(-1).tolist()
+                self.verifier.read(tokens, self._cache).best.tolist()
                 times.append(watch.ms())
             verify_ms.append(statistics.median(times))
         # More rows never cost less: what says so is noise.
@@ -140,7 +141,7 @@ class Engine:
         if speculator is not None:
             speculator.start(media, question, watch)
         states, early = self._prefill(media, question, speculator, watch, result)
-        tokens = result.token_ids = [self._next(states[0])]
+        tokens = result.token_ids = [self._next(self.verifier.score(states[:1]))]
         result.prefill_ms = watch.ms()
         if speculator is not None:
             states = self._check_gap(speculator, states, early, result, policy)
@@ -258,7 +259,7 @@ class Engine:
         kept = 0
         if rest or (drafts[0] == tokens[0] and not self._finished(tokens)):
             draft = Draft(rest)
-            path, said = self._judge(draft, states[1 : len(rest) + 2])
+            path, said = self._judge(draft, self.verifier.score(states[1 : len(rest) + 2]))
             kept = 1 + len(path)
             tokens.extend(self._said(draft, path, said))
         # The cache holds all drafts; rows of those that were said stay, but for the last token's.
@@ -280,22 +281,21 @@ class Engine:
 
     def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
         """One plain step."""
-        rows = self.verifier.embed(torch.tensor([tokens[-1:]], device=self._device))
-        state = self.verifier.forward(rows, self._cache)[0]
-        tokens.append(self._next(state[0]))
-        return state
+        scored = self.verifier.read(tokens[-1:], self._cache)
+        tokens.append(self._next(scored))
+        return scored.states
 
     def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:
         """Check a draft in one pass and say what holds, plus the verifier's own next token.
 
         Returns the states of the tokens added, and which drafted tokens were accepted.
         """
-        rows = self.verifier.embed(torch.tensor([[tokens[-1], *draft.tokens]], device=self._device))
         if draft.parents is not None:
             self._cache.tree = tree_rows(draft.parents, self._device)
-        states = self.verifier.forward(rows, self._cache)[0]
+        scored = self.verifier.read([tokens[-1], *draft.tokens], self._cache)
         self._cache.tree = None
-        path, token = self._judge(draft, states)
+        states = scored.states
+        path, token = self._judge(draft, scored)
         kept = [0, *(node + 1 for node in path)]
         self._cache.keep(len(draft) + 1, kept)
         said = self._said(draft, path, token)
@@ -304,11 +304,11 @@ class Engine:
             return states[: len(said)], path
         return states[kept[: len(said)]], path
 
-    def _judge(self, draft: Draft, states: Float[Tensor, "m Dv"]) -> tuple[list[int], int]:
-        logits = self.verifier.logits(states)
+    def _judge(self, draft: Draft, scored: Scored) -> tuple[list[int], int]:
+        # The one moment of a cycle at which the host waits for the device.
         if self._sampling is None:
-            return verify_greedy(draft, logits.argmax(-1).tolist())
-        return verify_sampled(draft, self._sampling.probabilities(logits), self._generator)
+            return verify_greedy(draft, scored.best.tolist())
+        return verify_sampled(draft, self._sampling.probabilities(scored.logits), self._generator)
 
     def _said(self, draft: Draft, path: list[int], token: int) -> list[int]:
         """The accepted tokens and the verifier's own, which does not follow an end."""
@@ -317,11 +317,10 @@ class Engine:
             return said
         return [*said, token]
 
-    def _next(self, state: Float[Tensor, " Dv"]) -> int:
-        logits = self.verifier.logits(state)
+    def _next(self, scored: Scored) -> int:
         if self._sampling is None:
-            return int(logits.argmax())
-        return draw(self._sampling.probabilities(logits), self._generator)
+            return int(scored.best[-1])
+        return draw(self._sampling.probabilities(scored.logits[-1]), self._generator)
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids
@@ -335,4 +334,4 @@ def tree_rows(parents: Sequence[int], device: torch.device) -> TreeRows:
         ancestors.append(ancestors[parent + 1].copy())
         ancestors[-1][row] = True
         depths.append(depths[parent + 1] + 1)
-    return TreeRows(torch.tensor(depths, device=device), torch.tensor(ancestors, device=device))
+    return TreeRows(to_device(depths, device), to_device(ancestors, device))

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from xsd.pairs.cache import KVCache
 from xsd.pairs.config import PairConfig
+from xsd.pairs.device import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,16 @@ class Prompt:
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+
+
+class Scored(NamedTuple):
+    """What a decoder makes of some rows."""
+
+    states: Float[Tensor, "R D"]
+    """After the final norm."""
+    logits: Float[Tensor, "R V"]
+    best: Int[Tensor, " R"]
+    """The likeliest ids."""
 
 
 @runtime_checkable
@@ -123,6 +134,26 @@ class Decoder(ABC):
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         logits: Tensor = self.lm_head(hidden)
         return logits[..., : self.vocab_size]
+
+    def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
+        """R tokens behind the cache: one pass of decoding, token ids in, choices out.
+
+        Logits and choices hold until the next pass, states for good. Nothing waits for a GPU.
+        """
+        return self.score(self.forward(self.embed(self.on_device(ids)[None]), cache)[0])
+
+    def score(self, states: Float[Tensor, "R D"]) -> Scored:
+        logits = self.logits(states)
+        return Scored(states, logits, logits.argmax(-1))
+
+    def on_device(self, ids: Sequence[int] | Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+        return ids if isinstance(ids, Tensor) else to_device(ids, self.stack.device)
+
+    def prepare(self, cache: KVCache, max_rows: int) -> None:
+        """Do now what the first ``read`` of up to so many tokens would otherwise do."""
+
+    def set_row_sizes(self, sizes: Sequence[int]) -> None:
+        """Let ``read`` run passes of r rows as ones of ``sizes[r - 1]`` where it can."""
 
     def limit_vocab(self, num_rows: int) -> None:
         """Choose among the first ``num_rows`` ids only: those that both models of a pair have."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import psutil
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 from xsd.errors import XsdError
 from xsd.pairs.config import PairConfig
@@ -51,3 +55,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def to_device(numbers: Sequence[object], device: torch.device) -> Shaped[Tensor, "..."]:
+    """Numbers, or lists of them, as a tensor; a GPU fetches them by itself and nobody waits."""
+    on_gpu = device.type == "cuda"
+    return torch.tensor(numbers, pin_memory=on_gpu).to(device, non_blocking=on_gpu)

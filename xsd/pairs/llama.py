@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from xsd.pairs.base import Decoder
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xsd.pairs.base import Decoder, Scored
+from xsd.pairs.cache import KVCache
 from xsd.pairs.step import DecoderStack
 
 
@@ -28,3 +34,31 @@ class LlamaDecoder(Decoder):
             tokenizer,
             frozenset(eos if isinstance(eos, list) else [eos]),
         )
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
+        """Where passes are captured, embedding, LM head and choice are part of the capture."""
+        graphs = self.stack.graphs
+        if graphs is None or not graphs.takes(len(ids), cache):
+            return super().read(ids, cache)
+        given = self.on_device(ids)
+        # The head may have been cut since: that makes another kind of pass.
+        kind = f"ids to {self.vocab_size}"
+        found = graphs.replay(kind, given, cache, self._begin, self.score)
+        cache.length += len(ids)
+        states, logits, best = (rows[: len(ids)] for rows in found)
+        return Scored(states.clone(), logits, best)
+
+    def prepare(self, cache: KVCache, max_rows: int) -> None:
+        length = cache.length
+        for num_rows in range(1, max_rows + 1):
+            if self.stack.graphs is not None and length + num_rows <= cache.max_length:
+                self.read([0] * num_rows, cache)
+                cache.length = length
+
+    def set_row_sizes(self, sizes: Sequence[int]) -> None:
+        if self.stack.graphs is not None:
+            self.stack.graphs.row_sizes = sizes
+
+    def _begin(self, ids: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+        return self.embed(ids[None])[0]
