@@ -29,8 +29,9 @@ from xsd.adapters.config import AdapterConfig
 from xsd.clock import interleaved
 from xsd.decoding.config import DecodingConfig
 from xsd.decoding.controls import Known, OracleHead
-from xsd.decoding.draft import HeadDrafter, VerifierTables
+from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.graphs import head_drafter
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.speculator import LocalSpeculator
 from xsd.errors import XsdError
@@ -135,7 +136,7 @@ class Bench:
                 AdapterConfig(level="E1", d_drafter=self.drafter.width, d_verifier=width, **sizes)
             )
         head = head.to(self.device, self.verifier.stack.dtype).eval()
-        party = HeadDrafter(head, self.tables, self.options.max_new_tokens)
+        party = head_drafter(head, self.tables, self.options.max_new_tokens)
         party.begin(self.asked[0][1], None, None)
         tokens = list(range(5, 25))
         states = torch.randn(

@@ -29,8 +29,9 @@ from xsd.decoding.controls import (
     acceptance_rates,
     commonest_answers,
 )
-from xsd.decoding.draft import Head, HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.draft import Head, HeadOptions, VerifierTables
 from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.graphs import head_drafter
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.policy import Adaptive, Costs, Policy
@@ -197,7 +198,7 @@ class Bench:
             seed=self.config.seed,
         )
         adapter, policy = self._adapters[strategy.head], self.policies[strategy.name]
-        return HeadDrafter(adapter, self._tables, self.config.max_new_tokens, options, policy)
+        return head_drafter(adapter, self._tables, self.config.max_new_tokens, options, policy)
 
     def _prompt_ids(self, question: str) -> Sequence[int]:
         prompt = self.pair.verifier.prompt(question)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from xsd.pairs.modules import HeadShape
 
@@ -47,6 +47,24 @@ def attend(
         enable_gqa=shape.group > 1,
     )
     return attended[0].transpose(0, 1).reshape(num_rows, -1)
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    num_processors: int,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    onto: Tensor | None = None,
+) -> Tensor:
+    if norm is not None:
+        x = rms_norm(x, x.shape[-1:], norm, eps)
+    out = linear(x, weight)
+    if gated:
+        out = silu_times(out)
+    return out if onto is None else onto.add_(out)
 
 
 def silu_times(gate_up: Tensor) -> Tensor:

@@ -61,16 +61,17 @@ class Replayed:
         return self.result
 
 
-@pytest.fixture(params=["plain", pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(params=["plain", "plain, fused", pytest.param("cuda", marks=needs_gpu)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     captured: list[object] = []
-    if request.param == "plain":
+    if request.param != "cuda":
         # In double precision nothing is folded.
         device, dtype = torch.device("cpu"), torch.float64
         # Wherever Triton is, a module of its kernels must not be left with these in their place.
         monkeypatch.setitem(sys.modules, "xsd.pairs.kernels", plain_kernels)
         monkeypatch.delitem(sys.modules, "xsd.pairs.graphs", raising=False)
         graphs = import_module("xsd.pairs.graphs")
+        monkeypatch.setattr(graphs, "FUSED", (dtype,) if "fused" in request.param else ())
         monkeypatch.setattr(graphs, "Capture", Replayed)
         monkeypatch.setattr(graphs, "Lane", lambda device: None)
         monkeypatch.setattr(
@@ -93,7 +94,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     torch.set_default_dtype(dtype)
     yield Place(device, dtype, captured)
     torch.set_default_dtype(default)
-    if request.param == "plain":
+    if request.param != "cuda":
         del sys.modules["xsd.pairs.graphs"]
 
 
@@ -344,12 +345,47 @@ def test_kernels(
         queries.double(), *(x.double() for x in caches), position, ancestors, shape
     )
     torch.testing.assert_close(attended.double(), wanted, **tolerance)
+    for num_ins, num_outs in ((160, 48), (256, 384)):
+        x, norm = random(num_rows, num_ins), random(num_ins)
+        small, twice = (random(n, num_ins) / num_ins for n in (num_outs, 2 * num_outs))
+        onto = random(num_rows, num_outs)
+        for weight, how in (
+            (small, {"norm": norm, "eps": 1e-5}),
+            (twice, {"norm": norm, "eps": 1e-5, "gated": True}),
+            (small, {"onto": onto}),
+        ):
+            exact_how = {k: v.double() if isinstance(v, Tensor) else v for k, v in how.items()}
+            wanted = plain_kernels.project(x.double(), weight.double(), 132, **exact_how)
+            found = kernels.project(x, weight, 132, **how)
+            if dtype != torch.float32:
+                torch.testing.assert_close(found.double(), wanted, **tolerance)
     gate_up = random(num_rows, 160)
     torch.testing.assert_close(
         kernels.silu_times(gate_up).double(),
         plain_kernels.silu_times(gate_up.double()),
         **tolerance,
     )
+
+
+@needs_gpu
+@pytest.mark.parametrize("num_rows", [1, 7, 40])
+def test_half_precision_is_near_the_layers_as_they_are(num_rows: int) -> None:
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=8, initializer_range=0.05,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stack = DecoderStack(LlamaModel(config).to("cuda", torch.bfloat16).eval())
+    graphs = stack.graphs
+    assert graphs is not None
+    x = torch.randn(1, 300 + num_rows, 256, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for layers in (graphs, graphs.eager):
+        stack._layers = layers
+        cache = stack.new_cache(1, 400)
+        stack.forward(x[:, :300], cache)
+        found.append(stack.forward(x[:, 300:], cache).float())
+    assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
 
 
 def test_without_a_gpu_nothing_is_captured() -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from xsd.adapters.base import Adapter, StepInputs
+from xsd.adapters.base import Adapter, Positions, StepInputs
 from xsd.adapters.block import Block
 from xsd.adapters.config import AdapterConfig
 
@@ -37,7 +37,7 @@ class AttentionAdapter(Adapter):
         self.alpha = nn.Parameter(torch.tensor(0.1))
 
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         h = self.enter(rows.drafter)
         return h, h

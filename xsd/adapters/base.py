@@ -27,6 +27,9 @@ from xsd.adapters.config import AdapterConfig
 from xsd.adapters.live import bind
 from xsd.errors import XsdError
 
+Positions = slice | Int[Tensor, " R"]
+"""Rows' answer positions: on the host, or where no host need know them."""
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -107,10 +110,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         """Input of the first block, and what ``finish`` mixes back in; ``at`` are the rows' answer
-        positions (one position: all rows stand there)."""
+        positions (a slice of one position: all rows stand there)."""
 
     def finish(
         self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
@@ -208,7 +211,13 @@ class Adapter(nn.Module, ABC):
         cache.length = start + num_rows
         return out
 
-    def _run(self, rows: StepInputs, at: slice, past: Past) -> Tensor:
+    def step_at(
+        self, rows: StepInputs, at: Int[Tensor, " R"], past: Past
+    ) -> Float[Tensor, "B R Dv"]:
+        """A step whose rows, and what they may look at, are given on the device."""
+        return self._run(rows, at, past)
+
+    def _run(self, rows: StepInputs, at: Positions, past: Past) -> Tensor:
         x, residual = self.embed(rows, at)
         for layer, block in enumerate(self.blocks):
             x = block.run(x, past, layer)

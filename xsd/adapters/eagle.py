@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from xsd.adapters.attention import AttentionAdapter
-from xsd.adapters.base import StepInputs
+from xsd.adapters.base import Positions, StepInputs
 from xsd.adapters.config import AdapterConfig
 
 
@@ -24,7 +24,7 @@ class EagleAdapter(AttentionAdapter):
         self.positions = learned_positions(config)
 
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         h = self.source(rows)
         return self.norm_in(h) + self.positions[at], h
@@ -62,7 +62,7 @@ class TokenHead(AttentionAdapter):
         self.positions = learned_positions(config)
 
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         both = torch.cat((self.norm_state(rows.verifier), self.norm_token(rows.token)), dim=-1)
         x = self.fuse(both) + self.positions[at]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from xsd.adapters.base import StepInputs
+from xsd.adapters.base import Positions, StepInputs
 from xsd.adapters.config import AdapterConfig
 from xsd.adapters.eagle import EagleAdapter
 
@@ -21,7 +21,7 @@ class FusedEagleAdapter(EagleAdapter):
         self.mix = nn.Linear(2 * width, width)
 
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         e, v = self.enter(rows.drafter), rows.verifier
         assert v is not None, "L5F reads verifier states"

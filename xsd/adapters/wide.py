@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from xsd.adapters.base import Adapter, StepInputs
+from xsd.adapters.base import Adapter, Positions, StepInputs
 from xsd.adapters.bottleneck import zero_linear
 from xsd.adapters.config import AdapterConfig
 
@@ -44,7 +44,7 @@ class WideBottleneck(Adapter):
         self.layers = nn.Sequential(nn.LayerNorm(width), *blocks, nn.LayerNorm(width))
 
     def embed(
-        self, rows: StepInputs, at: slice
+        self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         h = self.enter(rows.drafter)
         return self.layers(h), h

@@ -19,7 +19,7 @@ from torch import Tensor
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_TREE_NODES
-from xsd.decoding.policy import Costs, Policy
+from xsd.decoding.policy import Costs, Policy, row_sizes
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Scored
@@ -105,9 +105,20 @@ class Engine:
         return self._decode(media, question, speculator, gamma, policy)
 
     @torch.inference_mode()
-    def measure(self, media: Media, question: str, max_rows: int = 24, repeats: int = 7) -> Costs:
-        """What the verifier's passes cost here and now: medians behind a real prompt."""
+    def measure(
+        self, media: Media, question: str, max_rows: int | None = None, repeats: int = 7
+    ) -> Costs:
+        """What the verifier's passes cost here and now: medians behind a real prompt.
+
+        From here on passes have as many rows as is best for their cost.
+
+        Args:
+            max_rows: longest pass; None: 24, on a GPU the largest draft tree's.
+        """
+        if max_rows is None:
+            max_rows = 24 if self._device.type == "cpu" else 1 + MAX_TREE_NODES
         self._cache.reset()
+        self.verifier.set_row_sizes(())
         prefill_ms = statistics.median(
             self.plain(media, question).prefill_ms for _ in range(repeats)
         )
@@ -122,7 +133,8 @@ class Engine:
                 self.verifier.read(tokens, self._cache).best.tolist()
                 times.append(watch.ms())
             verify_ms.append(statistics.median(times))
-        # More rows never cost less: what says so is noise.
+        self.verifier.set_row_sizes(row_sizes(verify_ms))
+        # More rows never cost less: what says so is noise, or such a pass gets more rows.
         for row in range(max_rows - 1, 0, -1):
             verify_ms[row - 1] = min(verify_ms[row - 1 : row + 1])
         return Costs(tuple(verify_ms), prefill_ms)

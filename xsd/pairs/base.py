@@ -149,10 +149,10 @@ class Decoder(ABC):
     def on_device(self, ids: Sequence[int] | Int[Tensor, " R"]) -> Int[Tensor, " R"]:
         return ids if isinstance(ids, Tensor) else to_device(ids, self.stack.device)
 
-    def prepare(self, cache: KVCache, max_rows: int) -> None:
+    def prepare(self, cache: KVCache, max_rows: int) -> None:  # noqa: B027
         """Do now what the first ``read`` of up to so many tokens would otherwise do."""
 
-    def set_row_sizes(self, sizes: Sequence[int]) -> None:
+    def set_row_sizes(self, sizes: Sequence[int]) -> None:  # noqa: B027
         """Let ``read`` run passes of r rows as ones of ``sizes[r - 1]`` where it can."""
 
     def limit_vocab(self, num_rows: int) -> None:

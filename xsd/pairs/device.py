@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import psutil
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 
 from xsd.errors import XsdError
@@ -57,7 +56,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def to_device(numbers: Sequence[object], device: torch.device) -> Shaped[Tensor, "..."]:
+def to_device(numbers: Sequence[object], device: torch.device) -> Tensor:
     """Numbers, or lists of them, as a tensor; a GPU fetches them by itself and nobody waits."""
     on_gpu = device.type == "cuda"
     return torch.tensor(numbers, pin_memory=on_gpu).to(device, non_blocking=on_gpu)

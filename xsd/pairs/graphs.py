@@ -19,52 +19,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from xsd.pairs.cache import KVCache
-from xsd.pairs.device import to_device
+from xsd.pairs.capture import Capture, Lane
 from xsd.pairs.folded import Tap
-from xsd.pairs.kernels import attend, rotate_and_append, silu_times
-from xsd.pairs.modules import HeadShape, Layer, ModuleLayers
+from xsd.pairs.kernels import attend, project, rotate_and_append, silu_times
+from xsd.pairs.modules import HeadShape, Layer, ModuleLayers, is_plain
 
 MAX_ROWS = 64
 """Longer passes are prefills."""
+FUSED = (torch.bfloat16, torch.float16)
+"""Precisions in which norms, gates and sums are part of the products that they stand beside."""
 
 T = TypeVar("T")
 Begin = Callable[[Tensor], Tensor]
 """What a pass is given, to its first layer's rows [R, D]."""
 Finish = Callable[[Tensor], T]
 """Final-norm states [R, D] to what a pass is for."""
-
-
-class Capture(Generic[T]):
-    """Work on fixed buffers, launched as one CUDA graph; ``result`` is overwritten every time."""
-
-    def __init__(self, work: Callable[[], T], lane: Lane) -> None:
-        """``work`` runs once here, so that what its first run allocates and compiles exists."""
-        self._graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(lane.device)
-        lane.stream.wait_stream(current)
-        with torch.cuda.stream(lane.stream):
-            work()
-            lane.stream.synchronize()
-            # Other threads may go on allocating.
-            self._graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
-            try:
-                self.result = work()
-            finally:
-                self._graph.capture_end()
-        current.wait_stream(lane.stream)
-
-    def replay(self) -> T:
-        self._graph.replay()
-        return self.result
-
-
-class Lane:
-    """Where captures that never run at once are made: they share their scratch memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
 
 
 @dataclass(frozen=True)
@@ -82,11 +51,17 @@ class GraphedLayers:
         self.row_sizes: Sequence[int] = ()
         """Entry r - 1: how many rows a pass of r rows runs with; none: as many as it has."""
         self._lane = Lane(device)
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        head_dim = int(model.layers[0].self_attn.head_dim)
         self._shape = HeadShape(
-            self.eager.num_heads,
-            self.eager.num_kv_heads,
-            int(model.layers[0].self_attn.head_dim),
-            torch.cuda.get_device_properties(device).multi_processor_count,
+            self.eager.num_heads, self.eager.num_kv_heads, head_dim, self._processors
+        )
+        self._fuses = self.eager.final_norm.dtype in FUSED and all(
+            layer.qkv is not None
+            and layer.gate_up is not None
+            and is_plain(layer.out)
+            and is_plain(layer.down)
+            for layer in self.eager.layers
         )
         self._width = int(model.config.hidden_size)
         self._position = torch.zeros(1, dtype=torch.int32, device=device)
@@ -180,24 +155,47 @@ class GraphedLayers:
         self, rows: Float[Tensor, "R D"], buffers: Sequence[tuple[Tensor, Tensor]]
     ) -> Float[Tensor, "R D"]:
         """All layers and the final norm; reads no number from the device, waits for nothing."""
-        eager, shape, width = self.eager, self._shape, (self._width,)
+        eager = self.eager
         x = rows.clone()
         for layer, (keys, values) in zip(eager.layers, buffers, strict=True):
-            normed = functional.rms_norm(x, width, layer.norm_1, eager.eps)
             queries = rotate_and_append(
-                layer.project_qkv(normed),
+                self._normed_qkv(x, layer),
                 (eager.cos, eager.sin),
                 self._position,
                 self._depths,
                 keys,
                 values,
-                shape,
+                self._shape,
             )
-            attended = attend(queries, keys, values, self._position, self._ancestors, shape)
-            Layer.add(layer.out, attended, x)
-            normed = functional.rms_norm(x, width, layer.norm_2, eager.eps)
-            Layer.add(layer.down, silu_times(layer.project_gate_up(normed)), x)
-        return functional.rms_norm(x, width, eager.final_norm, eager.eps)
+            attended = attend(queries, keys, values, self._position, self._ancestors, self._shape)
+            self._add_rest(x, attended, layer)
+        return self._norm(x, eager.final_norm)
+
+    def _normed_qkv(self, x: Float[Tensor, "R D"], layer: Layer) -> Float[Tensor, "R qkv"]:
+        if self._fuses:
+            assert layer.qkv is not None
+            return project(x, layer.qkv, self._processors, norm=layer.norm_1, eps=self.eager.eps)
+        return layer.project_qkv(self._norm(x, layer.norm_1))
+
+    def _add_rest(
+        self, x: Float[Tensor, "R D"], attended: Float[Tensor, "R width"], layer: Layer
+    ) -> None:
+        """Add attention's output, then the feed-forward block's, to ``x``."""
+        if self._fuses:
+            assert layer.gate_up is not None
+            project(attended, layer.out.weight, self._processors, onto=x)
+            inner = project(
+                x, layer.gate_up, self._processors,
+                norm=layer.norm_2, eps=self.eager.eps, gated=True,
+            )  # fmt: skip
+            project(inner, layer.down.weight, self._processors, onto=x)
+            return
+        Layer.add(layer.out, attended, x)
+        gate_up = layer.project_gate_up(self._norm(x, layer.norm_2))
+        Layer.add(layer.down, silu_times(gate_up), x)
+
+    def _norm(self, x: Float[Tensor, "R D"], weight: Tensor) -> Float[Tensor, "R D"]:
+        return functional.rms_norm(x, (self._width,), weight, self.eager.eps)
 
 
 def _as_is(rows: Tensor) -> Tensor:

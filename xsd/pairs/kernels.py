@@ -8,7 +8,8 @@ precision, whatever is read and written.
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from dataclasses import dataclass
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from xsd.pairs.modules import HeadShape
 
-_COLUMNS = 64
-"""Positions a block of attention looks at together."""
+EARLY = 2
+"""A kernel is launched while the one before it ends, and waits for its results by itself: 1, as
+soon as that one has begun; 2, when it has read what it reads; 0, not."""
+AHEAD = 512
+"""Inputs whose weights it asks for before it waits."""
 _MAX_TILE = 64
 _MAX_SPLITS = 32
 
@@ -56,9 +60,36 @@ def rotate_and_append(
         NUM_KV_HEADS=shape.num_kv_heads,
         HEAD_DIM=shape.head_dim,
         WIDTH=triton.next_power_of_2(shape.head_dim),
+        EARLY=EARLY,
+        launch_pdl=EARLY > 0,
         num_warps=1,
     )
     return queries
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How attention of some rows is launched."""
+
+    tile: int
+    """Rows and heads of a group that a program takes together."""
+    columns: int
+    """Positions it looks at together."""
+    num_splits: int
+    """Programs that share a head's positions."""
+    num_warps: int
+    num_stages: int
+
+
+def plan_attention(num_rows: int, shape: HeadShape, is_exact: bool) -> AttentionPlan:
+    """About a program a multiprocessor; sizes are those that were fastest on an H200."""
+    lanes = num_rows * shape.group
+    tile = min(_MAX_TILE, max(16, triton.next_power_of_2(lanes)))
+    programs = shape.num_kv_heads * triton.cdiv(lanes, tile)
+    num_splits = min(_MAX_SPLITS, _power_below(shape.num_processors // programs))
+    if is_exact:
+        return AttentionPlan(tile, 32, num_splits, 4, 2)
+    return AttentionPlan(tile, 128, num_splits, 8, 3)
 
 
 def attend(
@@ -72,15 +103,12 @@ def attend(
     """Attention of R rows to ``position`` cached ones and to those of themselves they follow."""
     num_rows = queries.shape[0]
     width = max(16, triton.next_power_of_2(shape.head_dim))
-    lanes = num_rows * shape.group
-    tile = min(_MAX_TILE, max(16, triton.next_power_of_2(lanes)))
-    num_tiles = triton.cdiv(lanes, tile)
-    programs = shape.num_kv_heads * num_tiles
-    num_splits = triton.next_power_of_2(max(1, 2 * shape.num_processors // programs))
-    num_splits = min(_MAX_SPLITS, num_splits)
+    is_exact = queries.dtype == torch.float32
+    plan = plan_attention(num_rows, shape, is_exact)
+    num_splits = plan.num_splits
+    num_tiles = triton.cdiv(num_rows * shape.group, plan.tile)
     sums = queries.new_empty(num_splits, num_rows, shape.num_heads, width, dtype=torch.float32)
     stats = queries.new_empty(2, num_splits, num_rows, shape.num_heads, dtype=torch.float32)
-    is_exact = queries.dtype == torch.float32
     _attend[(shape.num_kv_heads, num_tiles, num_splits)](
         queries,
         keys,
@@ -99,11 +127,13 @@ def attend(
         GROUP=shape.group,
         HEAD_DIM=shape.head_dim,
         WIDTH=width,
-        TILE=tile,
-        COLUMNS=_COLUMNS // 2 if is_exact else _COLUMNS,
+        TILE=plan.tile,
+        COLUMNS=plan.columns,
         PRECISION="ieee" if is_exact else "tf32",
-        num_warps=4,
-        num_stages=2,
+        EARLY=EARLY,
+        launch_pdl=EARLY > 0,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
     )
     attended = queries.new_empty(num_rows, shape.num_heads * shape.head_dim)
     _combine[(num_rows * shape.num_heads,)](
@@ -114,9 +144,88 @@ def attend(
         NUM_SPLITS=num_splits,
         HEAD_DIM=shape.head_dim,
         WIDTH=width,
+        EARLY=EARLY,
+        launch_pdl=EARLY > 0,
         num_warps=1,
     )
     return attended
+
+
+class ProjectionPlan(NamedTuple):
+    """How a product of some rows with a weight is launched."""
+
+    outs: int
+    """Outputs a program computes."""
+    step: int
+    """Inputs it reads at a time."""
+    num_warps: int
+    num_stages: int
+
+
+def plan_projection(
+    num_rows: int, num_outs: int, num_processors: int, gated: bool
+) -> ProjectionPlan:
+    """At least a program for every second multiprocessor, and as much of the weight on its way as
+    shared memory holds; sizes are those that were fastest on an H200."""
+    outs = min(128, max(16, triton.next_power_of_2(2 * num_outs // num_processors)))
+    num_warps = 8 if outs == 128 else 4
+    if gated:
+        return (
+            ProjectionPlan(outs, 64, num_warps, 4)
+            if num_rows > 32
+            else ProjectionPlan(outs, 128, num_warps, 3)
+        )
+    return ProjectionPlan(outs, 128, num_warps, 4 if outs == 128 else 6)
+
+
+def _power_below(number: int) -> int:
+    return 1 << max(0, number.bit_length() - 1)
+
+
+def project(
+    x: Float[Tensor, "R in"],
+    weight: Float[Tensor, "out in"],
+    num_processors: int,
+    *,
+    norm: Float[Tensor, " in"] | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    onto: Float[Tensor, "R out"] | None = None,
+) -> Float[Tensor, "R _"]:
+    """``x @ weight.T`` of a few rows: the weight is read once, at the rate of the memory.
+
+    Args:
+        norm: weight of an RMSNorm that ``x`` passes first, with ``eps``.
+        gated: the weight is two, and the result ``silu`` of the first times the second.
+        onto: the result is added to it, in place.
+    """
+    num_rows, num_ins = x.shape
+    num_outs = weight.shape[0] // (2 if gated else 1)
+    out = x.new_empty(num_rows, num_outs) if onto is None else onto
+    plan = plan_projection(num_rows, num_outs, num_processors, gated)
+    _project[(triton.cdiv(num_outs, plan.outs),)](
+        x,
+        x if norm is None else norm,
+        weight,
+        out,
+        num_rows,
+        num_outs,
+        num_ins,
+        eps,
+        NORMED=norm is not None,
+        GATED=gated,
+        ADDED=onto is not None,
+        EVEN=num_ins % plan.step == 0 and num_outs % plan.outs == 0,
+        ROWS=max(16, triton.next_power_of_2(num_rows)),
+        OUTS=plan.outs,
+        STEP=plan.step,
+        AHEAD=AHEAD,
+        EARLY=EARLY,
+        launch_pdl=EARLY > 0,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+    return out
 
 
 def silu_times(gate_up: Float[Tensor, "R twice"]) -> Float[Tensor, "R ffn"]:
@@ -125,7 +234,9 @@ def silu_times(gate_up: Float[Tensor, "R twice"]) -> Float[Tensor, "R ffn"]:
     out = gate_up.new_empty(num_rows, twice // 2)
     block = min(1024, triton.next_power_of_2(twice // 2))
     grid = (num_rows, triton.cdiv(twice // 2, block))
-    _silu_times[grid](gate_up, out, twice // 2, BLOCK=block, num_warps=4)
+    _silu_times[grid](
+        gate_up, out, twice // 2, BLOCK=block, EARLY=EARLY, launch_pdl=EARLY > 0, num_warps=4
+    )
     return out
 
 
@@ -151,7 +262,11 @@ def _rotate_and_append(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     head = tl.program_id(1)
     channel = tl.arange(0, WIDTH)
@@ -200,7 +315,12 @@ def _attend(
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        if EARLY == 1:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0)
     split = tl.program_id(2)
     start = tl.load(position)
@@ -247,6 +367,8 @@ def _attend(
         summed = summed * shrink[:, None]
         summed += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         largest = highest
+    if EARLY == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     rows = num_rows * NUM_HEADS
     tl.store(
         sums + (split * rows + place[:, None]) * WIDTH + channel[None, :],
@@ -267,7 +389,11 @@ def _combine(
     NUM_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     place = tl.program_id(0)
     channel = tl.arange(0, WIDTH)
     split = tl.arange(0, NUM_SPLITS)
@@ -285,7 +411,95 @@ def _combine(
 
 @triton.jit
 @no_type_check
-def _silu_times(gate_up, out, ffn, BLOCK: tl.constexpr):
+def _prefetch(weight, output, num_ins, AHEAD: tl.constexpr, NUM_LINES: tl.constexpr):
+    """Ask for the first inputs' weights, which no earlier kernel writes."""
+    line = tl.minimum(tl.arange(0, NUM_LINES) * (AHEAD // NUM_LINES), num_ins - 1)
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l",
+        [weight + output[:, None] * num_ins + line[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@_kernel
+@no_type_check
+def _project(
+    x,
+    norm,
+    weight,
+    out,
+    num_rows,
+    num_outs,
+    num_ins,
+    eps,
+    NORMED: tl.constexpr,
+    GATED: tl.constexpr,
+    ADDED: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    output = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    if EARLY:
+        if EARLY == 1:
+            tl.extra.cuda.gdc_launch_dependents()
+        if AHEAD:
+            there = tl.minimum(output, num_outs - 1)
+            _prefetch(weight, there, num_ins, AHEAD, AHEAD // 64)
+            if GATED:
+                _prefetch(weight, there + num_outs, num_ins, AHEAD, AHEAD // 64)
+        tl.extra.cuda.gdc_wait()
+    row = tl.arange(0, ROWS)
+    is_row = row < num_rows
+    is_out = output < num_outs
+    summed = tl.zeros([OUTS, ROWS], tl.float32)
+    second = tl.zeros([OUTS, ROWS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    zero: tl.constexpr = None if EVEN else 0.0
+    for begin in range(0, num_ins, STEP):
+        at = begin + tl.arange(0, STEP)
+        cell = output[:, None] * num_ins + at[None, :]
+        is_read = None if EVEN else is_out[:, None] & (at < num_ins)[None, :]
+        is_given = is_row[None, :] if EVEN else is_row[None, :] & (at < num_ins)[:, None]
+        w = tl.load(weight + cell, mask=is_read, other=zero, eviction_policy="evict_first")
+        given = tl.load(x + row[None, :] * num_ins + at[:, None], mask=is_given, other=0.0)
+        if NORMED:
+            exact = given.to(tl.float32)
+            squares += tl.sum(exact * exact, 0)
+            scale = tl.load(norm + at, mask=None if EVEN else at < num_ins)
+            given = (exact * scale.to(tl.float32)[:, None]).to(given.dtype)
+        summed = tl.dot(w, given, summed)
+        if GATED:
+            cell += num_outs * num_ins
+            w = tl.load(weight + cell, mask=is_read, other=zero, eviction_policy="evict_first")
+            second = tl.dot(w, given, second)
+    if EARLY == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+    if NORMED:
+        size = tl.rsqrt(squares / num_ins + eps)
+        summed *= size[None, :]
+        second *= size[None, :]
+    if GATED:
+        summed = summed * tl.sigmoid(summed) * second
+    target = out + row[None, :] * num_outs + output[:, None]
+    is_kept = is_row[None, :] & is_out[:, None]
+    if ADDED:
+        summed += tl.load(target, mask=is_kept, other=0.0).to(tl.float32)
+    tl.store(target, summed.to(out.dtype.element_ty), mask=is_kept)
+
+
+@triton.jit
+@no_type_check
+def _silu_times(gate_up, out, ffn, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn
