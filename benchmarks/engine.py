@@ -310,6 +310,7 @@ class Bench:
 
     def overhead(self, repeats: int = 30) -> dict[str, float]:
         """Of a step's time, what is not spent in operators: Python, launches, waits."""
+        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         work = self.verify("verifier", 1)
@@ -318,7 +319,9 @@ class Bench:
         work()
         with profile(activities=kinds) as seen:
             times = interleaved({"step": work}, self.device, repeats, 0)["step"]
-        events = seen.key_averages()
+        # A GPU's time is the kernels'; the operators that launched them are listed with it again.
+        where = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        events = [event for event in seen.key_averages() if event.device_type == where]
         name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         busy_ms = sum(getattr(event, name) for event in events) / 1e3 / repeats
         step_ms = statistics.mean(times)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from xsd.pairs.modules import HeadShape
+from xsd.pairs.launch import Chip, HeadShape
 
 
 def rotate_and_append(
@@ -35,6 +35,7 @@ def attend(
     position: Tensor,
     ancestors: Tensor,
     shape: HeadShape,
+    chip: Chip,
 ) -> Tensor:
     num_rows, start = len(queries), int(position)
     before = torch.ones(num_rows, start, dtype=torch.bool, device=queries.device)
@@ -52,7 +53,7 @@ def attend(
 def project(
     x: Tensor,
     weight: Tensor,
-    num_processors: int,
+    chip: Chip,
     *,
     norm: Tensor | None = None,
     eps: float = 0.0,

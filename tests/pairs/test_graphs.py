@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +20,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaModel
 from tests.pairs import plain_kernels
 from xsd.pairs.base import Media, Prompt
 from xsd.pairs.cache import KVCache, TreeRows
+from xsd.pairs.launch import Chip, HeadShape
 from xsd.pairs.llama import LlamaDecoder
-from xsd.pairs.modules import HeadShape, ModuleLayers
+from xsd.pairs.modules import ModuleLayers
 from xsd.pairs.step import DecoderStack
 
 WIDTH, VOCAB, LENGTH = 48, 50, 100
@@ -74,11 +74,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(graphs, "FUSED", (dtype,) if "fused" in request.param else ())
         monkeypatch.setattr(graphs, "Capture", Replayed)
         monkeypatch.setattr(graphs, "Lane", lambda device: None)
-        monkeypatch.setattr(
-            torch.cuda,
-            "get_device_properties",
-            lambda device: SimpleNamespace(multi_processor_count=4),
-        )
+        monkeypatch.setattr(Chip, "of", lambda device: Chip(4, 1 << 16))
         monkeypatch.setattr(DecoderStack, "_lay_out", lambda self, m: graphs.GraphedLayers(m))
     else:
         device, dtype = torch.device("cuda"), torch.float32
@@ -313,8 +309,9 @@ def test_kernels(
 ) -> None:
     from xsd.pairs import kernels
 
-    shape = HeadShape(*heads, num_processors=132)
+    shape = HeadShape(*heads)
     device = torch.device("cuda")
+    chip = Chip.of(device)
     draw = torch.Generator(device).manual_seed(num_rows + length)
 
     def random(*size: int) -> Tensor:
@@ -340,31 +337,41 @@ def test_kernels(
     torch.testing.assert_close(queries.double(), expected, **tolerance)
     for cache, wanted in zip(caches, exact[3:], strict=True):
         torch.testing.assert_close(cache.double(), wanted, **tolerance)
-    attended = kernels.attend(queries, *caches, position, ancestors, shape)
+    attended = kernels.attend(queries, *caches, position, ancestors, shape, chip)
     wanted = plain_kernels.attend(
-        queries.double(), *(x.double() for x in caches), position, ancestors, shape
+        queries.double(), *(x.double() for x in caches), position, ancestors, shape, chip
     )
     torch.testing.assert_close(attended.double(), wanted, **tolerance)
-    for num_ins, num_outs in ((160, 48), (256, 384)):
-        x, norm = random(num_rows, num_ins), random(num_ins)
-        small, twice = (random(n, num_ins) / num_ins for n in (num_outs, 2 * num_outs))
-        onto = random(num_rows, num_outs)
-        for weight, how in (
-            (small, {"norm": norm, "eps": 1e-5}),
-            (twice, {"norm": norm, "eps": 1e-5, "gated": True}),
-            (small, {"onto": onto}),
-        ):
-            exact_how = {k: v.double() if isinstance(v, Tensor) else v for k, v in how.items()}
-            wanted = plain_kernels.project(x.double(), weight.double(), 132, **exact_how)
-            found = kernels.project(x, weight, 132, **how)
-            if dtype != torch.float32:
-                torch.testing.assert_close(found.double(), wanted, **tolerance)
+    if dtype != torch.float32:
+        check_products(kernels, random, num_rows, chip, tolerance)
     gate_up = random(num_rows, 160)
     torch.testing.assert_close(
         kernels.silu_times(gate_up).double(),
         plain_kernels.silu_times(gate_up.double()),
         **tolerance,
     )
+
+
+def check_products(
+    kernels: Any,
+    random: Callable[..., Tensor],
+    num_rows: int,
+    chip: Chip,
+    tolerance: dict[str, float],
+) -> None:
+    for num_ins, num_outs in ((160, 48), (256, 384)):
+        x, norm = random(num_rows, num_ins), random(num_ins)
+        small, twice = (random(n, num_ins) / num_ins for n in (num_outs, 2 * num_outs))
+        normed = {"norm": norm, "eps": 1e-5}
+        for weight, how in (
+            (small, normed),
+            (twice, normed | {"gated": True}),
+            (small, {"onto": random(num_rows, num_outs)}),
+        ):
+            exact = {k: v.double() if isinstance(v, Tensor) else v for k, v in how.items()}
+            wanted = plain_kernels.project(x.double(), weight.double(), chip, **exact)
+            found = kernels.project(x, weight, chip, **how)
+            torch.testing.assert_close(found.double(), wanted, **tolerance)
 
 
 @needs_gpu

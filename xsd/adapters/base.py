@@ -138,7 +138,7 @@ class Adapter(nn.Module, ABC):
         """
         streams.require(self.row)
         length = streams.ids.shape[1]
-        self._check_length(length + num_steps - 1)
+        self.check_length(length + num_steps - 1)
         chain = self._chain(streams)
         if not self.row.feedback:
             out = self._run(_rows(streams, streams.verifier, 0), slice(length), chain)
@@ -169,7 +169,7 @@ class Adapter(nn.Module, ABC):
             raise XsdError(
                 f"level {self.row.name} needs the clip's {self.row.visual} visual states"
             )
-        self._check_length(max_length)
+        self.check_length(max_length)
         cache = AdapterCache(
             bind(self),
             num_layers=len(self.blocks),
@@ -232,7 +232,8 @@ class Adapter(nn.Module, ABC):
         length, device = streams.ids.shape[1], streams.ids.device
         return Chain(length, device, visible, memory, ahead=self.memory == "drafter")
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raise XsdError where there are more rows than learned positions."""
         if length > self.config.max_positions:
             raise XsdError(
                 f"{length} answer positions exceed max_positions={self.config.max_positions}; "

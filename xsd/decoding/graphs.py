@@ -31,8 +31,13 @@ class CapturedChains:
     """Greedy chains of a head that reads the verifier's states, tokens, or both."""
 
     def __init__(self, head: Adapter, tables: VerifierTables, max_length: int) -> None:
-        """``max_length``: answer positions that are ever drafted from."""
+        """``max_length``: answer positions that are ever drafted from.
+
+        Raises:
+            XsdError: the head has learned fewer.
+        """
         assert can_capture(head), f"level {head.row.name} reads more than the verifier"
+        head.check_length(max_length)
         self._tables = tables
         self._twin = bind(head)
         like = next(head.parameters())
@@ -156,7 +161,7 @@ def head_drafter(
 
 def can_capture(head: Adapter) -> bool:
     """Whether a head drafts on from its own states, the verifier's and tokens alone."""
-    return head.row.feedback and "drafter" not in head.row.streams
+    return head.row.feedback and head.deployable and "drafter" not in head.row.streams
 
 
 def fits_captures(head: Adapter, options: HeadOptions, policy: Policy) -> bool:

@@ -1,6 +1,6 @@
 """The decoder's layers on a GPU: short passes are captured once and replayed.
 
-At a few rows a GPU computes faster than a host can launch. So passes of up to ``MAX_ROWS`` rows
+At a few rows a GPU computes faster than a host launches. So passes of up to ``MAX_ROWS`` rows
 over one row of a batch run as CUDA graphs, one a cache and row count, over buffers that stay where
 they are; what changes from pass to pass (ids or rows, the cache's length, the tree) is written
 into them, and nothing waits for the device. Everything else runs as ``ModuleLayers``.
@@ -22,7 +22,8 @@ from xsd.pairs.cache import KVCache
 from xsd.pairs.capture import Capture, Lane
 from xsd.pairs.folded import Tap
 from xsd.pairs.kernels import attend, project, rotate_and_append, silu_times
-from xsd.pairs.modules import HeadShape, Layer, ModuleLayers, is_plain
+from xsd.pairs.launch import Chip, HeadShape
+from xsd.pairs.modules import Layer, ModuleLayers, is_plain
 
 MAX_ROWS = 64
 """Longer passes are prefills."""
@@ -51,11 +52,9 @@ class GraphedLayers:
         self.row_sizes: Sequence[int] = ()
         """Entry r - 1: how many rows a pass of r rows runs with; none: as many as it has."""
         self._lane = Lane(device)
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._chip = Chip.of(device)
         head_dim = int(model.layers[0].self_attn.head_dim)
-        self._shape = HeadShape(
-            self.eager.num_heads, self.eager.num_kv_heads, head_dim, self._processors
-        )
+        self._shape = HeadShape(self.eager.num_heads, self.eager.num_kv_heads, head_dim)
         self._fuses = self.eager.final_norm.dtype in FUSED and all(
             layer.qkv is not None
             and layer.gate_up is not None
@@ -127,7 +126,10 @@ class GraphedLayers:
             buffer[:num_rows] = given
             # The cache keeps the pass, so the pass must not keep the cache.
             layers = [(cache.keys[n, 0], cache.values[n, 0]) for n in range(len(cache.keys))]
-            work = lambda: finish(self._layers(begin(buffer), layers))  # noqa: E731
+
+            def work() -> T:
+                return finish(self._layers(begin(buffer), layers))
+
             found = _Pass(buffer, Capture(work, self._lane).replay)
             self._passes[cache][kind, size] = found
         else:
@@ -167,14 +169,16 @@ class GraphedLayers:
                 values,
                 self._shape,
             )
-            attended = attend(queries, keys, values, self._position, self._ancestors, self._shape)
+            attended = attend(
+                queries, keys, values, self._position, self._ancestors, self._shape, self._chip
+            )
             self._add_rest(x, attended, layer)
         return self._norm(x, eager.final_norm)
 
     def _normed_qkv(self, x: Float[Tensor, "R D"], layer: Layer) -> Float[Tensor, "R qkv"]:
         if self._fuses:
             assert layer.qkv is not None
-            return project(x, layer.qkv, self._processors, norm=layer.norm_1, eps=self.eager.eps)
+            return project(x, layer.qkv, self._chip, norm=layer.norm_1, eps=self.eager.eps)
         return layer.project_qkv(self._norm(x, layer.norm_1))
 
     def _add_rest(
@@ -183,12 +187,12 @@ class GraphedLayers:
         """Add attention's output, then the feed-forward block's, to ``x``."""
         if self._fuses:
             assert layer.gate_up is not None
-            project(attended, layer.out.weight, self._processors, onto=x)
+            project(attended, layer.out.weight, self._chip, onto=x)
             inner = project(
-                x, layer.gate_up, self._processors,
+                x, layer.gate_up, self._chip,
                 norm=layer.norm_2, eps=self.eager.eps, gated=True,
             )  # fmt: skip
-            project(inner, layer.down.weight, self._processors, onto=x)
+            project(inner, layer.down.weight, self._chip, onto=x)
             return
         Layer.add(layer.out, attended, x)
         gate_up = layer.project_gate_up(self._norm(x, layer.norm_2))

@@ -8,8 +8,7 @@ precision, whatever is read and written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -17,15 +16,11 @@ import triton.language as tl
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from xsd.pairs.modules import HeadShape
+from xsd.pairs.launch import Chip, HeadShape, plan_attention, plan_projection
 
-EARLY = 2
-"""A kernel is launched while the one before it ends, and waits for its results by itself: 1, as
-soon as that one has begun; 2, when it has read what it reads; 0, not."""
-AHEAD = 512
-"""Inputs whose weights it asks for before it waits."""
-_MAX_TILE = 64
-_MAX_SPLITS = 32
+EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+"""A kernel is launched when the one before it has read what it reads, and waits for its results
+by itself: programmatic dependent launch, which chips have from compute capability 9 on."""
 
 
 def rotate_and_append(
@@ -61,35 +56,10 @@ def rotate_and_append(
         HEAD_DIM=shape.head_dim,
         WIDTH=triton.next_power_of_2(shape.head_dim),
         EARLY=EARLY,
-        launch_pdl=EARLY > 0,
+        launch_pdl=EARLY,
         num_warps=1,
     )
     return queries
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """How attention of some rows is launched."""
-
-    tile: int
-    """Rows and heads of a group that a program takes together."""
-    columns: int
-    """Positions it looks at together."""
-    num_splits: int
-    """Programs that share a head's positions."""
-    num_warps: int
-    num_stages: int
-
-
-def plan_attention(num_rows: int, shape: HeadShape, is_exact: bool) -> AttentionPlan:
-    """About a program a multiprocessor; sizes are those that were fastest on an H200."""
-    lanes = num_rows * shape.group
-    tile = min(_MAX_TILE, max(16, triton.next_power_of_2(lanes)))
-    programs = shape.num_kv_heads * triton.cdiv(lanes, tile)
-    num_splits = min(_MAX_SPLITS, _power_below(shape.num_processors // programs))
-    if is_exact:
-        return AttentionPlan(tile, 32, num_splits, 4, 2)
-    return AttentionPlan(tile, 128, num_splits, 8, 3)
 
 
 def attend(
@@ -99,12 +69,13 @@ def attend(
     position: Int[Tensor, " 1"],
     ancestors: UInt8[Tensor, "max_rows max_rows"],
     shape: HeadShape,
+    chip: Chip,
 ) -> Float[Tensor, "R width"]:
     """Attention of R rows to ``position`` cached ones and to those of themselves they follow."""
     num_rows = queries.shape[0]
     width = max(16, triton.next_power_of_2(shape.head_dim))
     is_exact = queries.dtype == torch.float32
-    plan = plan_attention(num_rows, shape, is_exact)
+    plan = plan_attention(num_rows, shape, chip, is_exact)
     num_splits = plan.num_splits
     num_tiles = triton.cdiv(num_rows * shape.group, plan.tile)
     sums = queries.new_empty(num_splits, num_rows, shape.num_heads, width, dtype=torch.float32)
@@ -131,7 +102,7 @@ def attend(
         COLUMNS=plan.columns,
         PRECISION="ieee" if is_exact else "tf32",
         EARLY=EARLY,
-        launch_pdl=EARLY > 0,
+        launch_pdl=EARLY,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
@@ -145,47 +116,16 @@ def attend(
         HEAD_DIM=shape.head_dim,
         WIDTH=width,
         EARLY=EARLY,
-        launch_pdl=EARLY > 0,
+        launch_pdl=EARLY,
         num_warps=1,
     )
     return attended
 
 
-class ProjectionPlan(NamedTuple):
-    """How a product of some rows with a weight is launched."""
-
-    outs: int
-    """Outputs a program computes."""
-    step: int
-    """Inputs it reads at a time."""
-    num_warps: int
-    num_stages: int
-
-
-def plan_projection(
-    num_rows: int, num_outs: int, num_processors: int, gated: bool
-) -> ProjectionPlan:
-    """At least a program for every second multiprocessor, and as much of the weight on its way as
-    shared memory holds; sizes are those that were fastest on an H200."""
-    outs = min(128, max(16, triton.next_power_of_2(2 * num_outs // num_processors)))
-    num_warps = 8 if outs == 128 else 4
-    if gated:
-        return (
-            ProjectionPlan(outs, 64, num_warps, 4)
-            if num_rows > 32
-            else ProjectionPlan(outs, 128, num_warps, 3)
-        )
-    return ProjectionPlan(outs, 128, num_warps, 4 if outs == 128 else 6)
-
-
-def _power_below(number: int) -> int:
-    return 1 << max(0, number.bit_length() - 1)
-
-
 def project(
     x: Float[Tensor, "R in"],
     weight: Float[Tensor, "out in"],
-    num_processors: int,
+    chip: Chip,
     *,
     norm: Float[Tensor, " in"] | None = None,
     eps: float = 0.0,
@@ -202,7 +142,7 @@ def project(
     num_rows, num_ins = x.shape
     num_outs = weight.shape[0] // (2 if gated else 1)
     out = x.new_empty(num_rows, num_outs) if onto is None else onto
-    plan = plan_projection(num_rows, num_outs, num_processors, gated)
+    plan = plan_projection(num_rows, num_outs, chip, gated)
     _project[(triton.cdiv(num_outs, plan.outs),)](
         x,
         x if norm is None else norm,
@@ -216,12 +156,11 @@ def project(
         GATED=gated,
         ADDED=onto is not None,
         EVEN=num_ins % plan.step == 0 and num_outs % plan.outs == 0,
-        ROWS=max(16, triton.next_power_of_2(num_rows)),
+        ROWS=plan.rows,
         OUTS=plan.outs,
         STEP=plan.step,
-        AHEAD=AHEAD,
         EARLY=EARLY,
-        launch_pdl=EARLY > 0,
+        launch_pdl=EARLY,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
@@ -235,7 +174,7 @@ def silu_times(gate_up: Float[Tensor, "R twice"]) -> Float[Tensor, "R ffn"]:
     block = min(1024, triton.next_power_of_2(twice // 2))
     grid = (num_rows, triton.cdiv(twice // 2, block))
     _silu_times[grid](
-        gate_up, out, twice // 2, BLOCK=block, EARLY=EARLY, launch_pdl=EARLY > 0, num_warps=4
+        gate_up, out, twice // 2, BLOCK=block, EARLY=EARLY, launch_pdl=EARLY, num_warps=4
     )
     return out
 
@@ -318,8 +257,6 @@ def _attend(
     EARLY: tl.constexpr,
 ):
     if EARLY:
-        if EARLY == 1:
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0)
     split = tl.program_id(2)
@@ -367,7 +304,7 @@ def _attend(
         summed = summed * shrink[:, None]
         summed += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         largest = highest
-    if EARLY == 2:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     rows = num_rows * NUM_HEADS
     tl.store(
@@ -409,21 +346,6 @@ def _combine(
     )
 
 
-@triton.jit
-@no_type_check
-def _prefetch(weight, output, num_ins, AHEAD: tl.constexpr, NUM_LINES: tl.constexpr):
-    """Ask for the first inputs' weights, which no earlier kernel writes."""
-    line = tl.minimum(tl.arange(0, NUM_LINES) * (AHEAD // NUM_LINES), num_ins - 1)
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l",
-        [weight + output[:, None] * num_ins + line[None, :]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @_kernel
 @no_type_check
 def _project(
@@ -442,18 +364,10 @@ def _project(
     ROWS: tl.constexpr,
     OUTS: tl.constexpr,
     STEP: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     output = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     if EARLY:
-        if EARLY == 1:
-            tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD:
-            there = tl.minimum(output, num_outs - 1)
-            _prefetch(weight, there, num_ins, AHEAD, AHEAD // 64)
-            if GATED:
-                _prefetch(weight, there + num_outs, num_ins, AHEAD, AHEAD // 64)
         tl.extra.cuda.gdc_wait()
     row = tl.arange(0, ROWS)
     is_row = row < num_rows
@@ -479,7 +393,7 @@ def _project(
             cell += num_outs * num_ins
             w = tl.load(weight + cell, mask=is_read, other=zero, eviction_policy="evict_first")
             second = tl.dot(w, given, second)
-    if EARLY == 2:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     if NORMED:
         size = tl.rsqrt(squares / num_ins + eps)

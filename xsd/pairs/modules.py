@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,22 +11,6 @@ from torch.nn import functional
 
 from xsd.pairs.cache import KVCache, LayerWindow
 from xsd.pairs.folded import Tap
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Sizes that a launch follows from."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_processors: int
-    """Of the device; more programs than that hide each other's waits."""
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key head."""
-        return self.num_heads // self.num_kv_heads
 
 
 class ModuleLayers:
