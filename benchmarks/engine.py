@@ -15,7 +15,8 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Decoded, Engine
 from xsd.decoding.graphs import head_drafter
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
-from xsd.decoding.speculator import LocalSpeculator
+from xsd.decoding.speculator import LocalSpeculator, Speculator
+from xsd.decoding.streams import StreamSpeculator
 from xsd.errors import XsdError
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.catalog import load_pair
@@ -194,22 +196,17 @@ class Bench:
 
     # ------------------------------------------------------------ both at once
 
-    def contention(self) -> dict[str, float] | str:
+    def contention(self) -> dict[str, float]:
         """kappa: each side's prefill while the other works, over its prefill alone."""
-        if self.device.type != "cpu":
-            return "kappa: the drafter's process is for CPUs; not measured on a GPU yet"
         strategy = Strategy("drafter+VL", gap="drafter", gap_mode="free")
-        decoding = DecodingConfig(max_new_tokens=self.options.max_new_tokens)
-        setup = WorkerSetup(self.config, {}, {}, decoding, self.max_prompt, num_threads=1)
         local = self.party(strategy, None)
         alone: Times = {"verifier": [], "drafter": []}
         both: Times = {"verifier": [], "drafter": []}
-        with DrafterProcess(setup, self.verifier.width) as process:
-            party = ProcessSpeculator(strategy, process, None)
+        with self.beside(strategy) as party:
             for _ in range(self.options.repeats // 3 + 2):
                 for asked in self.asked:
                     alone["verifier"].append(self.engine.plain(*asked).prefill_ms)
-                    # In one process the drafter runs first, by itself.
+                    # In one process and thread the drafter runs first, by itself.
                     for party_, times in ((local, alone), (party, both)):
                         decoded = self.engine.speculate(*asked, party_, 0)
                         (span,) = (
@@ -222,6 +219,17 @@ class Bench:
         return {
             role: statistics.median(both[role]) / statistics.median(alone[role]) for role in alone
         }
+
+    @contextmanager
+    def beside(self, strategy: Strategy) -> Iterator[Speculator]:
+        """A party whose drafter works beside the verifier: in a process, or on a stream."""
+        if self.device.type == "cuda":
+            yield StreamSpeculator(self.party(strategy, None), self.device)
+            return
+        decoding = DecodingConfig(max_new_tokens=self.options.max_new_tokens)
+        setup = WorkerSetup(self.config, {}, {}, decoding, self.max_prompt, num_threads=1)
+        with DrafterProcess(setup, self.verifier.width) as process:
+            yield ProcessSpeculator(strategy, process, None)
 
     # ------------------------------------------------------------ measured against the formula
 
@@ -487,11 +495,7 @@ def main(argv: Sequence[str]) -> int:
         numbers["peer_ratios"] = show_peer(numbers["peer"])
     if "contention" in chosen:
         numbers["kappa"] = kappa = bench.contention()
-        told_kappa = (
-            kappa
-            if isinstance(kappa, str)
-            else ", ".join(f"{role} {value:.2f}" for role, value in kappa.items())
-        )
+        told_kappa = ", ".join(f"{role} {value:.2f}" for role, value in kappa.items())
         print(f"\nkappa (prefill while both run over prefill alone): {told_kappa}")
     if "formula" in chosen:
         numbers["formula"] = bench.formula()

@@ -37,6 +37,7 @@ from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import adapter_names, needs_drafter
+from xsd.decoding.streams import StreamSpeculator
 from xsd.errors import XsdError
 from xsd.hidden.media import read_media
 from xsd.hidden.store import HiddenStore
@@ -169,7 +170,7 @@ class Bench:
         if self.process is not None and needs_drafter(strategy):
             is_local = head is not None and not head.reads_drafter
             return ProcessSpeculator(strategy, self.process, head if is_local else None)
-        return LocalSpeculator(
+        local = LocalSpeculator(
             strategy,
             self.pair.drafter,
             self._tables,
@@ -180,6 +181,9 @@ class Bench:
             max_gap_drafts=self.config.max_gap_drafts,
             head=head,
         )
+        if self.config.overlap == "stream" and needs_drafter(strategy):
+            return StreamSpeculator(local, self.pair.drafter.stack.device)
+        return local
 
     def _head(self, strategy: Strategy) -> Head | None:
         if strategy.head is None:

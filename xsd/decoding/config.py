@@ -53,9 +53,10 @@ class DecodingConfig:
     last_chunk: int = 0
     """Prompt rows of the last pass of a speculative prefill, which drafts that are ready join; 0:
     the prefill is one pass, and drafts are verified in another."""
-    overlap: Literal["process", "inline"] = "process"
-    """process: the drafter runs beside the verifier's prefill in a process of its own; inline: it
-    runs before the prefill in the same process, and its time counts in full."""
+    overlap: Literal["process", "stream", "inline"] = "process"
+    """process: the drafter runs beside the verifier's prefill in a process of its own; stream: in
+    a thread, on a stream of its own (one GPU); inline: it runs before the prefill in the same
+    process, and its time counts in full."""
     max_gap_drafts: int = 22
     """No more drafts than this in the prefill gap (inline: exactly so many)."""
 

@@ -331,7 +331,7 @@ class Engine:
 
     def _next(self, scored: Scored) -> int:
         if self._sampling is None:
-            return int(scored.best[-1])
+            return int(scored.best.tolist()[-1])
         return draw(self._sampling.probabilities(scored.logits[-1]), self._generator)
 
     def _finished(self, tokens: Sequence[int]) -> bool:

@@ -58,5 +58,6 @@ def free_bytes(device: torch.device) -> int:
 
 def to_device(numbers: Sequence[object], device: torch.device) -> Tensor:
     """Numbers, or lists of them, as a tensor; a GPU fetches them by itself and nobody waits."""
-    on_gpu = device.type == "cuda"
-    return torch.tensor(numbers, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
+    if device.type != "cuda":
+        return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)

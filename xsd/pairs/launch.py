@@ -27,7 +27,8 @@ class Chip:
     @classmethod
     def of(cls, device: torch.device) -> Chip:
         found = torch.cuda.get_device_properties(device)
-        return cls(found.multi_processor_count, found.shared_memory_per_block_optin)
+        optin = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+        return cls(found.multi_processor_count, optin)
 
 
 @dataclass(frozen=True)
