@@ -140,7 +140,8 @@ class Decoder(ABC):
 
         Logits and choices hold until the next pass, states for good. Nothing waits for a GPU.
         """
-        return self.score(self.forward(self.embed(self.on_device(ids)[None]), cache)[0])
+        rows = to_device([ids], self.stack.device) if not isinstance(ids, Tensor) else ids[None]
+        return self.score(self.forward(self.embed(rows), cache)[0])
 
     def score(self, states: Float[Tensor, "R D"]) -> Scored:
         logits = self.logits(states)

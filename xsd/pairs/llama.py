@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,9 @@ from torch import Tensor
 from xsd.pairs.base import Decoder, Scored
 from xsd.pairs.cache import KVCache
 from xsd.pairs.step import DecoderStack
+
+if TYPE_CHECKING:
+    from xsd.pairs.graphs import GraphedLayers
 
 
 class LlamaDecoder(Decoder):
@@ -35,16 +38,18 @@ class LlamaDecoder(Decoder):
             frozenset(eos if isinstance(eos, list) else [eos]),
         )
 
-    @torch.inference_mode()
     def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
         """Where passes are captured, embedding, LM head and choice are part of the capture."""
         graphs = self.stack.graphs
         if graphs is None or not graphs.takes(len(ids), cache):
             return super().read(ids, cache)
-        given = self.on_device(ids)
+        return self._replay(graphs, self.on_device(ids), cache)
+
+    @torch.inference_mode()
+    def _replay(self, graphs: GraphedLayers, ids: Int[Tensor, " R"], cache: KVCache) -> Scored:
         # The head may have been cut since: that makes another kind of pass.
         kind = f"ids to {self.vocab_size}"
-        found = graphs.replay(kind, given, cache, self._begin, self.score)
+        found = graphs.replay(kind, ids, cache, self._begin, self.score)
         cache.length += len(ids)
         states, logits, best = (rows[: len(ids)] for rows in found)
         return Scored(states.clone(), logits, best)

@@ -58,6 +58,10 @@ class DecoderStack:
             )
         )
         self._layers = self._lay_out(model)
+        self.graphs: GraphedLayers | None = None
+        """The layers where they replay captured passes; None: they do not."""
+        if not isinstance(self._layers, FoldedLayers | ModuleLayers):
+            self.graphs = self._layers
         self.max_positions = int(config.max_position_embeddings)
         self._extend(self.max_positions)
 
@@ -69,11 +73,6 @@ class DecoderStack:
     @tap.setter
     def tap(self, tap: Tap | None) -> None:
         self._layers.tap = tap
-
-    @property
-    def graphs(self) -> GraphedLayers | None:
-        """The layers where they replay captured passes; None: they do not."""
-        return None if isinstance(self._layers, FoldedLayers | ModuleLayers) else self._layers
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         if max_length > self._num_positions:
