@@ -119,7 +119,7 @@ class Bench:
         def work() -> None:
             # What lies between the prompt and there is old rows: as long to read as new ones.
             cache.length = length
-            decoder.read(ids, cache).best.tolist()
+            decoder.read(ids, cache).choose()
 
         return work
 
@@ -228,7 +228,7 @@ class Bench:
             return
         decoding = DecodingConfig(max_new_tokens=self.options.max_new_tokens)
         setup = WorkerSetup(self.config, {}, {}, decoding, self.max_prompt, num_threads=1)
-        with DrafterProcess(setup, self.verifier.width) as process:
+        with DrafterProcess(setup, self.verifier) as process:
             yield ProcessSpeculator(strategy, process, None)
 
     # ------------------------------------------------------------ measured against the formula

@@ -231,8 +231,9 @@ def _controls(summary: pd.DataFrame) -> str:
     breaks = [index for index, name in enumerate(names) if "@" not in name and index]
     note = (
         "What would have been accepted anyway? template+VL drafts the training set's commonest "
-        "answer to the question, drafter+VL the drafter's own words without an adapter, and "
-        "@shuffled_events shows the drafter another scene. What a config gains over its shuffled "
+        "answer to the question, drafter+VL the drafter's own words without an adapter, text what "
+        "a head predicts from the words said so far, and @shuffled_events shows the drafter "
+        "another scene. What a config gains over its shuffled "
         "twin is what the events contribute."
     )
     columns = ["config", "accepted in the gap", "accepted in all", "speedup"]

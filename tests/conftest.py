@@ -7,14 +7,22 @@ import os
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
+from pathlib import Path
+from pkgutil import iter_modules
+
 from jaxtyping import install_import_hook
 
 # An int is a float to mypy, so it is one here.
-install_import_hook("xsd", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# Not the kernels: they are compiled, and a checked function is not what was written.
+_CHECKED = [
+    f"xsd.{module.name}"
+    for module in iter_modules([str(Path(__file__).parents[1] / "xsd")])
+    if module.name != "kernels"
+]
+install_import_hook(_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch

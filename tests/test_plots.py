@@ -266,6 +266,8 @@ def test_every_level_has_a_colour() -> None:
         ("X1+E3", "both"),
         ("drafter+VL", "control"),
         ("template+VL", "control"),
+        ("text", "control"),
+        ("X1+text", "control"),
         ("X1+E3@shuffled_events", "control"),
     ],
 )

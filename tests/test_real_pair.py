@@ -17,8 +17,10 @@ import torch
 from tests.commands.conftest import runs, workplace, xsd  # noqa: F401
 from tests.hidden import miniature
 from tests.pairs import published
+from xsd.commands.adapter_data import open_head, open_store
 from xsd.errors import XsdError
 from xsd.files import read_json
+from xsd.hidden import lm_head
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.eventgpt import SYSTEM, EventGPTDecoder
@@ -84,6 +86,10 @@ def test_every_stage_by_path_alone(
     xsd("scenes", "--pair", PAIR, "--source", "prepared", "--dataset_dir", data)
     xsd("lm_head", *words)
     xsd("extract", *words, "--max_new_tokens", 8, "--max_questions", 2)
+    (head,) = (workplace / "outputs/lm_head").rglob("lm_head.safetensors")
+    (index,) = (workplace / "outputs/extract").rglob("chunked_train_1s_fp32/index.json")
+    assert len(lm_head.load(head).lm_head) == published.VOCAB + 64
+    assert len(open_head(head, open_store(index.parent, "train")).lm_head) == published.VOCAB
     for level in ("L1", "E1"):
         xsd("train", *words, *small, "--level", level, "--num_epochs", 1, "--batch_size", 4)
         xsd("evaluate", *words, "--level", level)

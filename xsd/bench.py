@@ -36,7 +36,7 @@ from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.decoding.speculator import LocalSpeculator, Speculator
-from xsd.decoding.strategies import adapter_names, needs_drafter
+from xsd.decoding.strategies import adapter_names, needs_drafter, strict_rows
 from xsd.decoding.streams import StreamSpeculator
 from xsd.errors import XsdError
 from xsd.hidden.media import read_media
@@ -100,6 +100,8 @@ def run(
         bench = Bench(
             stack, pair, pair_config, items, strategies, adapters, templates, config, answers
         )
+        if config.strict:
+            print(f"benchmark: strict, every pass of decoding has {bench.strict_rows} rows")
         if timed:
             print(bench.choose_threads())
             bench.measure_costs()
@@ -132,6 +134,12 @@ class Bench:
         self._max_prompt = longest_prompt(pair, items)
         greedy = config.temperature == 0
         self._sampling = None if greedy else Sampling(config.temperature, config.top_p)
+        self.strict_rows = strict_rows(strategies, config)
+        if config.strict and pair.quant == "8bit":
+            raise XsdError(
+                "strict: 8-bit layers keep a column precise if any row of the pass is large there, "
+                "so no row shape makes a token's numbers its own; say --quant 4bit or bf16"
+            )
         self.engine = Engine(
             pair.verifier,
             config.max_new_tokens,
@@ -139,6 +147,7 @@ class Bench:
             sampling=self._sampling,
             seed=config.seed,
             last_chunk=config.last_chunk,
+            strict_rows=self.strict_rows,
         )
         loaded = self._adapters = load_adapters(pair, strategies, adapters)
         self._known = Known()
@@ -152,7 +161,7 @@ class Bench:
                 self._max_prompt,
                 num_threads=1,
             )
-            self.process = stack.enter_context(DrafterProcess(setup, pair.verifier.width))
+            self.process = stack.enter_context(DrafterProcess(setup, pair.verifier))
         self._tables = VerifierTables.of(pair.verifier)
         self._prepare(None)
 
@@ -282,6 +291,7 @@ class Bench:
             cycle_accepted=tuple(decoded.cycle_accepted),
             first_difference=differs,
             near_tie=differs is not None
+            and not self.config.strict
             and is_near_tie(
                 self.pair.verifier,
                 item.media,

@@ -117,11 +117,11 @@ def _loss(
 
 
 def examine_pair(
-    pair: ModelPair, held_out: Corpus, config: PretrainConfig, made_on: str
+    pair: ModelPair, held_out: Corpus, config: PretrainConfig, made: str
 ) -> dict[str, Any]:
     """Both models' figures, and what drafting by rote reaches on the verifier's own answers.
 
-    ``made_on``: the machine that trained them, in words.
+    ``made``: by what and on which machine they were trained, in words.
     The rote controls learn from the verifier house's reference answers to ``num_scenes`` clips.
     """
     verifier, spoken = examine(pair.verifier, held_out.frames, held_out.facts, "verifier")
@@ -132,7 +132,7 @@ def examine_pair(
     table = NGramTable(5).fit((prompts[question], ids) for question, ids in learned)
     return {
         "config": {field.name: getattr(config, field.name) for field in fields(PretrainConfig)},
-        "made_on": made_on,
+        "made": made,
         "num_parameters": {
             role: sum(p.numel() for p in getattr(pair, role).model.parameters())
             for role in ("drafter", "verifier")
@@ -175,10 +175,10 @@ def render(card: Mapping[str, Any]) -> str:
             "",
             "Two small multimodal models trained from scratch on synthetic driving scenes, so that",
             "every stage of xsd runs for real on a laptop. They are test equipment: they know",
-            "nothing but these scenes. Made by `xsd pretrain` with the configuration in",
-            "`card.json`: an attribute head first teaches the visual tokens the scene's facts and",
-            "is dropped; then each language model learns its own house's answers on frozen",
-            f"vision. {config['num_scenes']} training clips, on {card['made_on']}.",
+            "nothing but these scenes. Made with the configuration in `card.json`: an attribute",
+            "head first teaches the visual tokens the scene's facts and is dropped; then each",
+            "language model learns its own house's answers on frozen vision, from",
+            f"{config['num_scenes']} training clips. Made {card['made']}.",
             "",
             f"The figures are of {config['num_held_out']} clips from recordings that were never",
             "trained on, all ten questions each, by the weights as they are saved, on a CPU.",

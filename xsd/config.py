@@ -41,7 +41,8 @@ Values = dict[str, Any]
 SectionClasses = Callable[[str], type | None]
 """Stage name -> its configuration dataclass; None: there is no such stage."""
 
-LEVELS: Final = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1", "E1", "E2", "E3", "X1")
+LEVELS: Final = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1", "E1", "E2", "E3", "X1", "text")
+_CANONICAL: Final = {name.upper(): name for name in LEVELS}
 SEED_NUMBERS: Final = {"1": "L1", "2": "L2", "3": "L3", "4": "L4", "5": "L5", "6": "L5F"}
 SHARED_KEYS: Final = frozenset(
     {"pair", "drafter", "verifier", "tower", "weights", "num_event_images"}
@@ -60,9 +61,9 @@ class Level(str):
     __slots__ = ()
 
     def __new__(cls, value: str | int) -> Level:
-        name = str(value).strip().upper()
-        name = SEED_NUMBERS.get(name, name)
-        if name not in LEVELS:
+        spelled = str(value).strip()
+        name = SEED_NUMBERS.get(spelled) or _CANONICAL.get(spelled.upper())
+        if name is None:
             raise XsdError(f"unknown level {value!r}; choose 1-6 or one of {', '.join(LEVELS)}")
         return super().__new__(cls, name)
 

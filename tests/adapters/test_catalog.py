@@ -31,7 +31,8 @@ def test_the_16m_of_l3_has_two_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "name"), [(1, "L1"), ("4", "L4"), ("l5f", "L5F"), (5, "L5"), (6, "L5F"), ("B1", "B1")]
+    ("given", "name"),
+    [(1, "L1"), ("4", "L4"), ("l5f", "L5F"), (5, "L5"), (6, "L5F"), ("B1", "B1"), ("Text", "text")],
 )
 def test_levels_go_by_name_or_number(given: str | int, name: str) -> None:
     assert level(given).name == name

@@ -34,10 +34,11 @@ def live_rows(adapter: Adapter, streams: Streams, first: int, last: int) -> Step
     start, stop = first, last + 1
     if adapter.memory == "drafter":
         start, stop = (first + 1 if first else 0), last + 2
+    read = adapter.read_tokens(streams.token[:, first : last + 1])
     return StepInputs(
         drafter=streams.drafter[:, start:stop] if "drafter" in reads else None,
         verifier=streams.verifier[:, first : last + 1] if "verifier" in reads else None,
-        token=streams.token[:, first : last + 1] if "token" in reads else None,
+        token=read.detach() if "token" in reads else None,
     )
 
 

@@ -125,6 +125,15 @@ class TestCommand:
         assert " of " in drafted[3] and drafted[3].endswith("lossless yes")
         assert "verifier calls" in plain[3] and "lossless" not in plain[3]
 
+    def test_one_row_shape(
+        self, scenes: Path, head: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        more = ("--strategy", "E1_decode", "--adapter", head, "--strict", "--quant", "bf16")
+        assert main(words(scenes, *more)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "strict: every pass of decoding has 5 rows"
+        assert lines[-1].endswith("lossless yes")
+
     def test_all_drafts_of_the_oracle_hold(
         self, scenes: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -157,11 +166,14 @@ class TestCommand:
             (["--strategy", "plain", "--question", " "], "it is empty"),
             (["--strategy", "plain", "--adapter", "x"], "takes no adapter"),
             (["--strategy", "X1+E3", "--adapter", "x"], "takes X1=URI,E3=URI"),
+            (["--strategy", "plain", "--strict", "--temperature", 0.5], "strict: temperature=0.5"),
+            (["--strategy", "plain", "--strict", "--last_chunk", 16], "strict: last_chunk=16"),
+            (["--strategy", "plain", "--strict", "--quant", "8bit"], "strict: 8-bit layers"),
             (["--strategy", "plain", "--dataset_dir", "null"], "no finished scenes run"),
         ],
     )
     def test_a_slip_is_told_in_one_line(
-        self, more: list[str], message: str, scenes: Path, capsys: pytest.CaptureFixture[str]
+        self, more: list[object], message: str, scenes: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(words(scenes, *more)) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -42,3 +42,9 @@ def test_trainings_are_found_in_a_folder_and_all_files_are_left(
     assert tags(run)["mlflow.note.content"].startswith("| Config")
     [path] = folder.glob("e2e_wallclock_*.json")
     assert len(read_json(path)["traces"]) == 4
+    assert "Strict" not in text and "strict_rows" not in tags(run)
+    xsd("benchmark", *words, "--strict")
+    strict = runs("benchmark")[0]
+    # Eight drafts in the gap: one is the prefill's, and the token said before the rest is a row.
+    assert tags(strict)["strict_rows"] == "8" and tags(strict)["lossless"] == "true"
+    assert "every pass of decoding, plain or not, has 8 rows" in tags(strict)["mlflow.note.content"]

@@ -50,6 +50,18 @@ def test_what_a_training_leaves(world: World, runs: Callable[..., list[Any]], na
     assert len(curve) >= 2
 
 
+def test_variants_of_a_level_are_told_apart_by_name(
+    world: World, runs: Callable[..., list[Any]]
+) -> None:
+    for loss in ("token", "feature"):
+        xsd("train", *world.train_flags, "--level", "L4", "--num_epochs", "1", "--loss", loss)
+    ids = [products.load(f"runs:/{run.info.run_id}").model_id for run in runs("train")]
+    models = [store.client().get_logged_model(str(model_id)) for model_id in ids]
+    assert {model.name for model in models} == {"L4", "L4-feature"}
+    assert {model.tags["level"] for model in models} == {"L4"}
+    assert train.model_title({"level": "L4", "conditioning": "free_running"}) == "L4-free"
+
+
 def test_the_same_training_is_reused_and_another_seed_is_not(
     world: World, runs: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +143,7 @@ def test_published_chunks(
     [run] = runs("train")
     assert tags(run)["level"] == "B1" and tags(run)["approximate_split"] == "true"
     assert tags(run)["conditioning"] == "free_running"
-    for name in ("X1", "E1", "E2", "E3"):
+    for name in ("X1", "E1", "E2", "E3", "text"):
         xsd(*words, "--level", name, expect=2)
         assert f"level {name} reads" in capsys.readouterr().err
     xsd(*words, "--val_data", folder, expect=2)

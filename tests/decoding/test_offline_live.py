@@ -15,7 +15,7 @@ from xsd.adapters.collate import collate
 from xsd.adapters.config import AdapterSizes
 from xsd.bench import BenchItem
 from xsd.decoding.config import BASELINE, DecodingConfig
-from xsd.decoding.strategies import parse
+from xsd.decoding.strategies import config_of, parse
 from xsd.hidden.visual import pool_visual
 from xsd.learning.losses import adapter_loss
 from xsd.metrics import score_batch
@@ -59,7 +59,7 @@ def stored(pair: ModelPair, items: list[BenchItem]) -> list[tuple[HiddenSample, 
     return [_stored(pair, item) for item in items]
 
 
-@pytest.mark.parametrize("name", ["L4", "X1", "L5", "B1", "L5F", "E1", "E2", "E3"])
+@pytest.mark.parametrize("name", ["L4", "X1", "L5", "B1", "L5F", "E1", "E2", "E3", "text"])
 def test_offline_counts_are_live_counts(
     name: str,
     pair: ModelPair,
@@ -82,7 +82,7 @@ def test_offline_counts_are_live_counts(
     adapter.eval()
     checkpoint.save(adapter, tmp_path / name)
     is_gap = LEVELS[name].phase == "gap"
-    strategy = parse(f"{name}+VL" if is_gap else f"{name}_decode", GAMMA)
+    strategy = parse(config_of(name), GAMMA)
     records = bench.run(
         pair, PairConfig(device="cpu"), items, [parse(BASELINE, 0), strategy],
         {name: tmp_path / name}, {}, DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline"),

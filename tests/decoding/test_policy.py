@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
+import torch
 
+from xsd.adapters import checkpoint
 from xsd.decoding.accept import Draft
+from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.policy import Adaptive, Costs, Policy, joint_chances, row_sizes
+from xsd.pairs.base import ModelPair
 
 CHEAP = Costs(tuple(1.0 + 0.05 * i for i in range(24)), 10.0)
 DEAR = Costs(tuple(1.0 + 2.0 * i for i in range(24)), 10.0)
@@ -49,6 +54,108 @@ def test_never_much_worse_than_plain_nor_than_fixed(costs: Costs, rate: float) -
         assert adaptive < 1.05 * live(Policy(), costs, rate, sure)
 
 
+LEVELS, SECOND = 4, 0.8
+"""Depth of every draft; how often the second guess holds where the first does not."""
+
+
+def grow(
+    policy: Policy, costs: Costs, first: float, tree_ms: float, cycles: int = 800
+) -> tuple[float, float]:
+    """Milliseconds a token, and the share of trees, of a head whose best guess holds at ``first``.
+
+    A level of a chain costs 0.1 ms, one of a tree ``tree_ms``.
+    """
+    chance = random.Random(0)
+    spent = said = trees = 0.0
+    for _ in range(cycles):
+        grows = policy.branches()
+        trees += grows
+        # Every node of the trunk has a second guess beside it, which nothing follows.
+        second = (1 - first) * SECOND
+        parents, sure, parent = [], [], -1
+        for _ in range(LEVELS):
+            parents += [parent, parent] if grows else [parent]
+            sure += [first, second] if grows else [first]
+            parent = len(parents) - 1 - grows
+        draft = Draft([1] * len(sure), parents if grows else None, None, sure)
+        if grows:
+            joint = joint_chances(draft, policy)
+            best = sorted(range(len(sure)), key=lambda i: -joint[i])
+            number = {-1: -1} | {node: i for i, node in enumerate(best)}
+            parents, sure = [number[parents[i]] for i in best], [sure[i] for i in best]
+            draft = Draft([1] * len(sure), parents, None, sure)
+        draft = policy.select(draft)
+        path: list[int] = []
+        while True:
+            after = list(draft.children(path[-1] if path else -1))
+            held = chance.random()
+            if after and held < first:
+                path.append(after[0])
+            elif len(after) > 1 and held < first + second:
+                path.append(after[1])
+            else:
+                break
+        drafting_ms = LEVELS * (tree_ms if grows else 0.1)
+        policy.learn(draft, path, drafting_ms, costs.verify(len(draft) + 1))
+        spent += drafting_ms + costs.verify(len(draft) + 1)
+        said += len(path) + 1
+    return spent / said, trees / cycles
+
+
+class Chains(Adaptive):
+    def branches(self) -> bool:
+        self._grows_tree = False
+        return False
+
+
+class Trees(Adaptive):
+    def branches(self) -> bool:
+        self._grows_tree = True
+        return True
+
+
+FREE = Costs((1.0,) * 24, 10.0)
+DEARER = Costs(tuple(1.0 + 0.3 * i for i in range(24)), 10.0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "first", "tree_ms", "prefers_trees"),
+    [
+        (FREE, 0.5, 0.12, True),
+        (CHEAP, 0.5, 0.12, True),
+        (CHEAP, 0.5, 0.4, False),
+        (DEARER, 0.7, 0.12, False),
+        (CHEAP, 0.98, 0.2, False),
+    ],
+    ids=["free rows", "cheap rows", "dear trees", "dear rows", "sure head"],
+)
+def test_a_head_grows_trees_where_they_pay(
+    costs: Costs, first: float, tree_ms: float, prefers_trees: bool
+) -> None:
+    ms, share = grow(Adaptive(costs), costs, first, tree_ms)
+    chains_ms, _ = grow(Chains(costs), costs, first, tree_ms)
+    trees_ms, _ = grow(Trees(costs), costs, first, tree_ms)
+    assert (trees_ms < chains_ms) == prefers_trees
+    assert share > 0.8 if prefers_trees else share < 0.2
+    assert ms < 1.03 * min(chains_ms, trees_ms)
+
+
+def test_the_fixed_policy_always_grows_trees() -> None:
+    assert grow(Policy(), FREE, 0.5, 0.2, cycles=20)[1] == 1.0
+
+
+@pytest.mark.parametrize("policy", [Chains, Trees])
+def test_a_head_drafts_the_shape_it_is_told(
+    policy: type[Adaptive], pair: ModelPair, adapters: dict[str, Path]
+) -> None:
+    adapter, _ = checkpoint.load(adapters["E1"])
+    options = HeadOptions(tree_width=3)
+    head = HeadDrafter(adapter.eval(), VerifierTables.of(pair.verifier), 30, options, policy(FREE))
+    head.begin("?", None, None)
+    draft = head.propose([5], torch.randn(1, pair.verifier.width), 4)
+    assert (draft.parents is None) == (policy is Chains) and draft.tokens
+
+
 def test_a_good_drafter_is_used_in_full() -> None:
     assert live(Adaptive(CHEAP), CHEAP, 0.95, 0.95) < 0.55
 
@@ -62,8 +169,6 @@ def test_confidence_is_set_right() -> None:
 
 
 def test_drawn_drafts_are_never_dropped_afterwards() -> None:
-    import torch
-
     drawn = Draft([1, 2], None, torch.eye(3)[1:], [0.0, 0.0])
     assert Adaptive(DEAR).select(drawn) is drawn
     assert len(Adaptive(DEAR).select(Draft([1, 2], confidence=[0.0, 0.0]))) == 0

@@ -8,19 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
-)
+from transformers import VideoLlavaForConditionalGeneration
 
+from tests.pairs import toy
 from tests.pairs.tokenizers import llama_like
 from xsd.files import write_json
 from xsd.pairs import eventgpt, video_llava
 from xsd.pairs.base import ModelPair
 from xsd.pairs.config import PairConfig
-from xsd.pairs.eventgpt import EventGPT, EventGPTConfig, EventGPTDecoder
+from xsd.pairs.eventgpt import EventGPT, EventGPTDecoder
 from xsd.pairs.processing import ImageProcessing
 from xsd.pairs.video_llava import VideoLlavaDecoder
 from xsd.scenes.dataset import INDEX_NAME
@@ -29,63 +25,27 @@ from xsd.scenes.video import write_mp4
 
 PAIR = "eventgpt-video-llava"
 D_DRAFTER, D_VERIFIER = 24, 32
-IMAGE = 16
 TOKENIZER = llama_like("<image>", "<video>")
-
-
-def _vision() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=IMAGE,
-        patch_size=8,
-        initializer_range=0.3,
-    )
-
-
-def _text(width: int, num_layers: int) -> dict[str, object]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": 40,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": len(TOKENIZER),
-        "max_position_embeddings": 512,
-        "initializer_range": 0.35,
-        "bos_token_id": 1,
-        "eos_token_id": list(range(60, 70)),
-    }
+STOPS = list(range(60, 70))
+"""Several ids end an answer, so that random answers differ in length."""
 
 
 @cache
 def models() -> tuple[EventGPT, VideoLlavaForConditionalGeneration]:
-    """Several ids end an answer, so that random answers differ in length."""
     torch.manual_seed(0)
-    drafter = EventGPT(
-        EventGPTConfig(vision_config=_vision(), event_feature_adaptor=True, **_text(D_DRAFTER, 1))
-    )
+    shared = {"vocab_size": len(TOKENIZER), "eos_token_id": STOPS, "max_position_embeddings": 512}
+    drafter = EventGPT(toy.drafter_config(D_DRAFTER, **shared))
     video = TOKENIZER.convert_tokens_to_ids("<video>")
-    verifier = VideoLlavaForConditionalGeneration(
-        VideoLlavaConfig(
-            vision_config=_vision(),
-            text_config=LlamaConfig(**_text(D_VERIFIER, 2)),
-            image_token_index=video - 1,
-            video_token_index=video,
-            initializer_range=0.35,
-        )
-    )
+    verifier = VideoLlavaForConditionalGeneration(toy.verifier_config(D_VERIFIER, video, **shared))
     for model in (drafter, verifier):
-        model.generation_config.eos_token_id = list(range(60, 70))
+        model.generation_config.eos_token_id = STOPS
     return drafter.eval(), verifier.eval()
 
 
 @cache
 def pair() -> ModelPair:
     drafter, verifier = models()
-    processing = ImageProcessing.square(IMAGE)
+    processing = ImageProcessing.square(toy.IMAGE)
     return ModelPair(
         name="miniature",
         drafter=EventGPTDecoder(drafter, TOKENIZER, processing),
@@ -100,7 +60,7 @@ def pair() -> ModelPair:
 def save_pair(folder: Path) -> PairConfig:
     """Write both checkpoints as releases are laid out."""
     drafter, verifier = models()
-    processing = ImageProcessing.square(IMAGE)
+    processing = ImageProcessing.square(toy.IMAGE)
     eventgpt.save(drafter, processing, folder / "drafter")
     video_llava.save(verifier, processing, folder / "verifier")
     for role in ("drafter", "verifier"):

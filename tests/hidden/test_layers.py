@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.pairs import third_pair
 from xsd.errors import XsdError
 from xsd.hidden.config import ExtractConfig
 from xsd.hidden.extract import extract, header
@@ -17,6 +16,7 @@ from xsd.hidden.plan import plan_batches
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.writer import HiddenWriter
 from xsd.pairs.base import ModelPair
+from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.video_llava import VideoLlavaDecoder
 from xsd.types import Scene
@@ -74,6 +74,6 @@ def test_layers_that_are_not_there(layers: str) -> None:
 def test_what_cannot_keep_them(scenes: list[Scene]) -> None:
     with pytest.raises(XsdError, match="the pt format has no place"):
         replace(CONFIG, chunk_format="pt")
-    pair = third_pair.load(PairConfig("tests.pairs.third_pair"), "fp32")
+    pair = load_pair(PairConfig("tests.pairs.third_pair"))
     with pytest.raises(XsdError, match="does not show its layers"):
         list(extract(pair, plan_batches(scenes, "test", CONFIG, 2), CONFIG))

@@ -136,6 +136,7 @@ def test_what_is_missing_is_refused_by_name(store: HiddenStore, tmp_path: Path) 
         ("X1", "reads projected visual states"),
         ("E1", "reads token ids"),
         ("E2", "reads token ids"),
+        ("text", "reads token ids"),
         ("E3", "reads token ids and prefilled visual states"),
     ):
         with pytest.raises(XsdError, match=f"level {name} {lacks}, which chunks of the published"):

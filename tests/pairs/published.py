@@ -11,21 +11,15 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
-)
+from transformers import AutoTokenizer, VideoLlavaForConditionalGeneration
 
+from tests.pairs import toy
 from xsd.pairs import eventgpt, video_llava
-from xsd.pairs.eventgpt import SYSTEM, EventGPT, EventGPTConfig
+from xsd.pairs.eventgpt import SYSTEM, EventGPT
 from xsd.pairs.processing import ImageProcessing
 from xsd.scenes.questions import QUESTIONS
 
 VOCAB = 400
-IMAGE = 16
 STOPS = list(range(300, 320))
 """Many ids end an answer, so that random answers differ in length."""
 
@@ -71,10 +65,9 @@ def write_pair(root: Path, width: int = 32) -> tuple[Path, Path]:
 
 
 def _write_eventgpt(folder: Path, width: int) -> None:
-    config = EventGPTConfig(vision_config=_vision(), event_feature_adaptor=True, **_text(width, 1))
-    model = EventGPT(config).eval()
+    model = EventGPT(toy.drafter_config(width, vocab_size=VOCAB)).eval()
     model.generation_config.eos_token_id = STOPS
-    eventgpt.save(model, ImageProcessing.square(IMAGE), folder)
+    eventgpt.save(model, ImageProcessing.square(toy.IMAGE), folder)
     (folder / "clip").rename(folder.parent / "clip-vit-toy")
     about = json.loads((folder / "config.json").read_text())
     about["mm_visual_tower"] = "somebody/clip-vit-toy"
@@ -96,16 +89,10 @@ def _write_video_llava(folder: Path, drafter: Path, width: int) -> None:
     tokenizer.add_tokens(["<image>", "<video>", "<pad>"], special_tokens=True)
     video = tokenizer.convert_tokens_to_ids("<video>")
     assert video == VOCAB + 1
-    config = VideoLlavaConfig(
-        vision_config=_vision(),
-        text_config=LlamaConfig(**_text(width + 8, 2) | {"vocab_size": VOCAB + 64}),
-        image_token_index=video - 1,
-        video_token_index=video,
-        initializer_range=0.35,
-    )
+    config = toy.verifier_config(width + 8, video, vocab_size=VOCAB + 64)
     model = VideoLlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = STOPS
-    video_llava.save(model, ImageProcessing.square(IMAGE), folder)
+    video_llava.save(model, ImageProcessing.square(toy.IMAGE), folder)
     tensors = {
         old_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()
     }
@@ -145,31 +132,3 @@ def _write_shards(
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
-
-
-def _vision() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=IMAGE,
-        patch_size=8,
-        initializer_range=0.3,
-    )
-
-
-def _text(width: int, num_layers: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": 40,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.35,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }

@@ -13,8 +13,9 @@ from tests.pairs.tokenizers import llama_like
 from xsd.errors import XsdError
 from xsd.pairs import released, tiny
 from xsd.pairs.catalog import load_folder, load_pair, precision, sources
-from xsd.pairs.config import PairConfig
+from xsd.pairs.config import QUANTS, PairConfig
 from xsd.pairs.device import choose_device, choose_devices
+from xsd.pairs.quantise import DTYPES
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,7 @@ def test_precisions(config: PairConfig) -> None:
     assert precision(PairConfig()) == "fp32"
     assert precision(PairConfig(pair="eventgpt-video-llava")) == "bf16"
     assert load_pair(replace(config, quant="bf16")).verifier.stack.dtype == torch.bfloat16
-    with pytest.raises(XsdError, match="--quant 3bit: choose one of fp32, bf16, fp16, 8bit"):
-        load_pair(replace(config, quant="3bit"))
+    assert set(QUANTS) == set(DTYPES)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -158,8 +158,6 @@ def test_a_device_for_each_half(config: PairConfig) -> None:
 
 def test_the_number_of_event_images_is_an_option(config: PairConfig) -> None:
     assert load_pair(replace(config, num_event_images=1)).num_event_images == 1
-    with pytest.raises(XsdError, match="--num_event_images 0: must be at least 1"):
-        load_pair(replace(config, num_event_images=0))
 
 
 def test_a_checkpoint_without_tokenizer_says_so(config: PairConfig, tmp_path: Path) -> None:

@@ -273,10 +273,10 @@ def test_reading_ids_is_embedding_passing_and_choosing(
     states, logits = eager(decoder, ids)
     cache = decoder.new_cache(1, LENGTH)
     found = [decoder.read(ids[:4], cache)]
-    place.close(found[0].logits, logits[:4])
-    assert found[0].best.tolist() == logits[:4].argmax(-1).tolist()
+    place.close(found[0].logits(), logits[:4])
+    assert found[0].choose() == logits[:4].argmax(-1).tolist()
     found.append(decoder.read(torch.tensor(ids[4:], device=place.device), cache))
-    assert found[1].best.tolist() == logits[4:].argmax(-1).tolist()
+    assert found[1].choose() == logits[4:].argmax(-1).tolist()
     # States hold for good, beyond the next pass of their shape.
     place.close(torch.cat([scored.states for scored in found]), states)
     assert cache.length == 8 and len(place.captured) == 1
@@ -284,9 +284,9 @@ def test_reading_ids_is_embedding_passing_and_choosing(
 
 def test_a_head_that_is_cut_later_is_captured_again(decoder: Speaking, place: Place) -> None:
     cache: KVCache = decoder.new_cache(1, LENGTH)
-    assert decoder.read([3], cache).logits.shape == (1, VOCAB + 6)
+    assert decoder.read([3], cache).logits().shape == (1, VOCAB + 6)
     decoder.limit_vocab(VOCAB)
-    assert decoder.read([3], cache).logits.shape == (1, VOCAB)
+    assert decoder.read([3], cache).logits().shape == (1, VOCAB)
 
 
 def test_prepared_passes_are_not_captured_later(decoder: Speaking, place: Place) -> None:

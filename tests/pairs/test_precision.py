@@ -67,9 +67,9 @@ def test_the_tiny_pair_really_loads_rounded(quant: str) -> None:
         )
 
 
-def test_rotary_angles_stay_precise(tmp_path: Path) -> None:
-    config = miniature.save_pair(tmp_path)
-    model = load_pair(replace(config, quant="4bit")).verifier.model  # type: ignore[attr-defined]
+def test_rotary_angles_stay_precise() -> None:
+    pair = load_pair(PairConfig(quant="4bit", device="cpu"))
+    model = pair.verifier.model  # type: ignore[attr-defined]
     assert {buffer.dtype for buffer in model.buffers()} <= {torch.float32, torch.int64}
 
 
@@ -88,7 +88,7 @@ def test_rounding_keeps_no_precise_weight_behind(monkeypatch: pytest.MonkeyPatch
     quantise.quantise(EventGPT(small_config()).model, "8bit", torch.device("cpu"))
     assert len(seen) == 14
     seen.clear()
-    draw_weights(EventGPT, small_config(), Placement("4bit"))
+    draw_weights(EventGPT, small_config(hidden_size=64, intermediate_size=128), Placement("4bit"))
     assert len(seen) == 14
 
 
@@ -149,12 +149,27 @@ def test_memory_that_is_short_is_told_before_loading(
         load_pair(config)
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(XsdError, match=r"--quant 4bit needs bitsandbytes.*pip install bitsand"):
-        load_pair(replace(miniature.save_pair(tmp_path), quant="4bit"))
+        load_pair(PairConfig(quant="4bit", device="cpu"))
+
+
+@pytest.mark.parametrize("weights", ["checkpoint", "random"])
+def test_widths_that_four_bits_cannot_have_on_a_cpu_are_told(tmp_path: Path, weights: str) -> None:
+    saved = miniature.save_pair(tmp_path)
+    config = PairConfig(**{**vars(saved), "weights": weights, "quant": "4bit"})
+    with pytest.raises(XsdError) as refusal:
+        load_pair(config)
+    told = str(refusal.value)
+    assert "EventGPT: layer 0.self_attn.q_proj has 24 inputs and 24 outputs" in told
+    assert "takes multiples of 64 and 32 only: say --quant 8bit or bf16, or use a GPU" in told
+    # Neither 8 bits nor another device have such blocks.
+    assert load_pair(replace(config, quant="8bit")).quant == "8bit"
+    shape = EventGPT(small_config(hidden_size=24))
+    quantise.refuse_widths(shape, "4bit", torch.device("cuda"))
 
 
 def test_the_published_sizes() -> None:

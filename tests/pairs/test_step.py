@@ -10,15 +10,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from xsd.pairs.cache import KVCache
-from xsd.pairs.folded import FoldedLayers
-from xsd.pairs.step import DecoderStack, ModuleLayers
+from xsd.pairs.step import DecoderStack
 
 WIDTH, MAX_LENGTH = 48, 40
 
 
-@pytest.fixture(autouse=True, params=[torch.float32, torch.float64], ids=["folded", "modules"])
+@pytest.fixture(autouse=True, params=[torch.float32, torch.float64], ids=["compiled", "modules"])
 def precision(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Single precision takes the folded layers, any other the modules'."""
+    """Single precision takes the compiled passes, any other the modules'."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(request.param)
     yield
@@ -72,9 +71,9 @@ def test_the_models_own_forward_is_unchanged_by_fusing(model: LlamaModel) -> Non
     close(reference(model, x), before)
 
 
-def test_single_precision_takes_the_folded_layers(model: LlamaModel) -> None:
-    expected = FoldedLayers if torch.get_default_dtype() == torch.float32 else ModuleLayers
-    assert type(DecoderStack(model)._layers) is expected
+def test_single_precision_takes_compiled_passes(model: LlamaModel) -> None:
+    compiles = torch.get_default_dtype() == torch.float32
+    assert (DecoderStack(model).compiled is not None) is compiles
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -16,6 +16,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
+from tests.pairs.published import old_name
 from tests.pairs.tokenizers import llama_like
 from xsd.errors import XsdError
 from xsd.pairs import video_llava
@@ -151,15 +152,8 @@ def test_names_of_the_published_checkpoint(tmp_path: Path) -> None:
     """The hub's file: towers under ``vision_model``, the language model at the top, old buffers."""
     model = make()
     video_llava.save(model, ImageProcessing.square(IMAGE), tmp_path)
-    old = {}
-    for name, value in load_file(tmp_path / "model.safetensors").items():
-        name = name.removeprefix("model.")
-        for tower in ("video_tower", "image_tower"):
-            if not name.startswith(f"{tower}.vision_model."):
-                name = name.replace(f"{tower}.", f"{tower}.vision_model.")
-        if name.startswith("language_model.") and "language_model.model." not in name:
-            name = name.replace("language_model.", "language_model.model.")
-        old["language_model.lm_head.weight" if "lm_head" in name else name] = value
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {old_name(name): value for name, value in tensors.items()}
     old["video_tower.vision_model.embeddings.position_ids"] = torch.zeros(1, 5, dtype=torch.long)
     save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
     state = video_llava.load(tmp_path)[0].state_dict()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.pairs.tokenizers import llama_like
-from xsd.pairs.base import Decoder, Media, ModelPair, PairSpec, Prompt, Source
+from xsd.pairs.base import Decoder, Media, PairSpec, Prompt, Source
 from xsd.pairs.cache import KVCache
 from xsd.pairs.config import PairConfig
 from xsd.pairs.processing import prompt_around
@@ -101,16 +101,12 @@ def sources(config: PairConfig) -> dict[str, Source]:
     return {role: Source(f"third {role}", "random") for role in ("drafter", "verifier")}
 
 
-def load(config: PairConfig, quant: str) -> ModelPair:
-    return ModelPair(
-        name=config.pair,
-        drafter=TileDecoder("events", 20, 1),
-        verifier=TileDecoder("video", 28, 3),
-        num_event_images=config.num_event_images,
-        num_frames=8,
-        quant=quant,
-        provenance={role: source.digest for role, source in sources(config).items()},
-    )
+def drafter(config: PairConfig, quant: str) -> TileDecoder:
+    return TileDecoder("events", 20, 1)
 
 
-PAIR = PairSpec("fp32", sources, load)
+def verifier(config: PairConfig, quant: str) -> TileDecoder:
+    return TileDecoder("video", 28, 3)
+
+
+PAIR = PairSpec("fp32", sources, drafter, verifier, num_frames=8)

@@ -102,6 +102,10 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(XsdError, match="holds no videos"):
         plan_footage(config(tmp_path / "empty", out))
+    for name in ("a b.mp4", "a_b.mp4"):
+        write_film(tmp_path / "twice" / name)
+    with pytest.raises(XsdError, match="two recordings would be 'a_b'; rename or remove one"):
+        plan_footage(config(tmp_path / "twice", out))
     with pytest.raises(XsdError, match="1 second long"):
         plan_footage(config(short, out, window_s=2.0))
     with pytest.raises(XsdError, match="stride_s must be above 0"):

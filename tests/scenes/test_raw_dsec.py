@@ -156,7 +156,7 @@ def test_parallel_cutting_gives_the_same_files(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xsd.scenes.raw_dsec.CLIPS_A_JOB", 2)
+    monkeypatch.setattr("xsd.scenes.produce.CLIPS_A_JOB", 2)
     write_raw(tmp_path / "raw")
     made = config(tmp_path / "raw", tmp_path / "out")
     running = make_scenes(made)
@@ -168,6 +168,13 @@ def test_an_interrupted_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # Another window: nothing of the old clips is taken for the new ones.
     jobs = plan_dsec(replace(made, window_s=0.75))
     assert not any(record.is_reused for record in produce(jobs, 1))
+
+
+def test_two_recordings_of_one_name_are_refused(tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw/2020")
+    write_raw(tmp_path / "raw/2021")
+    with pytest.raises(XsdError, match="two recordings would be 'zurich_city_00_a'; rename or"):
+        plan_dsec(config(tmp_path / "raw", tmp_path / "out"))
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

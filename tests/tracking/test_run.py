@@ -62,6 +62,23 @@ def test_children_join_their_parent_also_from_threads() -> None:
     assert set(query.runs(parent=outer.run_id)["run_id"]) == set(ids)
 
 
+def test_every_run_names_its_user_as_mlflow_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    store.user.cache_clear()
+    monkeypatch.setenv("LOGNAME", "ada")
+    with stage_run("main", "tiny", {}) as outer, stage_run("train", "tiny", {}) as inner:
+        pass
+    for run in (outer, inner):
+        found = fetch(run.run_id)
+        assert found.data.tags["mlflow.user"] == found.info.user_id == "ada"
+
+    store.user.cache_clear()
+    monkeypatch.setattr("getpass.getuser", lambda: {}["no such user id"])
+    with stage_run("main", "tiny", {}) as nameless:
+        pass
+    assert "mlflow.user" not in fetch(nameless.run_id).data.tags
+    store.user.cache_clear()
+
+
 def test_the_launchers_run_is_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
     client = store.client()
     launched = client.create_run(store.experiment_id("tiny")).info.run_id

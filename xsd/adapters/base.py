@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from xsd.adapters.block import Block
 from xsd.adapters.cache import AdapterCache, Chain, Past
 from xsd.adapters.catalog import Level, level
+from xsd.adapters.compiled import CompiledCache, CompiledTokenHead
 from xsd.adapters.config import AdapterConfig
 from xsd.adapters.live import bind
 from xsd.errors import XsdError
@@ -76,6 +77,7 @@ class StepInputs:
     drafter: Float[Tensor, "B _ Dd"] | None = None
     verifier: Float[Tensor, "B R Dv"] | None = None
     token: Float[Tensor, "B R Dv"] | None = None
+    """As ``Adapter.read_tokens`` gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Adapter(nn.Module, ABC):
             nn.Linear(config.d_drafter, config.d_verifier, bias=False) if bridged else nn.Identity()
         )
         self.blocks: Sequence[Block] = ()
+        self._made: tuple[Any, tuple[Any, CompiledTokenHead | None]] | None = None
 
     @abstractmethod
     def embed(
@@ -114,6 +117,11 @@ class Adapter(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         """Input of the first block, and what ``finish`` mixes back in; ``at`` are the rows' answer
         positions (a slice of one position: all rows stand there)."""
+
+    def read_tokens(self, token: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows Dv"]:
+        """What ``embed`` needs of a token: computed before its state is known, so that live
+        decoding can look it up."""
+        return token
 
     def finish(
         self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
@@ -140,6 +148,8 @@ class Adapter(nn.Module, ABC):
         length = streams.ids.shape[1]
         self.check_length(length + num_steps - 1)
         chain = self._chain(streams)
+        if streams.token is not None and "token" in self.row.streams:
+            streams = replace(streams, token=self.read_tokens(streams.token))
         if not self.row.feedback:
             out = self._run(_rows(streams, streams.verifier, 0), slice(length), chain)
             return [advance(out, k) for k in range(num_steps)]
@@ -156,8 +166,10 @@ class Adapter(nn.Module, ABC):
         batch_size: int,
         max_length: int,
         visual: Float[Tensor, "B K Dv"] | None = None,
-    ) -> AdapterCache:
-        """Room for ``max_length`` rows; a clip's visual vectors are projected here, once.
+    ) -> AdapterCache | CompiledCache:
+        """Room for ``max_length`` rows, with the weights as they are now.
+
+        A clip's visual vectors are projected here, once.
 
         Raises:
             XsdError: bidirectional attention, no visual vectors where the level attends to them,
@@ -170,8 +182,14 @@ class Adapter(nn.Module, ABC):
                 f"level {self.row.name} needs the clip's {self.row.visual} visual states"
             )
         self.check_length(max_length)
+        twin, compiled = self._live()
+        cache: AdapterCache | CompiledCache
+        if compiled is not None and batch_size == 1:
+            cache = CompiledCache(compiled, max_length)
+            cache.begin_sample(visual)
+            return cache
         cache = AdapterCache(
-            bind(self),
+            twin,
             num_layers=len(self.blocks),
             batch_size=batch_size,
             num_heads=self.config.num_heads,
@@ -179,29 +197,30 @@ class Adapter(nn.Module, ABC):
             max_length=max_length,
             like=next(self.parameters()),
         )
-        if self.memory == "visual":
-            if visual is None:
-                raise XsdError(f"level {self.row.name} needs {self.row.visual} visual states")
-            cache.memory = [block.project_memory(visual) for block in self.blocks]
-        elif self.memory == "drafter":
-            cache.reserve_memory()
+        cache.begin_sample(visual)
         return cache
 
     def step(
-        self, rows: StepInputs, cache: AdapterCache, siblings: Siblings | None = None
+        self,
+        rows: StepInputs,
+        cache: AdapterCache | CompiledCache,
+        siblings: Siblings | None = None,
     ) -> Float[Tensor, "B R Dv"]:
         """Append rows to the cache and return their outputs.
 
         Rolling back is ``cache.length = n``: the next rows overwrite what was beyond. Rows that are
         ``siblings`` do not follow each other but stand at one answer position of a draft tree.
         """
+        if isinstance(cache, CompiledCache):
+            return cache.step(rows, siblings)
         start = cache.length
         given = (rows.verifier, rows.drafter, rows.token)
         num_rows = next(x.shape[1] for x in given if x is not None)
-        cache.begin(num_rows, ahead=self.memory == "drafter")
+        visible = None if siblings is None else siblings.visible
+        cache.begin(num_rows, ahead=self.memory == "drafter", visible=visible)
         at = slice(start, start + num_rows)
         if siblings is not None:
-            at, cache.mask = slice(siblings.position, siblings.position + 1), siblings.visible
+            at = slice(siblings.position, siblings.position + 1)
         twin: Adapter = cache.twin
         if self.memory == "drafter":
             states = twin.enter(rows.drafter)
@@ -216,6 +235,22 @@ class Adapter(nn.Module, ABC):
     ) -> Float[Tensor, "B R Dv"]:
         """A step whose rows, and what they may look at, are given on the device."""
         return self._run(rows, at, past)
+
+    def compiled(self) -> CompiledTokenHead | None:
+        """The weights as a compiled step takes them, for levels that have one."""
+        return None
+
+    def _live(self) -> tuple[Any, CompiledTokenHead | None]:
+        """A twin (``live.bind``), and a compiled one where there is one; made anew only when the
+        weights have changed."""
+        parameters = list(self.parameters())
+        stamp = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in parameters)
+        if self._made is None or self._made[0] != stamp:
+            compiles = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in parameters)
+            # Not set as an attribute: a module would take the twin for a part of itself.
+            self.__dict__["_made"] = stamp, (bind(self), self.compiled() if compiles else None)
+        assert self._made is not None
+        return self._made[1]
 
     def _run(self, rows: StepInputs, at: Positions, past: Past) -> Tensor:
         x, residual = self.embed(rows, at)

@@ -18,7 +18,7 @@ class Past(ABC):
 
     def __init__(self, memory: list[Tensor]) -> None:
         self.mask: Tensor | None = None
-        """True where a row may look; None: everywhere."""
+        """True where a row may look, or what is added to its scores; None: everywhere."""
         self.memory = memory
         """Keys and values of the cross-attention, a layer each."""
         self.memory_mask: Tensor | None = None
@@ -93,25 +93,41 @@ class AdapterCache(Past):
         self._buffers = [like.new_zeros(shape) for _ in range(num_layers)]
         self._memory_buffers: list[Tensor] = []
         self._num_rows = 0
+        # One more column than rows: drafter states run one ahead.
+        hidden = like.new_full((max_length, max_length + 1), -torch.inf)
+        self._bias, self._bias_ahead = hidden.triu(1), hidden.triu(2)
 
-    def reserve_memory(self) -> None:
-        """Room for drafter states, which arrive one by one and run one ahead of the rows."""
-        self._memory_buffers = [
-            torch.cat([buffer, buffer[:, :, :, :1]], dim=3) for buffer in self._buffers
-        ]
-        self.memory = list(self._memory_buffers)
+    def begin_sample(self, visual: Float[Tensor, "B K D"] | None = None) -> None:
+        """Forget all rows; attend to other visual vectors, where the level attends to any."""
+        self.length = 0
+        blocks = self.twin.blocks
+        if self.twin.memory == "visual":
+            self.memory = [block.project_memory(visual) for block in blocks]
+        elif self.twin.memory == "drafter":
+            # Room for drafter states, which arrive one by one and run one ahead of the rows.
+            self._memory_buffers = self._memory_buffers or [
+                torch.cat([buffer, buffer[:, :, :, :1]], dim=3) for buffer in self._buffers
+            ]
+            self.memory = list(self._memory_buffers)
 
-    def begin(self, num_rows: int, *, ahead: bool) -> None:
-        """Prepare to append ``num_rows`` rows after ``length``."""
-        end = self.length + num_rows
+    def begin(
+        self, num_rows: int, *, ahead: bool, visible: Bool[Tensor, "R end"] | None = None
+    ) -> None:
+        """Prepare to append ``num_rows`` rows after ``length``.
+
+        Args:
+            visible: what each of them may look at; None: all before it, and itself.
+        """
+        start, end = self.length, self.length + num_rows
         assert end <= self.max_length, f"cache of {self.max_length} rows is full"
         self._num_rows = num_rows
         self.mask = self.memory_mask = None
-        if num_rows > 1:
-            device = self._buffers[0].device if self._buffers else None
-            ones = torch.ones(num_rows, end + 1, dtype=torch.bool, device=device)
-            self.mask = ones[:, :end].tril(self.length)
-            self.memory_mask = ones.tril(self.length + 1) if ahead else None
+        if visible is not None:
+            self.mask = self._bias.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+        elif num_rows > 1:
+            self.mask = self._bias[start:end, :end]
+        if num_rows > 1 and ahead:
+            self.memory_mask = self._bias_ahead[start:end, : end + 1]
 
     def extend(self, layer: int, new: KeyValue) -> KeyValue:
         buffer: Tensor = self._buffers[layer]

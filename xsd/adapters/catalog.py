@@ -167,6 +167,15 @@ _ROWS = (
         visual="projected",
         loss="token",
     ),
+    Level(
+        name="text",
+        number=None,
+        description="control: E1 without the verifier's state, the tokens said so far alone",
+        implementation="eagle.TextHead",
+        streams=("token",),
+        shift=1,
+        loss="token",
+    ),
 )
 
 LEVELS: Mapping[str, Level] = MappingProxyType({row.name: row for row in _ROWS})

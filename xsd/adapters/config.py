@@ -20,7 +20,7 @@ class AdapterSizes:
     """Residual blocks of L1-L3."""
     num_heads: int = 8
     num_layers: int = 1
-    """Transformer blocks of L4, L5, L5F, B1, X1, E1-E3."""
+    """Transformer blocks of L4, L5, L5F, B1, X1, E1-E3, text."""
     ffn_dim: int = 2048
     dropout: float = 0.1
     attention: AttentionKind = "causal"

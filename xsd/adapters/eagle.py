@@ -1,4 +1,4 @@
-"""Heads that predict the verifier's next state: L5, B1, E1 and E2.
+"""Heads that predict the verifier's next state: L5, B1, E1, E2 and text.
 
 L5 and B1 follow EAGLE's feature regression (arXiv:2401.15077) without its token input, as the seed
 did; E1 is EAGLE with it, trained on its own outputs as in EAGLE-3 (arXiv:2503.01840).
@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Positions, StepInputs
+from xsd.adapters.compiled import CompiledTokenHead
 from xsd.adapters.config import AdapterConfig
 
 
@@ -64,9 +66,16 @@ class TokenHead(AttentionAdapter):
     def embed(
         self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
-        both = torch.cat((self.norm_state(rows.verifier), self.norm_token(rows.token)), dim=-1)
-        x = self.fuse(both) + self.positions[at]
+        assert rows.token is not None, "a token head reads tokens"
+        states: Tensor = self.norm_state(rows.verifier)
+        width = states.shape[-1]
+        x = linear(states, self.fuse.weight[:, :width]) + (rows.token + self.positions[at])
         return x, x
+
+    def read_tokens(self, token: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows Dv"]:
+        """The token's half of ``fuse``."""
+        width = token.shape[-1]
+        return linear(self.norm_token(token), self.fuse.weight[:, width:], self.fuse.bias)
 
     def finish(
         self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
@@ -74,11 +83,37 @@ class TokenHead(AttentionAdapter):
         out: Tensor = self.project(self.norm_out(x))
         return out
 
+    def compiled(self) -> CompiledTokenHead | None:
+        return None if self.memory == "drafter" else CompiledTokenHead(self)
+
 
 class DrafterTokenHead(TokenHead):
     """E2: E1 that attends to the drafter's states, which have read the chosen token too."""
 
     memory = "drafter"
+
+
+class TextHead(TokenHead):
+    """text: E1 without the verifier's state, a control for what language alone predicts.
+
+    A chain is unrolled by its tokens, which the parallel pass reads too: it has no states of its
+    own to be fed, so one pass trains every depth.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        del self.norm_state, self.fuse
+
+    def embed(
+        self, rows: StepInputs, at: Positions
+    ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
+        assert rows.token is not None, "a token head reads tokens"
+        x = rows.token + self.positions[at]
+        return x, x
+
+    def read_tokens(self, token: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows Dv"]:
+        read: Tensor = self.norm_token(token)
+        return read
 
 
 def learned_positions(config: AdapterConfig) -> nn.Parameter:

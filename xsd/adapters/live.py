@@ -23,7 +23,9 @@ def bind(module: nn.Module) -> Any:
     """
     if isinstance(module, nn.Linear):
         bias = None if module.bias is None else module.bias.detach()
-        return partial(linear, weight=module.weight.detach(), bias=bias)
+        call = partial(linear, weight=module.weight.detach(), bias=bias)
+        call.weight, call.bias = module.weight.detach(), bias  # type: ignore[attr-defined]
+        return call
     if isinstance(module, nn.LayerNorm):
         return partial(
             torch.layer_norm,

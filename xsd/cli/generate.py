@@ -75,6 +75,8 @@ def run(config: Config) -> None:
             stack, pair, config, items, strategies, adapters, commonest_answers(answers), config,
             answers,
         )  # fmt: skip
+        if config.strict:
+            print(f"strict: every pass of decoding has {bench.strict_rows} rows")
         bench.choose_threads()
         bench.measure_costs()
         print(f"{sample.scene.key} ({sample.scene.split}): {sample.question}")

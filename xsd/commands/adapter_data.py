@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from xsd.commands import stage
@@ -68,7 +68,10 @@ def test_keys(store: HiddenStore) -> tuple[str, ...]:
 
 
 def open_head(path: Path, store: HiddenStore) -> VerifierHead:
-    """The LM head that belongs to stored states.
+    """The LM head that belongs to stored states, cut to the ids that the pair chose among.
+
+    A checkpoint's head may have rows that no tokenizer knows. Decoding never chooses them
+    (``Decoder.limit_vocab``), so what is scored with this head is what would happen live.
 
     Raises:
         XsdError: it was taken from another verifier.
@@ -87,7 +90,7 @@ def open_head(path: Path, store: HiddenStore) -> VerifierHead:
             f"{path}: LM head of another checkpoint than the verifier of {store.path}; "
             "run 'xsd lm_head' or extract again"
         )
-    return head
+    return replace(head, lm_head=head.lm_head[: store.vocab_size])
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Config(BenchConfig, PairConfig, stage.StageConfig):
 
 def perform(config: Config) -> Product:
     """Measure, compare, write the files, and log them."""
-    from xsd.decoding.strategies import adapter_names, parse_all
+    from xsd.decoding.strategies import adapter_names, parse_all, strict_rows
 
     strategies = parse_all(config.configs, config.gamma, config.control)
     names = dict.fromkeys(name for s in strategies for name in adapter_names(s))
@@ -78,7 +78,7 @@ def perform(config: Config) -> Product:
         )  # fmt: skip
         total = len(items) * len(strategies) * config.repeats
         found = bench.check_failures(_shown(records, total), total, config.max_failures)
-        bench_report.write(run, found, items, pair, config)
+        bench_report.write(run, found, items, pair, config, strict_rows(strategies, config))
 
     return stage.perform(
         "benchmark",

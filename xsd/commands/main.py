@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xsd.cli import main
+from xsd.cli import STAGES, main
 from xsd.commands.workers import workers
 from xsd.config import Level
 from xsd.errors import XsdError
@@ -31,7 +31,7 @@ class Config:
     """Pair of the catalog."""
     recipe: Path = Path(DEMO)
     """YAML with a section a stage; the demo is a cut of experiments/tiny.yaml."""
-    levels: str = "L1,L2,L3,L4,L4:feature,L4:free,L5,L5F,B1,E1,E2,E3,X1"
+    levels: str = "L1,L2,L3,L4,L4:feature,L4:free,L5,L5F,B1,E1,E2,E3,X1,text"
     """Adapters to train; ':feature' trains with the seed's loss, ':free' on free-running pairs."""
     two_phase: str | None = None
     """Gap adapters and heads to evaluate together; null: L4+L5F and X1+E3, where trained."""
@@ -51,18 +51,24 @@ class _Stages:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def perform(self, stage: str, **overrides: object) -> Product:
-        """Run (or reuse) one stage with the recipe's section and what came out of the others."""
+    def settings(self, stage: str, **overrides: object) -> Any:
+        """The stage's configuration: the recipe's section and what came out of the others."""
         from xsd.cli import section_class
         from xsd.config import parse
 
-        module = import_module(f"xsd.commands.{stage}")
         flags = ["--config", str(self.config.recipe), "--pair", self.config.pair]
         for name, value in overrides.items():
             flags += [f"--{name}", str(value)]
-        settings = parse(module.Config, flags, prog=f"xsd {stage}", sections=section_class)
-        product: Product = module.perform(settings)
+        return parse(_module(stage).Config, flags, prog=f"xsd {stage}", sections=section_class)
+
+    def perform(self, stage: str, **overrides: object) -> Product:
+        """Run (or reuse) one stage."""
+        product: Product = _module(stage).perform(self.settings(stage, **overrides))
         return product
+
+
+def _module(stage: str) -> Any:
+    return import_module(f"xsd.commands.{stage}")
 
 
 def run(config: Config) -> None:
@@ -73,9 +79,14 @@ def run(config: Config) -> None:
         raise XsdError(f"{config.recipe}: no such recipe; give one with --recipe")
     names = _names(config.levels)
     both = _two_phase(config.two_phase, names)
+    stages = _Stages(config)
+    for stage in STAGES:
+        if stage != "main":
+            # A value that a stage would refuse is found before the first one runs.
+            stages.settings(stage)
     values = {name: str(value) for name, value in vars(config).items()}
     with stage_run("main", config.pair, values, tags={"recipe": config.recipe.name}) as parent:
-        products = _walk(_Stages(config), names, both, parent.run_id)
+        products = _walk(stages, names, both, parent.run_id)
         tables = f"{_level_table(products)}\n\n{_config_table(products['benchmark'])}"
         parent.tag({"mlflow.note.content": f"```\n{tables}\n```"})
         print(f"\n{tables}")

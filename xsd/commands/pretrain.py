@@ -53,7 +53,7 @@ def perform(config: Config) -> Product:
         folder = config.output_dir / run.work_name
         models.save(folder)
         held_out = make_corpus(config, config.num_held_out, HELD_OUT_RECORDINGS)
-        write_card(folder, config, held_out, _machine(config.device))
+        write_card(folder, config, held_out, _made(config.device))
         run.artifacts(folder)
 
     return stage.perform(
@@ -65,23 +65,23 @@ def perform(config: Config) -> Product:
     )
 
 
-def _machine(device: str) -> str:
+def _made(device: str) -> str:
     import torch
 
     from xsd.pairs.device import choose_device
 
     chosen = choose_device(device)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "a CPU"
-    return f"{name} with torch {torch.__version__}"
+    return f"by `xsd pretrain` on {name} with torch {torch.__version__}"
 
 
-def write_card(folder: Path, config: PretrainConfig, held_out: Any, made_on: str) -> dict[str, Any]:
+def write_card(folder: Path, config: PretrainConfig, held_out: Any, made: str) -> dict[str, Any]:
     """Examine the saved pair on unseen recordings; write ``card.json`` and ``README.md``."""
     from xsd.card import examine_pair, render
     from xsd.files import write_json, write_text
     from xsd.pairs.catalog import load_folder
 
-    card = examine_pair(load_folder(folder), held_out, config, made_on)
+    card = examine_pair(load_folder(folder), held_out, config, made)
     write_json(folder / "card.json", card)
     write_text(folder / "README.md", render(card))
     print(json.dumps(card["verifier"]["facts_right"], indent=2))

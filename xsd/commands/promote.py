@@ -181,12 +181,12 @@ class _Gate:
     def _lossy(self, adapter: Adapter, folder: Path) -> list[str]:
         from xsd import bench
         from xsd.commands.extract import dataset_folder
-        from xsd.decoding.strategies import parse
+        from xsd.decoding.strategies import config_of, parse
         from xsd.pairs.catalog import load_pair
 
         level, num_answers = self.tags["level"], self.config.num_answers
         mode = ":free" if self.tags.get("conditioning") == "free_running" else ""
-        name = f"{level}_decode" if adapter.row.phase == "decode" else f"{level}+VL{mode}"
+        name = config_of(f"{level}{mode}")
         pair = load_pair(self.config)
         chosen = BenchConfig(max_samples=num_answers, split="val")
         items = bench.choose_items(dataset_folder(self.inputs["dataset_dir"]), chosen, pair)

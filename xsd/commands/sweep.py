@@ -32,7 +32,7 @@ class Config(SearchConfig, FitConfig, AdapterSizes, DataConfig, PairConfig, stag
     """Options of the sweep stage; what is searched overrides those of training."""
 
     level: Level = Level("L4")
-    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3 or X1; or the published 1 to 6."""
+    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3, X1 or text; or the published 1 to 6."""
     num_epochs: int = 3
     """Longest trial: enough to rank them; train the winner longer."""
 
@@ -132,7 +132,7 @@ class _Sweep:
     def _publish(self, number: int, params: Mapping[str, Any], value: float) -> None:
         """The best trial's checkpoint as a logged model: a candidate, as ``train`` makes them."""
         from xsd.adapters import checkpoint
-        from xsd.commands.train import model_tags
+        from xsd.commands.train import model_tags, model_title
 
         folder, metric = self._trial_folder(number), self.row.selection_metric
         adapter, _ = checkpoint.load(folder)
@@ -140,7 +140,7 @@ class _Sweep:
         tags = model_tags(self.data, adapter, replace(self.config, **params))
         self.parent.tag({**tags, "best_trial": number})
         self.parent.log_model(
-            self.row.name,
+            model_title(tags),
             [folder / "best_model.safetensors", folder / checkpoint.CONFIG],
             params=params,
             tags=tags,

@@ -39,7 +39,7 @@ class Config(FitConfig, AdapterSizes, DataConfig, PairConfig, stage.StageConfig)
     """Options of the train stage."""
 
     level: Level = Level("L1")
-    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3 or X1; or the published 1 to 6."""
+    """L1, L2, L3, L4, L5, L5F, B1, E1, E2, E3, X1 or text; or the published 1 to 6."""
     output_dir: Path = Path("outputs/train")
     """A folder <level>/<level>_<time> is made in it."""
     resume: bool = True
@@ -150,6 +150,11 @@ def model_tags(data: TrainingData, adapter: Adapter, config: Any) -> dict[str, s
     }
 
 
+def model_title(tags: Mapping[str, object]) -> str:
+    """The variant, as a logged model may be called: MLflow refuses a colon there."""
+    return variant(tags).replace(":", "-")
+
+
 def loss_of(config: Any) -> str:
     """The loss asked for, else the level's own."""
     from xsd.adapters.catalog import level
@@ -200,7 +205,7 @@ def _keep(
     accept_length = best.val[row.selection_metric]
     metrics = {f"val.{name}": value for name, value in best.val.items()}
     run.log_model(
-        row.name,
+        model_title(tags),
         [folder / "best_model.safetensors", folder / checkpoint.CONFIG],
         params=asdict(adapter.config),
         tags=tags,

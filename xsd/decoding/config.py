@@ -9,8 +9,8 @@ from xsd.errors import XsdError
 
 GAP_LEVELS = ("L1", "L2", "L3", "L4", "X1")
 HEAD_LEVELS = ("L5", "B1", "L5F", "E1", "E2", "E3")
-CONTROL_HEADS = ("ngram", "oracle", "synthetic")
-"""Heads that are no adapters: they draft by rote, or with the answer in hand."""
+CONTROL_HEADS = ("text", "ngram", "oracle", "synthetic")
+"""Heads that never look at the scene: a level that reads tokens alone, rote, the answer in hand."""
 TREE_HEADS = ("E1", "E3")
 MAX_GAMMA, MAX_TREE_NODES = 16, 63
 BASELINE = "vl_baseline"
@@ -24,6 +24,7 @@ ALL_CONFIGS = (
     "drafter+VL",
     "template+VL",
     *(f"{level}_tree" for level in TREE_HEADS),
+    "text",
     "ngram",
     "oracle",
 )
@@ -38,8 +39,8 @@ class DecodingConfig:
     gamma: int = 4
     """Drafts per verifier call in decode, at most (the seed's benchmark: 1)."""
     policy: Literal["adaptive", "fixed"] = "fixed"
-    """adaptive: draft and verify only what pays by measured costs and the drafter's confidence;
-    fixed: gamma drafts, always."""
+    """adaptive: draft and verify only what pays by measured costs and the drafter's confidence, and
+    where a chain costs less a token than a tree, a chain; fixed: gamma drafts, always."""
     tree_width: int = 3
     """Branches a node, and nodes that branch a level, in draft trees."""
     tree_nodes: int = 10
@@ -53,6 +54,9 @@ class DecodingConfig:
     last_chunk: int = 0
     """Prompt rows of the last pass of a speculative prefill, which drafts that are ready join; 0:
     the prefill is one pass, and drafts are verified in another."""
+    strict: bool = False
+    """Every pass of decoding, plain or speculative, has one row shape, so that reduced precision
+    rounds both alike; then no difference is excused as a near tie."""
     overlap: Literal["process", "stream", "inline"] = "process"
     """process: the drafter runs beside the verifier's prefill in a process of its own; stream: in
     a thread, on a stream of its own (one GPU); inline: it runs before the prefill in the same
@@ -74,5 +78,15 @@ class DecodingConfig:
             raise XsdError(f"top_p={self.top_p}: must be above 0 and at most 1")
         if self.last_chunk < 0:
             raise XsdError(f"last_chunk={self.last_chunk}: must not be negative")
+        if self.strict and self.last_chunk:
+            raise XsdError(
+                f"strict: last_chunk={self.last_chunk} gives the speculative prefill another shape "
+                "than the plain one; leave one of them out"
+            )
+        if self.strict and self.temperature > 0:
+            raise XsdError(
+                f"strict: temperature={self.temperature} draws tokens, and no two answers need be "
+                "equal; leave one of them out"
+            )
         if self.tree_nodes > MAX_TREE_NODES:
             raise XsdError(f"tree_nodes={self.tree_nodes}: at most {MAX_TREE_NODES}")

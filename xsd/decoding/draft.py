@@ -10,40 +10,66 @@ cut to the verifier's own rows before every cycle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from xsd.adapters.base import Adapter, Siblings, StepInputs
+from xsd.adapters.cache import AdapterCache
+from xsd.adapters.compiled import CompiledCache
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media
+from xsd.pairs.choose import Chooser, chooser
 
-Logits = Callable[[Float[Tensor, "*rows Dv"]], Float[Tensor, "*rows V"]]
+READ_TOKENS_BYTES = 1 << 28
+"""A head reads all token embeddings in advance unless they are larger."""
 
 
 @dataclass(frozen=True)
 class VerifierTables:
-    """The parts of the verifier that a draft needs: token embeddings in, logits out."""
+    """The parts of the verifier that a draft needs: token embeddings in, logits out.
 
-    embedding: Float[Tensor, "V Dv"]
-    logits: Logits
+    They hold nothing of its layers, so that a process which only drafts can be given them.
+    """
+
+    embedding: Float[Tensor, "ids Dv"]
+    lm_head: Any
+    """Module from states to logits of the ids that the pair shares."""
+    vocab_size: int
+    """How many those are."""
     eos_ids: frozenset[int]
 
     @classmethod
     def of(cls, verifier: Decoder) -> VerifierTables:
-        return cls(verifier.embedding, verifier.logits, verifier.eos_ids)
+        return cls(verifier.embedding, verifier.lm_head, verifier.vocab_size, verifier.eos_ids)
 
-    def choose(self, hidden: Float[Tensor, "*rows Dv"]) -> Int[Tensor, "*rows"]:
-        return self.score(hidden).argmax(-1)
+    def share(self) -> None:
+        """Move them, in place, to where other processes can see them.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        self.embedding.share_memory_()
+        self.lm_head.share_memory()
+
+    def choose(self, hidden: Float[Tensor, "*rows Dv"]) -> list[int]:
+        """The likeliest token of every row, of states in an adapter's own precision."""
+        return self._chooser(hidden.to(self.embedding.dtype))
+
+    @cached_property
+    def _chooser(self) -> Chooser:
+        return chooser(self.lm_head)
 
     def score(self, hidden: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows V"]:
         """Logits of states in an adapter's own precision."""
-        return self.logits(hidden.to(self.embedding.dtype))
+        logits: Tensor = self.lm_head(hidden.to(self.embedding.dtype))
+        return logits
 
 
 class DrafterReader:
@@ -84,7 +110,7 @@ class DrafterReader:
 
     def choose(self, state: Float[Tensor, " Dd"]) -> int:
         """The drafter's own next token."""
-        return int(self.drafter.logits(state).argmax())
+        return self.drafter.choose(state)[0]
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
@@ -108,7 +134,7 @@ def coupled_drafts(
         position = len(tokens)
         state = reader.states(tokens, position, position + 1)
         inputs = StepInputs(drafter=_for(adapter, state[None]))
-        token = int(tables.choose(adapter.step(inputs, cache)[0, 0]))
+        (token,) = tables.choose(adapter.step(inputs, cache))
         tokens.append(token)
         yield token
         if token in tables.eos_ids:
@@ -140,8 +166,7 @@ def adapt_free(
         return []
     states = _for(adapter, reader.states(own, 0, len(own)))
     out = adapter.step(StepInputs(drafter=states[None]), adapter.new_cache(1, len(own)))
-    drafts: list[int] = tables.choose(out[0]).tolist()
-    return drafts
+    return tables.choose(out[0])
 
 
 @runtime_checkable
@@ -196,14 +221,23 @@ class HeadDrafter:
         self.reads_drafter = "drafter" in row.streams
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
+        self._cache: AdapterCache | CompiledCache | None = None
+        self._tokens = tables.embedding
+        self._is_read = self._reads_token and self._tokens.nbytes <= READ_TOKENS_BYTES
+        if self._is_read:
+            with torch.no_grad():
+                self._tokens = head.read_tokens(_for(head, self._tokens))
 
+    @torch.inference_mode()
     def begin(
         self, question: str, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None
     ) -> None:
         """Start a sample; ``visual`` and ``reader`` only where the level's row asks for them."""
-        self._cache = self.head.new_cache(
-            1, self.max_length, None if visual is None else _for(self.head, visual[None])
-        )
+        visual = None if visual is None else _for(self.head, visual[None])
+        if self._cache is None:
+            self._cache = self.head.new_cache(1, self.max_length, visual)
+        else:
+            self._cache.begin_sample(visual)
         self._reader = reader
         # Not the verifier's random numbers: a draft must not know what it will be held against.
         device = self.tables.embedding.device
@@ -220,9 +254,10 @@ class HeadDrafter:
         """
         sequence = list(tokens)
         start = len(sequence) - states.shape[0]
+        assert self._cache is not None, "propose comes after begin"
         self._cache.length = start
         out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
-        if self.options.tree_width:
+        if self.options.tree_width and self.policy.branches():
             return self._grow_tree(len(sequence), out, gamma)
         return self._extend_chain(sequence, out, gamma)
 
@@ -243,7 +278,7 @@ class HeadDrafter:
                 break
             if not self.policy.go_on(joint, drafted):
                 break
-            out = self._step(sequence, len(sequence) - 1, len(sequence), out)
+            out = self._step(sequence, end + drafted - 1, end + drafted, out)
         return Draft(
             sequence[end:],
             None,
@@ -253,14 +288,14 @@ class HeadDrafter:
 
     def _guess(self, out: Float[Tensor, "1 1 Dv"]) -> tuple[int, float, Tensor | None]:
         """A token, how probable it is, and what it was drawn from (None: it is the likeliest)."""
-        logits = self.tables.score(out)[0, 0]
         sampling = self.options.sampling
+        if sampling is None and not self.policy.asks_confidence:
+            return self.tables.choose(out)[0], 1.0, None
+        logits = self.tables.score(out)[0, 0]
         if sampling is not None:
             q = sampling.probabilities(logits)
             token = draw(q, self._generator)
             return token, float(q[token]), q
-        if not self.policy.asks_confidence:
-            return int(logits.argmax()), 1.0, None
         best, index = torch.softmax(logits, -1).max(-1)
         return int(index), float(best), None
 
@@ -280,10 +315,12 @@ class HeadDrafter:
             if depth == gamma or not rows:
                 break
             states = out[:, [frontier.index(tree.parents[i]) for i in rows]]
-            drafted = [tree.tokens[i] for i in rows]
-            token = _for(self.head, self.tables.embedding[drafted][None])
-            inputs = StepInputs(None, states if self._reads_verifier else None, token)
-            visible = tree.visible(rows, self._cache.length).to(token.device)
+            inputs = StepInputs(
+                None,
+                states if self._reads_verifier else None,
+                self._token_rows([tree.tokens[i] for i in rows]),
+            )
+            visible = tree.visible(rows, self._cache.length).to(states.device)
             out = self.head.step(inputs, self._cache, Siblings(base + depth - 1, visible))
             frontier = rows
         return tree.draft(self.options.tree_nodes)
@@ -291,17 +328,21 @@ class HeadDrafter:
     def _step(
         self, sequence: list[int], start: int, stop: int, states: Float[Tensor, "1 m Dv"]
     ) -> Float[Tensor, "1 m Dv"]:
-        drafter = token = None
+        drafter = None
         if self.reads_drafter:
             assert self._reader is not None
             first = 0 if start == 0 else start + self._ahead
             read = self._reader.states(sequence, first, stop + self._ahead)
             drafter = _for(self.head, read[None])
-        if self._reads_token:
-            ids = torch.tensor([sequence[start:stop]], device=states.device)
-            token = _for(self.head, self.tables.embedding[ids])
+        token = self._token_rows(sequence[start:stop]) if self._reads_token else None
         verifier = states if self._reads_verifier else None
         return self.head.step(StepInputs(drafter, verifier, token), self._cache)
+
+    def _token_rows(self, ids: list[int]) -> Float[Tensor, "1 R Dv"]:
+        """What the head reads of these tokens."""
+        # One is the common case, and a slice is cheaper than a gather.
+        rows = self._tokens.narrow(0, ids[0], 1) if len(ids) == 1 else self._tokens[ids]
+        return (rows if self._is_read else self.head.read_tokens(_for(self.head, rows)))[None]
 
 
 class _Tree:

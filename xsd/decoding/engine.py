@@ -62,6 +62,7 @@ class Engine:
         sampling: Sampling | None = None,
         seed: int = 0,
         last_chunk: int = 0,
+        strict_rows: int | None = None,
     ) -> None:
         """
         Args:
@@ -69,11 +70,17 @@ class Engine:
             seed: every answer is drawn with random numbers that begin here.
             last_chunk: prompt rows of the prefill's last pass, which early drafts join; 0: the
                 prefill is one pass, and drafts are checked in another.
+            strict_rows: every pass of decoding, a plain step too, has so many rows and attends
+                over the whole cache, so that rounding is the same whatever is drafted; longer
+                drafts are cut. None: passes are as short as they can be.
         """
+        assert not (strict_rows and last_chunk), "a strict prefill is the same with drafts"
         self.verifier = verifier
         self.max_new_tokens = max_new_tokens
         self._sampling, self._seed, self._last_chunk = sampling, seed, last_chunk
-        self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + MAX_TREE_NODES)
+        self._strict_rows = strict_rows
+        longest_draft = max(MAX_TREE_NODES, strict_rows or 0)
+        self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + longest_draft)
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
         verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
@@ -124,13 +131,14 @@ class Engine:
         )
         length = self._cache.length
         verify_ms: list[float] = []
+        max_rows = min(max_rows, self._strict_rows or max_rows)
         for num_rows in range(1, max_rows + 1):
             tokens = [0] * num_rows
             times = []
             for _ in range(repeats):
                 self._cache.length = length
                 watch = Stopwatch(self._device)
-                self.verifier.read(tokens, self._cache).best.tolist()
+                self._pass(tokens).choose()
                 times.append(watch.ms())
             verify_ms.append(statistics.median(times))
         self.verifier.set_row_sizes(row_sizes(verify_ms))
@@ -283,6 +291,8 @@ class Engine:
 
         A tree is never deeper than the room, for that is what was asked for.
         """
+        if self._strict_rows is not None:
+            draft = draft.cut(self._strict_rows - 1)
         if draft.parents is not None:
             return draft.cut(MAX_TREE_NODES)
         draft = draft.cut(self.max_new_tokens - len(tokens) - 1)
@@ -291,11 +301,26 @@ class Engine:
                 return draft.cut(index + 1)
         return draft
 
+    def _pass(self, ids: list[int]) -> Scored:
+        """Tokens behind the cache, followed by rows that fill up the strict shape."""
+        if self._strict_rows is None:
+            return self.verifier.read(ids, self._cache)
+        spare = self._spare(len(ids))
+        self._cache.whole = True
+        scored = self.verifier.read([*ids, *[0] * spare], self._cache)
+        self._cache.whole = False
+        self._cache.length -= spare
+        return scored
+
+    def _spare(self, num_rows: int) -> int:
+        """Rows that fill a pass up to the strict shape; nobody looks at them."""
+        return 0 if self._strict_rows is None else self._strict_rows - num_rows
+
     def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
         """One plain step."""
-        scored = self.verifier.read(tokens[-1:], self._cache)
+        scored = self._pass(tokens[-1:])
         tokens.append(self._next(scored))
-        return scored.states
+        return scored.states[:1]
 
     def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:
         """Check a draft in one pass and say what holds, plus the verifier's own next token.
@@ -303,8 +328,9 @@ class Engine:
         Returns the states of the tokens added, and which drafted tokens were accepted.
         """
         if draft.parents is not None:
-            self._cache.tree = tree_rows(draft.parents, self._device)
-        scored = self.verifier.read([tokens[-1], *draft.tokens], self._cache)
+            spare = [-1] * self._spare(len(draft) + 1)
+            self._cache.tree = tree_rows([*draft.parents, *spare], self._device)
+        scored = self._pass([tokens[-1], *draft.tokens])
         self._cache.tree = None
         states = scored.states
         path, token = self._judge(draft, scored)
@@ -317,10 +343,12 @@ class Engine:
         return states[kept[: len(said)]], path
 
     def _judge(self, draft: Draft, scored: Scored) -> tuple[list[int], int]:
+        """``scored``: the root, every drafted token, and perhaps some that nobody asks."""
         # The one moment of a cycle at which the host waits for the device.
         if self._sampling is None:
-            return verify_greedy(draft, scored.best.tolist())
-        return verify_sampled(draft, self._sampling.probabilities(scored.logits), self._generator)
+            return verify_greedy(draft, scored.choose()[: len(draft) + 1])
+        p = self._sampling.probabilities(scored.logits()[: len(draft) + 1])
+        return verify_sampled(draft, p, self._generator)
 
     def _said(self, draft: Draft, path: list[int], token: int) -> list[int]:
         """The accepted tokens and the verifier's own, which does not follow an end."""
@@ -330,9 +358,10 @@ class Engine:
         return [*said, token]
 
     def _next(self, scored: Scored) -> int:
+        """What follows the first row."""
         if self._sampling is None:
-            return int(scored.best.tolist()[-1])
-        return draw(self._sampling.probabilities(scored.logits[-1]), self._generator)
+            return scored.choose()[0]
+        return draw(self._sampling.probabilities(scored.logits()[0]), self._generator)
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids

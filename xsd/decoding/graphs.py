@@ -101,17 +101,22 @@ class CapturedChains:
     ) -> Int[Tensor, " gamma"]:
         at = self._start + torch.arange(len(ids), device=self._device)
         out = self._step(ids, states[None], at)[:, -1:]
-        drafted = [self._tables.choose(out)[0]]
+        drafted = [self._likeliest(out)]
         for _ in range(gamma - 1):
             at = at[-1:] + 1
             out = self._step(drafted[-1], out, at)
-            drafted.append(self._tables.choose(out)[0])
+            drafted.append(self._likeliest(out))
         return torch.cat(drafted)
+
+    def _likeliest(self, out: Float[Tensor, "1 1 Dv"]) -> Int[Tensor, " 1"]:
+        return self._tables.score(out)[0].argmax(-1)
 
     def _step(
         self, ids: Int[Tensor, " R"], states: Float[Tensor, "1 R Dv"], at: Int[Tensor, " R"]
     ) -> Float[Tensor, "1 R Dv"]:
-        token = self._tables.embedding[ids][None].to(self._dtype) if self._reads_token else None
+        token = None
+        if self._reads_token:
+            token = self._twin.read_tokens(self._tables.embedding[ids][None].to(self._dtype))
         inputs = StepInputs(None, states if self._reads_verifier else None, token)
         self._rows.begin(at)
         out: Tensor = self._twin.step_at(inputs, at, self._rows)

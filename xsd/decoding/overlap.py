@@ -31,8 +31,8 @@ from xsd.decoding.speculator import LocalSpeculator, reads_visual
 from xsd.decoding.strategies import adapter_names
 from xsd.errors import XsdError
 from xsd.hidden.visual import MAX_VISUAL
-from xsd.pairs.base import Media
-from xsd.pairs.catalog import load_pair
+from xsd.pairs.base import Decoder, Media
+from xsd.pairs.catalog import load_drafter
 from xsd.pairs.config import PairConfig
 from xsd.types import Span, Strategy
 
@@ -61,7 +61,10 @@ class _Shared:
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What the worker loads: the pair's drafter and every adapter that may be asked for."""
+    """What the worker loads: the pair's drafter and every adapter that may be asked for.
+
+    The verifier is not among it: what a draft needs of that is handed over in shared memory.
+    """
 
     pair: PairConfig
     adapters: Mapping[str, Path]
@@ -74,12 +77,26 @@ class WorkerSetup:
 class DrafterProcess:
     """The worker's owner: starts it, speaks to it, ends it. Use as a context manager."""
 
-    def __init__(self, setup: WorkerSetup, width: int) -> None:
+    def __init__(self, setup: WorkerSetup, verifier: Decoder) -> None:
+        """``verifier``: this process's own; the worker sees its tables and has no layers of it.
+
+        Raises:
+            XsdError: shared memory is short, or the worker could not begin.
+        """
         context = mp.get_context("spawn")
-        self.shared = _Shared(width, setup.decoding.max_new_tokens)
+        tables = VerifierTables.of(verifier)
+        try:
+            tables.share()
+            self.shared = _Shared(verifier.width, setup.decoding.max_new_tokens)
+        except RuntimeError as error:
+            line = " ".join(str(error).split())
+            raise XsdError(
+                f"no room for the verifier's embedding and LM head in shared memory ({line}); "
+                "enlarge /dev/shm, or say --overlap inline"
+            ) from error
         self.connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_work, args=(setup, self.shared, theirs), daemon=True, name="xsd-drafter"
+            target=_work, args=(setup, tables, self.shared, theirs), daemon=True, name="xsd-drafter"
         )
         self._process.start()
         theirs.close()
@@ -217,11 +234,13 @@ class ProcessSpeculator:
 # ---------------------------------------------------------------- the worker's side
 
 
-def _work(setup: WorkerSetup, shared: _Shared, connection: Connection) -> None:
+def _work(
+    setup: WorkerSetup, tables: VerifierTables, shared: _Shared, connection: Connection
+) -> None:
     """The process: load once, then a sample a message, until the pipe closes."""
     torch.set_num_threads(setup.num_threads)
     try:
-        worker = _Worker(setup, shared)
+        worker = _Worker(setup, tables, shared)
         connection.send(("ok", None))
     except Exception as error:
         connection.send(("error", f"{type(error).__name__}: {error}"))
@@ -241,11 +260,10 @@ def _work(setup: WorkerSetup, shared: _Shared, connection: Connection) -> None:
 
 
 class _Worker:
-    def __init__(self, setup: WorkerSetup, shared: _Shared) -> None:
-        pair = load_pair(setup.pair)
+    def __init__(self, setup: WorkerSetup, tables: VerifierTables, shared: _Shared) -> None:
         self.setup = setup
-        self.drafter = pair.drafter
-        self.tables = VerifierTables.of(pair.verifier)
+        self.drafter = load_drafter(setup.pair, tables.vocab_size)
+        self.tables = tables
         self.adapters = {
             name: checkpoint.load(path)[0].eval() for name, path in setup.adapters.items()
         }

@@ -24,6 +24,9 @@ _MEMORY = 0.1
 _LONGEST_REST = 64
 _NOISE = 0.05
 """Share of a pass's time by which two measurements of it may differ."""
+_TURNS = 16
+"""So many chains and as many trees are drafted in turn at first; later, one draft in so many is a
+chain in any case."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ class Policy:
         """Drafts to ask for in this cycle, 0 for none."""
         return limit
 
+    def branches(self) -> bool:
+        """Whether the head should grow a tree in this cycle; asked of those that can."""
+        return True
+
     def chance(self, confidence: float) -> float:
         """That a draft holds whose drafter is so sure of it."""
         return confidence
@@ -106,7 +113,11 @@ class Adaptive(Policy):
         self._tried = [0.0] * (_BINS + 1)
         self._held = [0.0] * (_BINS + 1)
         self._mean = 0.7
-        self._draft_ms = 0.2 * costs.step
+        self._draft_ms = {False: 0.2 * costs.step, True: 0.2 * costs.step}
+        """Of a level, of a chain or (true) of a tree."""
+        self._grows_tree = False
+        self._num_choices = 0
+        self._branching = _Rest()
         self._token_ms = costs.step
         self._load = 1.0
         """How much slower the machine is now than when the costs were measured; the times above
@@ -139,6 +150,16 @@ class Adaptive(Policy):
     def depth(self, limit: int) -> int:
         return limit if self._cycles.over() else 0
 
+    def branches(self) -> bool:
+        # What a level of either costs must be known, and must not grow old.
+        self._num_choices += 1
+        in_turn, is_chain = self._num_choices <= 2 * _TURNS, self._num_choices % _TURNS == 0
+        if in_turn:
+            self._grows_tree = self._num_choices % 2 == 0
+        else:
+            self._grows_tree = not is_chain and self._branching.over()
+        return self._grows_tree
+
     def chance(self, confidence: float) -> float:
         bin_ = int(confidence * _BINS)
         return (self._held[bin_] + _PRIOR * confidence) / (self._tried[bin_] + _PRIOR)
@@ -146,7 +167,7 @@ class Adaptive(Policy):
     def go_on(self, joint: float, num_drafted: int) -> bool:
         costs = self.costs
         row_ms = costs.verify(num_drafted + 2) - costs.verify(num_drafted + 1)
-        return joint * self._mean * self._token_ms > self._draft_ms + row_ms
+        return joint * self._mean * self._token_ms > self._draft_ms[self._grows_tree] + row_ms
 
     def select(self, draft: Draft) -> Draft:
         if draft.confidence is None or draft.q is not None:
@@ -159,7 +180,7 @@ class Adaptive(Policy):
         expected_ms = self._load * self.costs.verify(len(draft) + 1)
         self._load *= 1.05 if verifying_ms > expected_ms else 0.95
         if not draft.tokens:
-            self._cycles.learn(-self._draft_ms)
+            self._cycles.learn(-self._draft_ms[self._grows_tree])
             return
         for node, parent in enumerate(draft.parents or range(-1, len(draft) - 1)):
             if draft.confidence is None or not (parent == -1 or parent in path):
@@ -170,14 +191,29 @@ class Adaptive(Policy):
         depth = _depth(draft)
         # Follows the median: a machine that was busy for a moment is no slower for that.
         drafting_ms /= depth * self._load
-        self._draft_ms *= 1.05 if drafting_ms > self._draft_ms else 0.95
+        level_ms = self._draft_ms[self._grows_tree]
+        self._draft_ms[self._grows_tree] = level_ms * (1.05 if drafting_ms > level_ms else 0.95)
         num_asked = len(path) + (len(path) < depth)
         self._mean += _MEMORY * (len(path) / num_asked - self._mean)
-        spent = depth * self._draft_ms + self.costs.verify(len(draft) + 1)
+        spent = depth * self._draft_ms[self._grows_tree] + self.costs.verify(len(draft) + 1)
         said = len(path) + 1
         self._cycles.learn(said * self.costs.step - spent)
         token_ms = self._token_ms + _MEMORY * (spent / said - self._token_ms)
         self._token_ms = min(self.costs.step, token_ms)
+        if self._grows_tree and draft.confidence is not None:
+            self._branching.learn(self._gain_of_branching(draft, depth))
+
+    def _gain_of_branching(self, draft: Draft, depth: int) -> float:
+        """Milliseconds that a tree is worth more than its trunk, the chain of likeliest tokens."""
+        joint = joint_chances(draft, self)
+        trunk: list[float] = []
+        node = -1
+        while after := list(draft.children(node)):
+            node = max(after, key=lambda i: joint[i])
+            trunk.append(joint[node])
+        rows_ms = self.costs.verify(len(draft) + 1) - self.costs.verify(len(trunk) + 1)
+        levels_ms = depth * (self._draft_ms[True] - self._draft_ms[False])
+        return (sum(joint) - sum(trunk)) * self._token_ms - rows_ms - levels_ms
 
     def _best_size(self, chances: Sequence[float]) -> int:
         """The number of drafts, likeliest first, whose tokens are worth the most more than their

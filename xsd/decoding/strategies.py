@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
+from xsd.config import LEVELS
 from xsd.decoding.config import (
     ALL_CONFIGS,
     BASELINE,
@@ -12,6 +14,7 @@ from xsd.decoding.config import (
     GAP_LEVELS,
     HEAD_LEVELS,
     TREE_HEADS,
+    DecodingConfig,
 )
 from xsd.errors import XsdError
 from xsd.types import Strategy
@@ -19,7 +22,7 @@ from xsd.types import Strategy
 
 def parse(name: str, gamma: int) -> Strategy:
     """``L4+VL``, ``L4+VL:free``, ``E3_decode``, ``E3_tree``, ``X1+E3``, ``drafter+VL``,
-    ``template+VL``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a position,
+    ``template+VL``, ``text``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a position,
     ``synthetic:0.9,0.7``, or a JSON file of them), or any of them with ``@shuffled_events``.
 
     Raises:
@@ -85,11 +88,35 @@ def needs_drafter(strategy: Strategy) -> bool:
     return strategy.gap not in (None, "template") or strategy.head in ("L5", "L5F", "E2")
 
 
+def config_of(adapter: str) -> str:
+    """The config in which an adapter drafts alone: ``E3`` -> ``E3_decode``, ``L4:free`` ->
+    ``L4+VL:free``."""
+    level, _, mode = adapter.partition(":")
+    if level in GAP_LEVELS:
+        return f"{level}+VL:{mode}" if mode else f"{level}+VL"
+    return level if level in CONTROL_HEADS else f"{level}_decode"
+
+
+def strict_rows(strategies: Iterable[Strategy], config: DecodingConfig) -> int | None:
+    """The one row shape of ``--strict``: rows of the largest pass of any of them; None: not asked
+    for."""
+    if not config.strict:
+        return None
+    rows = [1]
+    for strategy in strategies:
+        if strategy.gap is not None:
+            # The first draft is checked by the prefill, and the token said then is a row.
+            rows.append(min(config.max_gap_drafts, config.max_new_tokens))
+        if strategy.head is not None:
+            rows.append(1 + (config.tree_nodes if strategy.tree else strategy.gamma))
+    return max(rows)
+
+
 def adapter_names(strategy: Strategy) -> list[str]:
     """Adapters it loads: levels, and ``L4:free`` for one trained on free-running pairs."""
     names = []
     if strategy.gap in GAP_LEVELS:
         names.append(f"{strategy.gap}:free" if strategy.gap_mode == "free" else str(strategy.gap))
-    if strategy.head in HEAD_LEVELS:
+    if strategy.head in LEVELS:
         names.append(strategy.head)
     return names

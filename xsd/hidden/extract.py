@@ -76,6 +76,7 @@ def header(
             "max_questions": config.max_questions,
             "max_new_tokens": config.max_new_tokens,
             "hidden_dim": pair.verifier.width,
+            "vocab_size": pair.vocab_size,
             **_layers_kept(pair, config),
         },
         plan=digest(batches, data),

@@ -29,6 +29,7 @@ class VerifierHead:
     """Both ends of the verifier's language model."""
 
     lm_head: Float[Tensor, "V Dv"]
+    """All rows of the checkpoint, or those that a pair chooses among."""
     embed_tokens: Float[Tensor, "ids Dv"]
     digest: str
     provenance: str

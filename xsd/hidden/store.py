@@ -117,6 +117,12 @@ class HiddenStore:
         return self.header.d_verifier
 
     @property
+    def vocab_size(self) -> int | None:
+        """Ids that the pair chose among; None: published chunks, which do not say."""
+        found = self.header.config.get("vocab_size")
+        return None if found is None else int(found)
+
+    @property
     def has_ids(self) -> bool:
         return self.header.chunk_format != "pt"
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from xsd.pairs.cache import KVCache
+from xsd.pairs.choose import Chooser, chooser
 from xsd.pairs.config import PairConfig
 from xsd.pairs.device import to_device
 
@@ -39,14 +41,15 @@ class Prompt:
     after: tuple[int, ...]
 
 
-class Scored(NamedTuple):
-    """What a decoder makes of some rows."""
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a decoder makes of some rows; what nobody asks for is not computed."""
 
     states: Float[Tensor, "R D"]
     """After the final norm."""
-    logits: Float[Tensor, "R V"]
-    best: Int[Tensor, " R"]
-    """The likeliest ids."""
+    choose: Callable[[], list[int]]
+    """The likeliest ids; waits for a GPU."""
+    logits: Callable[[], Float[Tensor, "R V"]]
 
 
 @runtime_checkable
@@ -83,7 +86,7 @@ class Decoder(ABC):
     eos_ids: frozenset[int]
     embedding: Float[Tensor, "V D"]
     lm_head: Any
-    """Module from states to logits: a plain linear, or a quantised one."""
+    """Module from states to logits of the ids that are chosen among."""
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class Decoder(ABC):
         self.embedding = embedding
         self.lm_head = lm_head
         self.vocab_size = int(lm_head.out_features)
+        self._choose: Chooser | None = None
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
 
@@ -130,10 +134,15 @@ class Decoder(ABC):
         """R rows behind the cache; states after the final norm."""
         return self.stack.forward(x, cache)
 
-    @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         logits: Tensor = self.lm_head(hidden)
-        return logits[..., : self.vocab_size]
+        return logits
+
+    def choose(self, hidden: Float[Tensor, "*rows D"]) -> list[int]:
+        """The likeliest token of every row, all rows in one list."""
+        if self._choose is None:
+            self._choose = chooser(self.lm_head)
+        return self._choose(hidden)
 
     def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
         """R tokens behind the cache: one pass of decoding, token ids in, choices out.
@@ -144,8 +153,7 @@ class Decoder(ABC):
         return self.score(self.forward(self.embed(rows), cache)[0])
 
     def score(self, states: Float[Tensor, "R D"]) -> Scored:
-        logits = self.logits(states)
-        return Scored(states, logits, logits.argmax(-1))
+        return Scored(states, partial(self.choose, states), partial(self.logits, states))
 
     def on_device(self, ids: Sequence[int] | Int[Tensor, " R"]) -> Int[Tensor, " R"]:
         return ids if isinstance(ids, Tensor) else to_device(ids, self.stack.device)
@@ -158,11 +166,17 @@ class Decoder(ABC):
 
     def limit_vocab(self, num_rows: int) -> None:
         """Choose among the first ``num_rows`` ids only: those that both models of a pair have."""
-        if num_rows < self.vocab_size and type(self.lm_head) is nn.Linear:
+        if num_rows >= self.vocab_size:
+            return
+        self.vocab_size = num_rows
+        is_matrix = type(self.lm_head) is nn.Linear and len([*self.lm_head.parameters()]) == 1
+        if is_matrix:
             cut = nn.Linear(self.width, num_rows, bias=False, device="meta")
             cut.weight = nn.Parameter(self.lm_head.weight.detach()[:num_rows], requires_grad=False)
             self.lm_head = cut
-        self.vocab_size = min(self.vocab_size, num_rows)
+        else:
+            self.lm_head = _FirstRows(self.lm_head, num_rows)
+        self._choose = None
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         return self.stack.new_cache(batch, max_length)
@@ -173,6 +187,19 @@ class Decoder(ABC):
 
     def _embed_ids(self, ids: tuple[int, ...]) -> Float[Tensor, "R D"]:
         return self.embedding[torch.tensor(ids, dtype=torch.long, device=self.embedding.device)]
+
+
+class _FirstRows(nn.Module):
+    """An LM head that is no plain matrix, and whose last ids are not chosen."""
+
+    def __init__(self, lm_head: nn.Module, num_rows: int) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+        self.num_rows = num_rows
+
+    def forward(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        logits: Tensor = self.lm_head(hidden)
+        return logits[..., : self.num_rows]
 
 
 @dataclass(frozen=True)
@@ -218,5 +245,8 @@ class PairSpec:
     default_quant: str
     sources: Callable[[PairConfig], Mapping[str, Source]]
     """``drafter`` and ``verifier``; nothing is loaded."""
-    load: Callable[[PairConfig, str], ModelPair]
-    """The pair in a precision (a key of ``quantise.DTYPES``), in eval mode on its devices."""
+    drafter: Callable[[PairConfig, str], Decoder]
+    """In a precision (one of ``QUANTS``), in eval mode on its device."""
+    verifier: Callable[[PairConfig, str], Decoder]
+    num_frames: int
+    """Frames of a clip that the verifier is shown."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -17,8 +18,8 @@ class LayerWindow(NamedTuple):
 
     new_keys: Float[Tensor, "B heads R head_dim"]
     new_values: Float[Tensor, "B heads R head_dim"]
-    keys: Float[Tensor, "B heads end head_dim"]
-    values: Float[Tensor, "B heads end head_dim"]
+    keys: Float[Tensor, "B heads seen head_dim"]
+    values: Float[Tensor, "B heads seen head_dim"]
 
 
 class TreeRows(NamedTuple):
@@ -40,6 +41,10 @@ class KVCache:
     and ``pad`` holds how many of a row's first positions are padding.
     """
 
+    whole: bool = False
+    """Set for a pass, it looks at the whole buffers, all beyond its rows masked: attention then
+    sums over one length, and in one order, wherever the rows stand."""
+
     def __init__(
         self,
         num_layers: int,
@@ -50,17 +55,20 @@ class KVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        keys_by_channel: bool = False,
+        slack: int | None = None,
     ) -> None:
-        """``keys_by_channel``: positions are a key's innermost axis in memory (same shape)."""
+        """``slack``: for compiled passes: that many positions more, and positions are a key's
+        innermost axis in memory (same shape)."""
         self.keys: Float[Tensor, "layers B heads length head_dim"]
         self.values: Float[Tensor, "layers B heads length head_dim"]
-        shape = (num_layers, batch, num_heads, max_length, head_dim)
+        self.max_length = max_length
+        self.slack = slack
+        shape = (num_layers, batch, num_heads, max_length + (slack or 0), head_dim)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.keys_by_channel = keys_by_channel
         self.keys = torch.zeros_like(self.values)
-        if keys_by_channel:
-            self.keys = self.keys.view(*shape[:3], head_dim, max_length).transpose(-1, -2)
+        if slack is not None:
+            self.keys = self.keys.view(*shape[:3], head_dim, shape[3]).transpose(-1, -2)
+        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
         self.length = 0
         self.pad: Int[Tensor, " B"] | None = None
         self.tree: TreeRows | None = None
@@ -70,8 +78,11 @@ class KVCache:
         return int(self.values.shape[1])
 
     @property
-    def max_length(self) -> int:
-        return int(self.values.shape[3])
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys [layers, B, heads, head_dim, length] and values of a cache for compiled passes."""
+        if self._arrays is None:
+            self._arrays = self.keys.transpose(-1, -2).numpy(), self.values.numpy()
+        return self._arrays
 
     @property
     def num_bytes(self) -> int:
@@ -93,18 +104,22 @@ class KVCache:
             for buffer in (self.keys, self.values):
                 buffer[:, :, :, start : self.length] = buffer[:, :, :, rows]
 
-    def window(self, num_rows: int) -> list[LayerWindow]:
-        """Every layer's views for a pass of R rows; ``length`` moves after the last layer.
-
-        Raises:
-            AssertionError: the rows do not fit.
+    def check_room(self, num_rows: int) -> None:
         """
-        start, end = self.length, self.length + num_rows
+        Raises:
+            AssertionError: R more rows do not fit.
+        """
+        end = self.length + num_rows
         assert end <= self.max_length, f"cache of {self.max_length} positions, {end} needed"
+
+    def window(self, num_rows: int) -> list[LayerWindow]:
+        """Every layer's views for a pass of R rows; ``length`` moves after the last layer."""
+        start, end = self.length, self.length + num_rows
+        seen = self.max_length if self.whole else end
         # Sliced once for all layers: at one row, views cost as much as arithmetic.
         parts = (
             buffer[:, :, :, columns].unbind(0)
-            for columns in (slice(start, end), slice(end))
+            for columns in (slice(start, end), slice(seen))
             for buffer in (self.keys, self.values)
         )
         return [LayerWindow(*views) for views in zip(*parts, strict=True)]
@@ -118,14 +133,16 @@ class KVCache:
             return slice(start, end)
         return (self._columns(start, end) - self.pad[:, None]).clamp_(min=0)
 
-    def visible(self, num_rows: int) -> Bool[Tensor, "R end"] | Bool[Tensor, "B R end"] | None:
+    def visible(self, num_rows: int) -> Bool[Tensor, "R seen"] | Bool[Tensor, "B R seen"] | None:
         """Which columns each of the next R rows may attend to; None: all of them."""
         start, end = self.length, self.length + num_rows
+        seen = self.max_length if self.whole else end
         if self.tree is not None:
-            return pad(self.tree.ancestors, (start, 0), value=True)
-        if self.pad is None and num_rows == 1:
+            behind = pad(self.tree.ancestors, (0, seen - end), value=False)
+            return pad(behind, (start, 0), value=True)
+        if self.pad is None and num_rows == 1 and not self.whole:
             return None
-        rows, columns = self._columns(start, end)[:, None], self._columns(0, end)
+        rows, columns = self._columns(start, end)[:, None], self._columns(0, seen)
         causal = columns <= rows
         if self.pad is None:
             return causal
@@ -143,8 +160,8 @@ class KVCache:
         """A smaller cache with the given batch rows (finished answers retire)."""
         kept = KVCache.__new__(KVCache)
         kept.values = self.values.index_select(1, rows)
-        kept.keys_by_channel = self.keys_by_channel
-        if self.keys_by_channel:
+        kept.max_length, kept.slack, kept._arrays = self.max_length, self.slack, None
+        if self.slack is not None:
             kept.keys = self.keys.transpose(-1, -2).index_select(1, rows).transpose(-1, -2)
         else:
             kept.keys = self.keys.index_select(1, rows)

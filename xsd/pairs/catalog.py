@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from xsd.errors import XsdError
-from xsd.pairs import released
-from xsd.pairs.base import ModelPair, PairSpec, Source
+from xsd.pairs import released, tokens
+from xsd.pairs.base import Decoder, ModelPair, PairSpec, Source
 from xsd.pairs.config import PairConfig
-from xsd.pairs.quantise import DTYPES
 
 PAIRS: Mapping[str, PairSpec] = MappingProxyType(
     {
-        "tiny": PairSpec(
-            "fp32",
-            partial(released.sources, locate=released.embedded),
-            partial(released.load, locate=released.embedded),
-        ),
-        "eventgpt-video-llava": PairSpec(
-            "bf16",
-            partial(released.sources, locate=released.given),
-            partial(released.load, locate=released.given),
-        ),
+        "tiny": released.spec("fp32", released.embedded),
+        "eventgpt-video-llava": released.spec("bf16", released.given),
     }
 )
 ATTRIBUTE = "PAIR"
@@ -67,26 +57,52 @@ def precision(config: PairConfig) -> str:
     """The precision the pair runs in: the one asked for, or its own.
 
     Raises:
-        XsdError: unknown pair or precision.
+        XsdError: unknown pair.
     """
-    quant = config.quant or find_pair(config.pair).default_quant
-    if quant not in DTYPES:
-        raise XsdError(f"--quant {quant}: choose one of {', '.join(DTYPES)}")
-    return quant
+    return config.quant or find_pair(config.pair).default_quant
 
 
 def load_pair(config: PairConfig) -> ModelPair:
     """Both models, in eval mode.
 
     Raises:
-        XsdError: unknown pair, missing or unfit checkpoint, a precision, device or memory that is
-            not to be had, tokenizers that disagree.
+        XsdError: unknown pair, missing or unfit checkpoint, a device or memory that is not to be
+            had, tokenizers that disagree.
     """
-    if config.num_event_images < 1:
-        raise XsdError(f"--num_event_images {config.num_event_images}: must be at least 1")
-    return find_pair(config.pair).load(config, precision(config))
+    return _load(find_pair(config.pair), config)
+
+
+def load_drafter(config: PairConfig, vocab_size: int) -> Decoder:
+    """The drafter alone, choosing among the ids that its pair shares.
+
+    Args:
+        vocab_size: ``ModelPair.vocab_size``, from whoever has loaded both.
+
+    Raises:
+        XsdError: see ``load_pair``.
+    """
+    drafter = find_pair(config.pair).drafter(config, precision(config))
+    drafter.limit_vocab(vocab_size)
+    return drafter
 
 
 def load_folder(folder: Path) -> ModelPair:
     """A pair as ``pretrain`` leaves it: ``drafter``, ``verifier`` and their ``tokenizer``."""
-    return released.load(PairConfig(device="cpu"), "fp32", locate=lambda _: released.inside(folder))
+    spec = released.spec("fp32", lambda _: released.inside(folder))
+    return _load(spec, PairConfig(device="cpu"))
+
+
+def _load(spec: PairSpec, config: PairConfig) -> ModelPair:
+    quant = config.quant or spec.default_quant
+    drafter, verifier = spec.drafter(config, quant), spec.verifier(config, quant)
+    num_shared = min(drafter.vocab_size, verifier.vocab_size)
+    tokens.refuse_other(drafter.tokenizer, verifier.tokenizer, num_shared)
+    return ModelPair(
+        name=config.pair,
+        drafter=drafter,
+        verifier=verifier,
+        num_event_images=config.num_event_images,
+        num_frames=spec.num_frames,
+        quant=quant,
+        provenance={role: source.digest for role, source in spec.sources(config).items()},
+    )

@@ -37,6 +37,7 @@ from xsd.pairs.quantise import (
     plain_linears,
     quantise,
     quantised,
+    refuse_widths,
 )
 
 # Buffers that older releases wrote into checkpoints; they follow from the configuration.
@@ -80,8 +81,11 @@ def load_weights(
             short.
     """
     quant, device = placement.quant, placement.device
-    check_memory(_empty(model_class, config), quant, device)
+    shape = _empty(model_class, config)
+    check_memory(shape, quant, device)
     is_rounded = quant is not None and quant in QUANTISED
+    if quant is not None and is_rounded:
+        refuse_widths(shape, quant, device)
     straight = device.type != "cpu" and not is_rounded
     try:
         with _quiet():
@@ -121,6 +125,7 @@ def draw_weights(model_class: type[PreTrainedModel], config: Any, placement: Pla
     quant, device = placement.quant or "fp32", placement.device
     model = _empty(model_class, config)
     check_memory(model, quant, device)
+    refuse_widths(model, quant, device)
     rounded = _rounded_paths(model) if quant in QUANTISED else set()
     library = load_library(quant) if rounded else None
     for path in [path for path, _ in model.named_modules()]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from xsd.errors import XsdError
+
+QUANTS = ("4bit", "8bit", "fp16", "bf16", "fp32")
+
 
 @dataclass(frozen=True)
 class PairConfig:
@@ -28,3 +32,9 @@ class PairConfig:
     """A device for each, as drafter=cuda:1,verifier=cuda:0; null: both on --device."""
     num_event_images: int = 5
     """Images the events are shown to the drafter in; 1 takes the data set's event_image_1f."""
+
+    def __post_init__(self) -> None:
+        if self.quant is not None and self.quant not in QUANTS:
+            raise XsdError(f"--quant {self.quant}: choose one of {', '.join(QUANTS)}")
+        if self.num_event_images < 1:
+            raise XsdError(f"--num_event_images {self.num_event_images}: must be at least 1")

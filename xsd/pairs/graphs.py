@@ -20,10 +20,9 @@ from torch.nn import functional
 
 from xsd.pairs.cache import KVCache
 from xsd.pairs.capture import Capture, Lane
-from xsd.pairs.folded import Tap
 from xsd.pairs.kernels import attend, project, rotate_and_append, silu_times
 from xsd.pairs.launch import Chip, HeadShape
-from xsd.pairs.modules import Layer, ModuleLayers, is_plain
+from xsd.pairs.modules import Layer, ModuleLayers, Tap, is_plain
 
 MAX_ROWS = 64
 """Longer passes are prefills."""
@@ -89,7 +88,8 @@ class GraphedLayers:
 
     def takes(self, num_rows: int, cache: KVCache) -> bool:
         """Whether such a pass is captured."""
-        plain = cache.batch == 1 and cache.pad is None and self.tap is None
+        # Over whole buffers attention sums in one order; a captured one splits what it reads.
+        plain = cache.batch == 1 and cache.pad is None and self.tap is None and not cache.whole
         return plain and 0 < num_rows <= MAX_ROWS
 
     def run(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:

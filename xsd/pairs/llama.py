@@ -49,10 +49,10 @@ class LlamaDecoder(Decoder):
     def _replay(self, graphs: GraphedLayers, ids: Int[Tensor, " R"], cache: KVCache) -> Scored:
         # The head may have been cut since: that makes another kind of pass.
         kind = f"ids to {self.vocab_size}"
-        found = graphs.replay(kind, ids, cache, self._begin, self.score)
+        found = graphs.replay(kind, ids, cache, self._begin, self._finish)
         cache.length += len(ids)
         states, logits, best = (rows[: len(ids)] for rows in found)
-        return Scored(states.clone(), logits, best)
+        return Scored(states.clone(), best.tolist, lambda: logits)
 
     def prepare(self, cache: KVCache, max_rows: int) -> None:
         length = cache.length
@@ -67,3 +67,9 @@ class LlamaDecoder(Decoder):
 
     def _begin(self, ids: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
         return self.embed(ids[None])[0]
+
+    def _finish(
+        self, states: Float[Tensor, "R D"]
+    ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R V"], Int[Tensor, " R"]]:
+        logits = self.logits(states)
+        return states, logits, logits.argmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xsd.pairs.cache import KVCache, LayerWindow
-from xsd.pairs.folded import Tap
+
+Tap = Callable[[int, Tensor], None]
+"""Number of a layer, from 1, and its output rows [B, R, D]."""
 
 
 class ModuleLayers:

@@ -25,6 +25,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 QUANTISED = ("8bit", "4bit")
 _OUTLIER = 6.0
 """Activations of 8-bit layers that are larger stay in float16: bitsandbytes' own choice."""
+_CPU_INPUTS, _CPU_OUTPUTS = 64, 32
+"""A scale's block, and a tile of bitsandbytes' 4-bit kernels for CPUs."""
 _BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """4bit: a byte-sized scale a block of 64, and a float a 256 of those scales."""
 
@@ -45,6 +47,28 @@ def quantise(language_model: Any, quant: str, device: torch.device) -> None:
     for path in plain_linears(language_model.layers):
         linear = language_model.layers.get_submodule(path)
         language_model.layers.set_submodule(path, quantised(library, linear, quant, device))
+
+
+def refuse_widths(model: Any, quant: str, device: torch.device) -> None:
+    """Refuse what bitsandbytes would fail at in the first forward pass.
+
+    Args:
+        model: of transformers, perhaps on the meta device.
+
+    Raises:
+        XsdError: a layer does not come in the blocks that the 4-bit CPU kernels take.
+    """
+    if quant != "4bit" or device.type != "cpu":
+        return
+    layers = model.get_decoder().layers
+    for path in plain_linears(layers):
+        linear = layers.get_submodule(path)
+        if linear.in_features % _CPU_INPUTS or linear.out_features % _CPU_OUTPUTS:
+            raise XsdError(
+                f"{type(model).__name__}: layer {path} has {linear.in_features} inputs and "
+                f"{linear.out_features} outputs; on a CPU --quant 4bit takes multiples of "
+                f"{_CPU_INPUTS} and {_CPU_OUTPUTS} only: say --quant 8bit or bf16, or use a GPU"
+            )
 
 
 def plain_linears(layers: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from huggingface_hub import snapshot_download
 from xsd.errors import XsdError
 from xsd.files import sha256_file, sha256_json
 from xsd.pairs import eventgpt, tiny, tokens, video_llava
-from xsd.pairs.base import ModelPair, Source
+from xsd.pairs.base import PairSpec, Source
 from xsd.pairs.checkpoint import Placement, draw_weights, load_weights
 from xsd.pairs.config import PairConfig
 from xsd.pairs.device import ROLES, choose_devices
@@ -76,46 +77,48 @@ def _tokenizer(folder: Path | None, config: PairConfig) -> Path:
     return folder
 
 
+def spec(default_quant: str, locate: Locate) -> PairSpec:
+    """The released pair's row of the catalog, with its files wherever ``locate`` says."""
+    return PairSpec(
+        default_quant,
+        partial(sources, locate=locate),
+        partial(drafter, locate=locate),
+        partial(verifier, locate=locate),
+        tiny.NUM_FRAMES,
+    )
+
+
 def sources(config: PairConfig, locate: Locate) -> dict[str, Source]:
     """Digest of each model's weights and configuration; the hub's revision where one is known."""
     folders = locate(config)
     return {role: _source(getattr(folders, role), config, role) for role in ROLES}
 
 
-def load(config: PairConfig, quant: str, locate: Locate) -> ModelPair:
-    """Both models on their devices.
+def drafter(config: PairConfig, quant: str, locate: Locate) -> EventGPTDecoder:
+    """EventGPT on its device.
 
     Raises:
         XsdError: see ``catalog.load_pair``.
     """
-    folders, devices = locate(config), choose_devices(config)
-    drafter = _drafter(config, folders, Placement(quant, devices["drafter"]))
-    verifier = _verifier(config, folders, Placement(quant, devices["verifier"]))
-    num_shared = min(drafter.vocab_size, verifier.vocab_size)
-    tokens.refuse_other(drafter.tokenizer, verifier.tokenizer, num_shared)
-    return ModelPair(
-        name=config.pair,
-        drafter=drafter,
-        verifier=verifier,
-        num_event_images=config.num_event_images,
-        num_frames=tiny.NUM_FRAMES,
-        quant=quant,
-        provenance={role: source.digest for role, source in sources(config, locate).items()},
-    )
-
-
-def _drafter(config: PairConfig, folders: Folders, placement: Placement) -> EventGPTDecoder:
+    folders = locate(config)
     tokenizer = tokens.load(folders.drafter_tokenizer)
     if folders.drafter is None:
         settings, processing = eventgpt.published_config()
     else:
         tower = Path(config.tower) if config.tower else None
         settings, processing = eventgpt.read_config(folders.drafter, tower)
+    placement = Placement(quant, choose_devices(config)["drafter"])
     model = _model(EventGPT, settings, folders.drafter, placement, config)
     return EventGPTDecoder(model, tokenizer, processing)
 
 
-def _verifier(config: PairConfig, folders: Folders, placement: Placement) -> VideoLlavaDecoder:
+def verifier(config: PairConfig, quant: str, locate: Locate) -> VideoLlavaDecoder:
+    """Video-LLaVA on its device.
+
+    Raises:
+        XsdError: see ``catalog.load_pair``.
+    """
+    folders = locate(config)
     tokenizer = tokens.load(folders.verifier_tokenizer)
     if folders.verifier is None:
         settings, processing = video_llava.published_config()
@@ -125,6 +128,7 @@ def _verifier(config: PairConfig, folders: Folders, placement: Placement) -> Vid
         # A tokenizer from elsewhere has ids of its own for the placeholders.
         settings.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
         settings.video_token_index = tokenizer.convert_tokens_to_ids("<video>")
+    placement = Placement(quant, choose_devices(config)["verifier"])
     model = _model(VideoLlava, settings, folders.verifier, placement, config)
     return VideoLlavaDecoder(model, tokenizer, processing)
 

@@ -14,15 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from xsd.kernels import PANEL
 from xsd.pairs.cache import KVCache
-from xsd.pairs.folded import FoldedLayers, Tap
-from xsd.pairs.modules import ModuleLayers, is_plain
+from xsd.pairs.compiled import MAX_ROWS, CompiledLayers
+from xsd.pairs.modules import ModuleLayers, Tap
+from xsd.pairs.modules import is_plain as _is_plain
 
 if TYPE_CHECKING:
     from xsd.pairs.graphs import GraphedLayers
 
-FOLDED_BYTES = 1 << 30
-"""Larger decoder layers are run as they are."""
+COMPILED_BYTES = 1 << 28
+"""Larger decoder layers are run as they are: their passes wait for memory, not for Python."""
+
 GRAPHED = (torch.float32, torch.bfloat16, torch.float16)
 """Precisions that the kernels of captured passes know."""
 
@@ -45,22 +48,19 @@ class DecoderStack:
         self.dtype: torch.dtype = model.norm.weight.dtype
         self._rotary = model.rotary_emb
         on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
-        # Folding keeps a copy of the layers: nothing for models that fill a machine.
-        is_small = sum(weight.nbytes for weight in model.layers.parameters()) <= FOLDED_BYTES
-        self._folds = (
-            on_cpu
-            and is_small
-            and all(
-                is_plain(linear)
-                for layer in model.layers
-                for linear in (*layer.self_attn.children(), *layer.mlp.children())
-                if linear is not layer.mlp.act_fn
-            )
+        # Compiled passes keep a copy of the weights: nothing for models that fill a machine.
+        is_small = sum(weight.nbytes for weight in model.layers.parameters()) <= COMPILED_BYTES
+        is_plain = all(
+            _is_plain(linear)
+            for layer in model.layers
+            for linear in (*layer.self_attn.children(), *layer.mlp.children())
+            if linear is not layer.mlp.act_fn
         )
+        self.compiled = CompiledLayers(model) if on_cpu and is_small and is_plain else None
         self._layers = self._lay_out(model)
         self.graphs: GraphedLayers | None = None
         """The layers where they replay captured passes; None: they do not."""
-        if not isinstance(self._layers, FoldedLayers | ModuleLayers):
+        if not isinstance(self._layers, ModuleLayers):
             self.graphs = self._layers
         self.max_positions = int(config.max_position_embeddings)
         self._extend(self.max_positions)
@@ -85,7 +85,7 @@ class DecoderStack:
             self.head_dim,
             device=self.device,
             dtype=self.dtype,
-            keys_by_channel=self._folds,
+            slack=PANEL if self.compiled is not None else None,
         )
 
     @torch.inference_mode()
@@ -95,13 +95,14 @@ class DecoderStack:
         Raises:
             AssertionError: the rows do not fit into the cache.
         """
-        states = self._layers.run(x, cache)
-        cache.length += x.shape[1]
+        batch, num_rows, _ = x.shape
+        cache.check_room(num_rows)
+        few = self.compiled is not None and batch * num_rows <= MAX_ROWS and self.tap is None
+        states = (self.compiled if few else self._layers).run(x, cache)  # type: ignore[union-attr]
+        cache.length += num_rows
         return states
 
-    def _lay_out(self, model: Any) -> FoldedLayers | ModuleLayers | GraphedLayers:
-        if self._folds:
-            return FoldedLayers(model)
+    def _lay_out(self, model: Any) -> ModuleLayers | GraphedLayers:
         # Triton comes with torch wherever it can run.
         if self.device.type == "cuda" and self.dtype in GRAPHED and find_spec("triton"):
             from xsd.pairs.graphs import GraphedLayers
@@ -115,4 +116,7 @@ class DecoderStack:
         positions = torch.arange(num_positions, device=self.device).float()
         angles = torch.outer(positions, self._rotary.inv_freq.float().to(self.device))
         scaling = float(getattr(self._rotary, "attention_scaling", 1.0))
-        self._layers.set_rotation(angles.cos() * scaling, angles.sin() * scaling)
+        rotation = angles.cos() * scaling, angles.sin() * scaling
+        self._layers.set_rotation(*rotation)
+        if self.compiled is not None:
+            self.compiled.set_rotation(*rotation)

@@ -34,6 +34,7 @@ LEVEL_COLOURS: Final = {
     **{"L1": SKY, "L2": BLUE, "L3": GREEN, "L4": ORANGE, "X1": VERMILLION},
     # Heads are never drawn in one panel with the levels above.
     **{"L5": SKY, "B1": BLUE, "L5F": GREEN, "E1": ORANGE, "E2": PURPLE, "E3": VERMILLION},
+    "text": GREY,
 }
 
 _DASHES: Final = {"": "solid", "feature": "dot", "free": "dash"}

@@ -21,10 +21,9 @@ from xsd.files import sha256_json
 from xsd.scenes.camera import DURATION_US, FPS
 from xsd.scenes.config import EventCameraConfig, ScenesConfig
 from xsd.scenes.layout import NUM_EVENT_IMAGES
-from xsd.scenes.produce import Clip, Job, write_clip
+from xsd.scenes.produce import Clip, Job, refuse_namesakes, shares, write_clip
 from xsd.scenes.simulate import simulate_events
 
-CLIPS_A_JOB = 20
 _SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 _LUMA = np.array((0.2126, 0.7152, 0.0722), np.float32)
 _LINEAR = np.where(
@@ -106,7 +105,7 @@ def plan_footage(config: ScenesConfig) -> list[Job]:
         jobs += [
             _Film(
                 root=config.output_dir,
-                num_clips=min(CLIPS_A_JOB, total - first),
+                num_clips=num_clips,
                 video=video,
                 recording=recording,
                 split=split,
@@ -116,7 +115,7 @@ def plan_footage(config: ScenesConfig) -> list[Job]:
                 seed=config.seed,
                 event_camera=config.event_camera,
             )
-            for first in range(0, total, CLIPS_A_JOB)
+            for first, num_clips in shares(total)
         ]
     return jobs
 
@@ -164,10 +163,7 @@ def _videos(given: Path | None, split: str) -> list[tuple[Path, str, str]]:
         parts = path.relative_to(given).with_suffix("").parts
         of_folder = parts[0] if parts[0] in ("train", "val", "test") else "test"
         videos.append((path, _named("_".join(parts)), of_folder if split == "auto" else split))
-    names = [name for _, name, _ in videos]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise XsdError(f"{given}: two videos would be recording {twice[0]!r}; rename one of them")
+    refuse_namesakes(given, [name for _, name, _ in videos])
     return videos
 
 

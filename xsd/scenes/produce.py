@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +28,8 @@ from xsd.scenes.facts import Facts
 from xsd.scenes.layout import INDEX_NAME, NUM_EVENT_IMAGES, SceneRecord, index_entry
 from xsd.scenes.video import write_mp4
 
+CLIPS_A_JOB = 20
+"""So much of a recording is done again after an interruption, and is one step of progress."""
 _MARKERS = ".recordings"
 Clip = dict[str, Any]
 """``entry`` (its row of the index), ``facts`` or None, ``num_events``, ``sha256`` by file."""
@@ -61,6 +64,23 @@ class Job(ABC):
     @property
     def marker(self) -> Path:
         return self.root / _MARKERS / f"{self.name}.json"
+
+
+def shares(num_windows: int) -> list[tuple[int, int]]:
+    """First window and number of windows of each job that cuts a part of a recording."""
+    starts = range(0, num_windows, CLIPS_A_JOB)
+    return [(first, min(CLIPS_A_JOB, num_windows - first)) for first in starts]
+
+
+def refuse_namesakes(folder: Path, recordings: Sequence[str]) -> None:
+    """Two recordings of one name would write the same files.
+
+    Raises:
+        XsdError: there are two.
+    """
+    twice = sorted(name for name, count in Counter(recordings).items() if count > 1)
+    if twice:
+        raise XsdError(f"{folder}: two recordings would be {twice[0]!r}; rename or remove one")
 
 
 def produce(jobs: Sequence[Job], num_workers: int) -> Iterator[SceneRecord]:

@@ -19,11 +19,9 @@ from xsd.files import sha256_json
 from xsd.scenes.config import ScenesConfig
 from xsd.scenes.events import Events
 from xsd.scenes.layout import NUM_EVENT_IMAGES
-from xsd.scenes.produce import Clip, Job, write_clip
+from xsd.scenes.produce import Clip, Job, refuse_namesakes, shares, write_clip
 from xsd.scenes.video import read_image
 
-CLIPS_A_JOB = 20
-"""So much of a recording is done again after an interruption, and is one step of progress."""
 TEST_RECORDINGS = frozenset(
     f"{place}_{letter}"
     for place, letters in {
@@ -176,13 +174,13 @@ def plan_dsec(config: ScenesConfig) -> list[Job]:
         jobs += [
             _Cut(
                 root=config.output_dir,
-                num_clips=min(CLIPS_A_JOB, total - first),
+                num_clips=num_clips,
                 recording=recording,
                 first=first,
                 window_us=window_us,
                 stride_us=stride_us,
             )
-            for first in range(0, total, CLIPS_A_JOB)
+            for first, num_clips in shares(total)
         ]
     return jobs
 
@@ -199,10 +197,7 @@ def find_recordings(root: Path | None, split: str) -> list[Recording]:
     if not found:
         raise XsdError(f"{root}: holds no events.h5; unpack DSEC's events there or check the path")
     recordings = [_recording(root, path, split) for path in found]
-    names = [recording.name for recording in recordings]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise XsdError(f"{root}: holds {twice[0]} more than once; remove one of them")
+    refuse_namesakes(root, [recording.name for recording in recordings])
     return recordings
 
 

@@ -132,7 +132,8 @@ def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:
         else:
             experiment = store.experiment_id(pair)
             reap(client, experiment)
-        tags = {"mlflow.parentRunId": parent} if parent else {}
+        tags = {"mlflow.user": store.user(), "mlflow.parentRunId": parent}
+        tags = {name: value for name, value in tags.items() if value is not None}
         info = client.create_run(experiment, tags=tags, run_name=name).info
     return Run(client, info.run_id, info.experiment_id, stage, pair, info.artifact_uri)
 

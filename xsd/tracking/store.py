@@ -170,6 +170,18 @@ def git_commit() -> str | None:
     return described.stdout.strip()
 
 
+@lru_cache(maxsize=1)
+def user() -> str | None:
+    """Who runs this, as ``mlflow run`` would say; None: a user id without a name (a container)."""
+    from mlflow.tracking.context.default_context import DefaultRunContext
+    from mlflow.utils.mlflow_tags import MLFLOW_USER
+
+    try:
+        return str(DefaultRunContext().tags()[MLFLOW_USER])
+    except (KeyError, OSError):
+        return None
+
+
 def this_process() -> str:
     """``host:pid:start``: tells whether the process that began a run still lives."""
     import psutil

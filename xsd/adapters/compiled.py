@@ -1,0 +1,153 @@
+"""Steps of a head in single precision on a CPU: one compiled call a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from xsd import kernels
+
+if TYPE_CHECKING:
+    from xsd.adapters.base import Siblings, StepInputs
+    from xsd.adapters.eagle import TokenHead
+
+Matrix = Float[np.ndarray, "in out"]
+Bias = Float[np.ndarray, " out"]
+
+
+def _fold(
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"],
+    norm: nn.LayerNorm | None = None,
+    queries: int = 0,
+    scale: float = 1.0,
+) -> tuple[Matrix, Bias]:
+    """``norm(x) @ weight.T + bias`` of a row that is normalised, but by no factors.
+
+    ``scale`` goes into the first outputs, ``queries`` of them.
+    """
+    weight, bias = weight.t().double(), bias.double()
+    if norm is not None:
+        bias = bias + norm.bias.double() @ weight
+        weight = norm.weight.double()[:, None] * weight
+    scales = torch.ones_like(bias)
+    scales[:queries] = scale
+    return (weight * scales).float().numpy(), (bias * scales).float().numpy()
+
+
+def _affine(
+    linear: nn.Linear, norm: nn.LayerNorm | None = None, queries: int = 0, scale: float = 1.0
+) -> tuple[Matrix, Bias]:
+    return _fold(linear.weight, linear.bias, norm, queries, scale)
+
+
+def _stack(parts: list[tuple[Matrix, Bias]]) -> tuple[np.ndarray, np.ndarray]:
+    """Packed weights of all layers, and biases as wide as they."""
+    weights, biases = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+    packed = kernels.pack(weights)
+    wide = np.zeros((len(parts), packed.shape[1] * kernels.PANEL), np.float32)
+    wide[:, : biases.shape[1]] = biases
+    return packed, wide
+
+
+class CompiledTokenHead:
+    """The weights of a ``TokenHead`` as the kernel takes them: copies."""
+
+    @torch.no_grad()
+    def __init__(self, head: TokenHead) -> None:
+        blocks, width = list(head.blocks), head.config.d_verifier
+        self.num_layers, self.num_heads, self.width = len(blocks), head.config.num_heads, width
+        scale = (width // self.num_heads) ** -0.5
+        norms = [m for m in head.modules() if isinstance(m, nn.LayerNorm)]
+        (eps,) = {norm.eps for norm in norms}
+        self.eps = np.float32(eps)
+
+        self.positions = head.positions.detach()
+        self.entrance = np.zeros((0, width, kernels.PANEL), np.float32)
+        if head.row.feedback:
+            # The bias of ``fuse`` comes with the token, that of the norm with the position.
+            weight, norm = head.fuse.weight[:, :width], head.norm_state
+            entrance, at_positions = _fold(weight, torch.zeros_like(head.fuse.bias), norm)
+            self.entrance = kernels.pack(entrance)
+            self.positions = self.positions + torch.from_numpy(at_positions)
+        crosses = [block.cross for block in blocks if block.cross is not None]
+        self.crosses = crosses
+        # Without cross-attention any weights of the right kind will do: they are not read.
+        queries = [_affine(c.query, c.norm, width, scale) for c in crosses]
+        outs = [_affine(c.out) for c in crosses]
+        unread = [(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))] * len(blocks)
+        stacks = [
+            _stack(parts)
+            for parts in (
+                [_affine(b.query_key_value, b.norm_attention, width, scale) for b in blocks],
+                [_affine(b.attention_out) for b in blocks],
+                queries or unread,
+                outs or unread,
+                [_affine(b.up, b.norm_ffn) for b in blocks],
+                [_affine(b.down) for b in blocks],
+            )
+        ]
+        project, project_bias = _stack([_affine(head.project, head.norm_out)])
+        self.weights = [self.entrance, *(w for w, _ in stacks), project[0]]
+        self.biases = [*(b for _, b in stacks), project_bias[0]]
+
+
+class CompiledCache:
+    """Keys and values of one answer; the counterpart of ``AdapterCache``.
+
+    ``length`` rows are valid. Setting it to a smaller number rolls back in O(1).
+    """
+
+    def __init__(self, head: CompiledTokenHead, max_length: int) -> None:
+        self.head = head
+        self.max_length = max_length
+        self.length = 0
+        shape = (head.num_layers, head.num_heads, head.width // head.num_heads)
+        self._keys = np.zeros((*shape, max_length + kernels.PANEL), np.float32)
+        self._values = np.zeros((*shape[:2], max_length + kernels.PANEL, shape[2]), np.float32)
+        self._chain = np.zeros((0, 0), bool)
+        self._remember([])
+
+    @torch.no_grad()
+    def begin_sample(self, visual: Float[Tensor, "1 K Dv"] | None = None) -> None:
+        """Forget all rows; attend to other visual vectors, where the head attends to any."""
+        self.length = 0
+        if self.head.crosses:
+            self._remember([cross.project_memory(visual) for cross in self.head.crosses])
+
+    def step(self, rows: StepInputs, siblings: Siblings | None) -> Float[Tensor, "1 R Dv"]:
+        """Append rows and return their outputs (see ``Adapter.step``)."""
+        assert rows.token is not None, "a token head reads tokens"
+        _, num_rows, width = rows.token.shape
+        start, end = self.length, self.length + num_rows
+        assert end <= self.max_length, f"cache of {self.max_length} rows is full"
+        at, begin, seen = slice(start, end), start, self._chain
+        if siblings is not None:
+            at = slice(siblings.position, siblings.position + 1)
+            # Before the tree's first row everything is seen.
+            begin, seen = 0, siblings.visible.numpy()
+        known = (rows.token[0] + self.head.positions[at]).numpy()
+        out = np.empty((num_rows, width), np.float32)
+        # A head that reads no states has no weights for them either.
+        states = known if rows.verifier is None else rows.verifier[0].contiguous().numpy()
+        kernels.head_pass(
+            known, states, *self.head.weights, *self.head.biases,
+            self.head.eps, self._keys, self._values, *self._memory, start, begin, seen, out,
+        )  # fmt: skip
+        self.length = end
+        return torch.from_numpy(out)[None]
+
+    def _remember(self, memories: list[Float[Tensor, "2 1 H K Dh"]]) -> None:
+        layers, heads, head_dim, _ = self._keys.shape
+        size = memories[0].shape[3] if memories else 0
+        keys = np.zeros((layers, heads, head_dim, size + kernels.PANEL), np.float32)
+        values = np.zeros((layers, heads, size + kernels.PANEL, head_dim), np.float32)
+        for layer, memory in enumerate(memories):
+            both = memory[:, 0].numpy()
+            keys[layer, :, :, :size] = both[0].transpose(0, 2, 1)
+            values[layer, :, :size] = both[1]
+        self._memory = keys, values, size

@@ -1,0 +1,99 @@
+"""A pass through a Llama decoder."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xsd.kernels.options import exact
+from xsd.kernels.products import NARROW, PANEL, add_product
+from xsd.kernels.rows import ONE, ZERO, attend, normalise, silu, turn
+
+
+@exact
+def decoder_pass(
+    rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values, first, begin,
+    positions, ancestors, states,
+):  # fmt: skip
+    """R new rows of each of B answers through a Llama decoder, behind what a cache holds.
+
+    Weights are packed; those behind a norm hold its factors. H query heads, G key heads.
+
+    Args:
+        rows: [B R, D] embeddings.
+        qkv: [L, P, D, 64] for (H + 2 G) Dh columns.
+        attention_out: [L, P, H Dh, 64].
+        gate_up: [L, P, D, 64] for 2 F columns.
+        down: [L, P, F, 64].
+        final_norm: [D].
+        eps: float32, of the norms.
+        cos, sin: [positions, Dh / 2].
+        keys: [L, B, G, Dh, columns], at least 64 more columns than are in use; written.
+        values: [L, B, G, columns, Dh]; written.
+        first: [B] int64: of the columns that are seen.
+        begin: [B] int64: column of the first new row.
+        positions: [B R] int64.
+        ancestors: [R, R] bool: which of each other the rows see; empty: those before them.
+        states: [B R, D], overwritten: after the final norm.
+    """
+    num_layers, batch, kv_heads, head_dim, num_columns = keys.shape
+    num_rows, width = rows.shape
+    each = num_rows // batch
+    num_heads, ffn, half = attention_out.shape[2] // head_dim, down.shape[2], head_dim // 2
+    group = num_heads // kv_heads
+    query_scale = ONE / np.sqrt(np.float32(head_dim))
+    room = max(num_columns, 2 * ffn) + PANEL
+    bits = np.empty(room, np.int32)
+    powers = bits.view(np.float32)
+    line = np.empty(room, np.float32)
+    scores = np.empty((num_rows, room), np.float32)
+    x = np.zeros((num_rows, down.shape[1] * PANEL), np.float32)
+    x[:, :width] = rows
+    normed = np.empty((num_rows, width), np.float32)
+    projected = np.empty((num_rows, qkv.shape[1] * PANEL), np.float32)
+    attended = np.zeros((num_rows, num_heads * head_dim + NARROW), np.float32)
+    both = np.empty((num_rows, gate_up.shape[1] * PANEL), np.float32)
+    for layer in range(num_layers):
+        for r in range(num_rows):
+            normalise(x[r, :width], ZERO, eps, normed[r])
+        projected[:] = ZERO
+        add_product(normed, qkv[layer], projected)
+        for r in range(num_rows):
+            entry = r // each
+            column, row = begin[entry] + r % each, projected[r]
+            turn_cos, turn_sin = cos[positions[r]], sin[positions[r]]
+            for h in range(num_heads + kv_heads):
+                factor = query_scale if h < num_heads else ONE
+                turn(row[h * head_dim : (h + 1) * head_dim], half, turn_cos, turn_sin, factor)
+            for g in range(kv_heads):
+                new = row[(num_heads + g) * head_dim :]
+                its_keys = keys[layer, entry, g]
+                for d in range(head_dim):
+                    its_keys[d, column] = new[d]
+                new = row[(num_heads + kv_heads + g) * head_dim :]
+                its_values = values[layer, entry, g, column]
+                for d in range(head_dim):
+                    its_values[d] = new[d]
+        for entry in range(batch):
+            lo, hi = entry * each, (entry + 1) * each
+            for h in range(num_heads):
+                attend(
+                    projected, h * head_dim, lo, hi,
+                    keys[layer, entry, h // group], values[layer, entry, h // group],
+                    first[entry], begin[entry], ancestors,
+                    scores, line, bits, powers, attended, h * head_dim,
+                )  # fmt: skip
+        add_product(attended, attention_out[layer], x)
+        for r in range(num_rows):
+            normalise(x[r, :width], ZERO, eps, normed[r])
+        both[:] = ZERO
+        add_product(normed, gate_up[layer], both)
+        for r in range(num_rows):
+            gate, up = both[r, :ffn], both[r, ffn : 2 * ffn]
+            silu(gate, line, bits, powers)
+            for j in range(ffn):
+                gate[j] *= up[j]
+        add_product(both, down[layer], x)
+    for r in range(num_rows):
+        normalise(x[r, :width], ZERO, eps, states[r])
+        for j in range(width):
+            states[r, j] *= final_norm[j]

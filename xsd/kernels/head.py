@@ -1,0 +1,109 @@
+"""A step of a drafting head: transformer blocks with biases between two projections."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xsd.kernels.options import exact
+from xsd.kernels.products import NARROW, PANEL, add_product
+from xsd.kernels.rows import attend, centre, silu
+
+
+@exact
+def _affine(x, panels, bias, out):
+    """``out = x @ w + bias``."""
+    for r in range(out.shape[0]):
+        out[r] = bias
+    add_product(x, panels, out)
+
+
+@exact
+def _normalise_all(x, width, eps, out):
+    for r in range(x.shape[0]):
+        centre(x[r, :width], eps, out[r])
+
+
+@exact
+def head_pass(
+    known, states, entrance, qkv, attention_out, query, cross_out, up, down, project,
+    qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias, project_bias,
+    eps, keys, values, memory_keys, memory_values, memory_size, column, begin, ancestors, out,
+):  # fmt: skip
+    """R rows of a head of L blocks, behind what its cache holds.
+
+    Weights are packed; those behind a norm hold its factors, those of queries also
+    ``1 / sqrt(Dh)``. Biases are as wide as the panels they belong to.
+
+    Args:
+        known: [R, D]: what is known of a row before its state: token, position, biases.
+        states: [R, D], not yet normalised.
+        entrance: [P, D, 64], from normalised states.
+        qkv: [L, P, D, 64]; attention_out, query, cross_out: the same; up: for F columns; down:
+            [L, P, F, 64].
+        project: [P, D, 64].
+        eps: float32, of all norms.
+        keys: [L, H, Dh, columns], at least 64 more columns than are in use; written.
+        values: [L, H, columns, Dh]; written.
+        memory_keys: [L, H, Dh, >= K + 64].
+        memory_values: [L, H, >= K + 1, Dh].
+        memory_size: K; 0: the blocks do not look at a memory.
+        column: of the first row.
+        begin: all rows see the columns before it.
+        ancestors: [R, n] bool: which columns from ``begin`` on each row sees; of no rows: the rows
+            are a chain, and ``begin`` is ``column``.
+        out: [R, D], overwritten.
+    """
+    num_layers, num_heads, head_dim, num_columns = keys.shape
+    num_rows, width = known.shape
+    room = max(num_columns, memory_keys.shape[3], up.shape[1] * PANEL) + PANEL
+    bits = np.empty(room, np.int32)
+    powers = bits.view(np.float32)
+    line = np.empty(room, np.float32)
+    scores = np.empty((num_rows, room), np.float32)
+    everything = np.zeros((num_rows, 0), np.bool_)
+    x = np.zeros((num_rows, project.shape[0] * PANEL), np.float32)
+    x[:, :width] = known
+    normed = np.empty((num_rows, width), np.float32)
+    projected = np.empty((num_rows, qkv.shape[1] * PANEL), np.float32)
+    asked = np.empty((num_rows, query.shape[1] * PANEL), np.float32)
+    attended = np.zeros((num_rows, width + NARROW), np.float32)
+    hidden = np.empty((num_rows, up.shape[1] * PANEL), np.float32)
+    ffn = down.shape[2]
+    _normalise_all(states, width, eps, normed)
+    add_product(normed, entrance, x)
+    for layer in range(num_layers):
+        _normalise_all(x, width, eps, normed)
+        _affine(normed, qkv[layer], qkv_bias[layer], projected)
+        for h in range(num_heads):
+            its_keys, its_values = keys[layer, h], values[layer, h]
+            start = width + h * head_dim
+            for r in range(num_rows):
+                for d in range(head_dim):
+                    its_keys[d, column + r] = projected[r, start + d]
+                    its_values[column + r, d] = projected[r, start + width + d]
+            attend(
+                projected, h * head_dim, 0, num_rows, its_keys, its_values, 0, begin, ancestors,
+                scores, line, bits, powers, attended, h * head_dim,
+            )  # fmt: skip
+        x += attention_out_bias[layer]
+        add_product(attended, attention_out[layer], x)
+        if memory_size:
+            _normalise_all(x, width, eps, normed)
+            _affine(normed, query[layer], query_bias[layer], asked)
+            for h in range(num_heads):
+                attend(
+                    asked, h * head_dim, 0, num_rows, memory_keys[layer, h],
+                    memory_values[layer, h], 0, memory_size, everything,
+                    scores, line, bits, powers, attended, h * head_dim,
+                )  # fmt: skip
+            x += cross_out_bias[layer]
+            add_product(attended, cross_out[layer], x)
+        _normalise_all(x, width, eps, normed)
+        _affine(normed, up[layer], up_bias[layer], hidden)
+        for r in range(num_rows):
+            silu(hidden[r, :ffn], line, bits, powers)
+        x += down_bias[layer]
+        add_product(hidden, down[layer], x)
+    _normalise_all(x, width, eps, normed)
+    _affine(normed, project, project_bias, x)
+    out[:] = x[:, :width]

@@ -1,0 +1,195 @@
+"""Matrix products of a few rows, whose every row is summed in the same order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from xsd.kernels.options import exact
+
+PANEL = 64
+"""Columns of a weight that lie together in memory."""
+_LANES = 16
+"""Floats a vector; where a machine has shorter ones, LLVM splits them."""
+
+
+def pack(weight: Float[np.ndarray, "*layers K N"]) -> Float[np.ndarray, "*layers panels K 64"]:
+    """A weight in panels of 64 columns, the last one filled up with zeros."""
+    *layers, size, width = weight.shape
+    num_panels = -(-width // PANEL)
+    padded = np.zeros((*layers, size, num_panels * PANEL), np.float32)
+    padded[..., :width] = weight
+    panels = padded.reshape(*layers, size, num_panels, PANEL)
+    return np.ascontiguousarray(np.moveaxis(panels, -2, -3))
+
+
+def _vectors_at_once(num_rows: int) -> int:
+    """Vectors of 16 a row whose sums the machine's registers hold."""
+    if get_host_cpu_features().get("avx512f"):
+        return 4
+    return {1: 4, 2: 2}.get(num_rows, 1)
+
+
+def _block(num_rows: int, num_vectors: int) -> Any:
+    """A product's innermost part, whose sums stay in registers.
+
+    ``out[row + r, column + j] += sum_k x[row + r, start + k] * w[first + k, w_column + j]`` for r
+    below ``num_rows`` and j below 16 ``num_vectors``; k goes from 0 to ``size`` (at least 1), one
+    after the other. Loops in Python's syntax leave the choice of registers to LLVM, which then
+    stores and loads every sum at every k: half as fast at one row, a quarter at five.
+    """
+
+    @intrinsic
+    def block(_: Any, x: Any, row: Any, start: Any, w: Any, first: Any, w_column: Any, size: Any,
+              out: Any, column: Any) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            real, index = ir.FloatType(), ir.IntType(64)
+            vector = ir.VectorType(real, _LANES)
+            arrays = {
+                name: context.make_array(signature.args[i])(context, builder, args[i])
+                for i, name in ((0, "x"), (3, "w"), (7, "out"))
+            }
+            row, start, first, w_column, size, column = (args[i] for i in (1, 2, 4, 5, 6, 8))
+
+            def constant(value: int) -> Any:
+                return ir.Constant(index, value)
+
+            def at(base: Any, *offsets: Any) -> Any:
+                for offset in offsets:
+                    base = builder.gep(base, [offset], source_etype=real)
+                return base
+
+            def width(name: str) -> Any:
+                return builder.extract_value(arrays[name].shape, 1)
+
+            def place(name: str, *, row: Any, column: Any) -> Any:
+                return at(arrays[name].data, builder.mul(row, width(name)), column)
+
+            def load(pointer: Any) -> Any:
+                loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()), typ=vector)
+                loaded.align = 4
+                return loaded
+
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_LANES}f32"
+            )
+            undefined = ir.Constant(vector, ir.Undefined)
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
+            rows = [builder.add(row, constant(r)) for r in range(num_rows)]
+            sources = [place("x", row=r, column=start) for r in rows]
+            at_once = min(num_vectors, _vectors_at_once(num_rows))
+            for group in range(0, num_vectors, at_once):
+                lanes = [constant(_LANES * (group + i)) for i in range(at_once)]
+                outs = [[at(place("out", row=r, column=column), i) for i in lanes] for r in rows]
+                begun = [[load(pointer) for pointer in pointers] for pointers in outs]
+                before = builder.block
+                body, after = (builder.append_basic_block(name) for name in ("body", "after"))
+                builder.branch(body)
+                builder.position_at_end(body)
+                k = builder.phi(index)
+                sums = [[builder.phi(vector) for _ in lanes] for _ in rows]
+                weights = place("w", row=builder.add(first, k), column=w_column)
+                factors = [load(at(weights, i)) for i in lanes]
+                added = []
+                for source, line in zip(sources, sums, strict=True):
+                    one = builder.load(at(source, k), typ=real)
+                    one = builder.insert_element(undefined, one, ir.Constant(ir.IntType(32), 0))
+                    one = builder.shuffle_vector(one, undefined, zeros)
+                    pairs = zip(factors, line, strict=True)
+                    added.append([builder.call(fma, [one, w, total]) for w, total in pairs])
+                following = builder.add(k, constant(1))
+                k.add_incoming(constant(0), before)
+                k.add_incoming(following, body)
+                for line, old, new in zip(sums, begun, added, strict=True):
+                    for total, old_part, new_part in zip(line, old, new, strict=True):
+                        total.add_incoming(old_part, before)
+                        total.add_incoming(new_part, body)
+                builder.cbranch(builder.icmp_signed("<", following, size), body, after)
+                builder.position_at_end(after)
+                for pointers, parts in zip(outs, added, strict=True):
+                    for pointer, part in zip(pointers, parts, strict=True):
+                        target = builder.bitcast(pointer, vector.as_pointer())
+                        builder.store(part, target).align = 4
+            return context.get_dummy_value()
+
+        return types.void(x, row, start, w, first, w_column, size, out, column), generate
+
+    return block
+
+
+_BLOCK_1, _BLOCK_2, _BLOCK_3, _BLOCK_4, _BLOCK_5, _BLOCK_6 = (_block(r, 4) for r in range(1, 7))
+_NARROW_1, _NARROW_2, _NARROW_3, _NARROW_4, _NARROW_5, _NARROW_6 = (
+    _block(r, 2) for r in range(1, 7)
+)
+NARROW = 2 * _LANES
+"""Columns of a narrow block."""
+
+
+@exact
+def add_panel(x, row, stop, start, w, first, w_column, size, out, column):
+    """A block of 64 columns for the rows up to ``stop``, a few at a time."""
+    while row < stop:
+        left = stop - row
+        if left == 1:
+            _BLOCK_1(x, row, start, w, first, w_column, size, out, column)
+            row += 1
+        elif left == 2:
+            _BLOCK_2(x, row, start, w, first, w_column, size, out, column)
+            row += 2
+        elif left == 3:
+            _BLOCK_3(x, row, start, w, first, w_column, size, out, column)
+            row += 3
+        elif left == 4 or left == 7 or left == 8:
+            _BLOCK_4(x, row, start, w, first, w_column, size, out, column)
+            row += 4
+        elif left == 5 or left == 9 or left == 10:
+            _BLOCK_5(x, row, start, w, first, w_column, size, out, column)
+            row += 5
+        else:
+            _BLOCK_6(x, row, start, w, first, w_column, size, out, column)
+            row += 6
+
+
+@exact
+def add_narrow(x, row, stop, start, w, first, w_column, size, out, column):
+    """A block of 32 columns for the rows up to ``stop``."""
+    while row < stop:
+        left = stop - row
+        if left == 1:
+            _NARROW_1(x, row, start, w, first, w_column, size, out, column)
+            row += 1
+        elif left == 2:
+            _NARROW_2(x, row, start, w, first, w_column, size, out, column)
+            row += 2
+        elif left == 3:
+            _NARROW_3(x, row, start, w, first, w_column, size, out, column)
+            row += 3
+        elif left == 4 or left == 7 or left == 8:
+            _NARROW_4(x, row, start, w, first, w_column, size, out, column)
+            row += 4
+        elif left == 5 or left == 9 or left == 10:
+            _NARROW_5(x, row, start, w, first, w_column, size, out, column)
+            row += 5
+        else:
+            _NARROW_6(x, row, start, w, first, w_column, size, out, column)
+            row += 6
+
+
+@exact
+def add_product(x, panels, out):
+    """``out += x @ w``, where ``panels = pack(w)``.
+
+    Args:
+        x: [R, >= K].
+        panels: [P, K, 64].
+        out: [R, 64 P].
+    """
+    for p in range(panels.shape[0]):
+        add_panel(x, 0, x.shape[0], 0, panels[p], 0, 0, panels.shape[1], out, p * PANEL)

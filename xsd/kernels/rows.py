@@ -1,0 +1,160 @@
+"""What happens to one row at a time, and attention."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xsd.kernels.options import exact, reorder
+from xsd.kernels.products import NARROW, PANEL, add_narrow, add_panel
+
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
+_LOG2_E = np.float32(1.4426950408889634)
+_ROUND = np.float32(12582912.0)  # adding 1.5 * 2**23 leaves no room for a fraction
+_LIMIT = np.float32(87.0)
+# 2**f for |f| <= 1/2, to single precision.
+_C1, _C2, _C3 = np.float32(0.6931471806), np.float32(0.2402265070), np.float32(0.0555041087)
+_C4, _C5, _C6 = np.float32(0.0096181291), np.float32(0.0013333558), np.float32(0.0001540353)
+
+
+@reorder
+def maximum(x):
+    best = x[0]
+    for j in range(1, x.shape[0]):
+        best = max(best, x[j])
+    return best
+
+
+@reorder
+def _sum(x):
+    total = ZERO
+    for j in range(x.shape[0]):
+        total += x[j]
+    return total
+
+
+@reorder
+def _sum_squares(x, mean):
+    total = ZERO
+    for j in range(x.shape[0]):
+        total += (x[j] - mean) * (x[j] - mean)
+    return total
+
+
+@exact
+def normalise(x, mean, eps, out):
+    """``(x - mean) / sqrt(mean((x - mean)^2) + eps)``: with a mean of zero, RMSNorm without its
+    factors."""
+    scale = ONE / np.sqrt(_sum_squares(x, mean) / np.float32(x.shape[0]) + eps)
+    for j in range(x.shape[0]):
+        out[j] = (x[j] - mean) * scale
+
+
+@exact
+def centre(x, eps, out):
+    """LayerNorm without its factors."""
+    normalise(x, _sum(x) / np.float32(x.shape[0]), eps, out)
+
+
+@exact
+def _exp(x, bits, powers):
+    """``x = exp(x)`` in place; ``powers`` is ``bits`` (int32) read as float32."""
+    for j in range(x.shape[0]):
+        t = min(max(x[j], -_LIMIT), _LIMIT) * _LOG2_E
+        whole = (t + _ROUND) - _ROUND
+        f = t - whole
+        x[j] = ONE + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
+        bits[j] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+    for j in range(x.shape[0]):
+        x[j] *= powers[j]
+
+
+@exact
+def _softmax(x, size, bits, powers):
+    """Over the first ``size`` of x, in place; x has room for whole vectors, which become zero."""
+    padded = (size + PANEL - 1) // PANEL * PANEL
+    x[size:padded] = -np.inf
+    line = x[:padded]
+    best = maximum(line)
+    for j in range(padded):
+        line[j] -= best
+    _exp(line, bits, powers)
+    # What exp makes of the end is too little to count beside the largest, which is one.
+    scale = ONE / _sum(line)
+    for j in range(padded):
+        line[j] *= scale
+    x[size:padded] = ZERO
+
+
+@exact
+def silu(x, scratch, bits, powers):
+    """``x = x * sigmoid(x)`` in place."""
+    for j in range(x.shape[0]):
+        scratch[j] = -x[j]
+    _exp(scratch[: x.shape[0]], bits, powers)
+    for j in range(x.shape[0]):
+        x[j] = x[j] / (ONE + scratch[j])
+
+
+@exact
+def turn(x, half, cos, sin, factor):
+    """Rotate the two halves of a head into each other."""
+    a, b = x[:half], x[half : 2 * half]
+    for i in range(half):
+        c, s = cos[i] * factor, sin[i] * factor
+        u, v = a[i] * c - b[i] * s, b[i] * c + a[i] * s
+        a[i], b[i] = u, v
+
+
+@exact
+def attend(
+    x, start, lo, hi, keys, values, first, begin, ancestors, scores, line, bits, powers, out, column
+):
+    """One head of the rows ``lo..hi - 1``: all see the columns ``first..begin - 1``, and further
+    ones as ``ancestors`` says.
+
+    Args:
+        x: [R, ..] scaled queries, from column ``start`` on.
+        keys: [Dh, columns], at least 64 more than are in use.
+        values: [columns, Dh].
+        first: of the columns that are seen.
+        ancestors: [hi - lo, n] bool: which of the n columns from ``begin`` on; of no rows: a row
+            stands at each, and sees those before it and itself.
+        out: [R, >= column + Dh + 31], overwritten from ``column`` on.
+    """
+    num_rows, head_dim = hi - lo, keys.shape[0]
+    num_after = num_rows if ancestors.shape[0] == 0 else ancestors.shape[1]
+    origin = min(first, begin)
+    end = begin + num_after - origin
+    scores[lo:hi, : end + PANEL] = ZERO
+    for j in range(0, end, PANEL):
+        add_panel(x, lo, hi, start, keys, 0, origin + j, head_dim, scores, j)
+    for i in range(num_rows):
+        row = scores[lo + i]
+        # A row of padding sees itself: a softmax over nothing would be NaN.
+        seen = min(first, begin + i) - origin
+        if ancestors.shape[0] == 0:
+            size = begin + i + 1 - origin - seen
+            _softmax(row[seen:], size, bits, powers)
+            row[seen + size : end] = ZERO
+        else:
+            # What a branch sees is brought together: it is a chain to the last bit.
+            size = begin - origin - seen
+            line[:size] = row[seen : seen + size]
+            total = size
+            for k in range(num_after):
+                if ancestors[i, k]:
+                    line[total] = row[seen + size + k]
+                    total += 1
+            _softmax(line, total, bits, powers)
+            row[seen : seen + size] = line[:size]
+            total = size
+            for k in range(num_after):
+                row[seen + size + k] = ZERO
+                if ancestors[i, k]:
+                    row[seen + size + k] = line[total]
+                    total += 1
+        row[:seen] = ZERO
+        out[lo + i, column : column + head_dim] = ZERO
+    # What a block adds beyond this head, the next one overwrites.
+    for j in range(0, head_dim, NARROW):
+        add_narrow(scores, lo, hi, 0, values, origin, j, end, out, column + j)
