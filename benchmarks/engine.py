@@ -116,6 +116,7 @@ class Bench:
         length = self.middle(role)
         ids = list(range(5, 5 + num_rows))
 
+        @torch.inference_mode()
         def work() -> None:
             # What lies between the prompt and there is old rows: as long to read as new ones.
             cache.length = length
