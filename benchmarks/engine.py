@@ -15,7 +15,8 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from xsd.adapters.config import AdapterConfig
 from xsd.clock import interleaved
 from xsd.decoding.config import DecodingConfig
 from xsd.decoding.controls import Known, OracleHead
-from xsd.decoding.draft import HeadDrafter, VerifierTables
+from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.graphs import head_drafter
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
-from xsd.decoding.speculator import LocalSpeculator
+from xsd.decoding.speculator import LocalSpeculator, Speculator
+from xsd.decoding.streams import StreamSpeculator
 from xsd.errors import XsdError
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.catalog import load_pair
@@ -70,6 +73,14 @@ class Bench:
         # Questions differ by some tokens.
         self.max_prompt = max(rows.shape[1] for rows in self.prompts.values()) + 64
         self.engine = Engine(self.verifier, options.max_new_tokens, self.max_prompt)
+        self.halves = {"verifier": self.verifier, "drafter": self.drafter}
+        # One a half for all that is timed: at full size a cache is a gigabyte.
+        self.caches = {
+            role: decoder.new_cache(1, self.max_prompt + options.max_new_tokens + max(ROWS))
+            for role, decoder in self.halves.items()
+        }
+        for role in self.halves:
+            self.prefill(role)()
         self.tables = VerifierTables.of(self.verifier)
 
     # ------------------------------------------------------------ passes and steps
@@ -77,10 +88,9 @@ class Bench:
     def passes(self) -> Times:
         """V(r), steps and prefills, of the first clip, in the middle of an answer."""
         media, _ = self.asked[0]
-        halves = {"verifier": self.verifier, "drafter": self.drafter}
-        pixels = {role: decoder.pixels(media) for role, decoder in halves.items()}
+        pixels = {role: decoder.pixels(media) for role, decoder in self.halves.items()}
         tasks: dict[str, Callable[[], object]] = {}
-        for role, decoder in halves.items():
+        for role, decoder in self.halves.items():
             tasks[f"{role} pixels"] = lambda d=decoder: d.pixels(media)
             tasks[f"{role} vision"] = lambda d=decoder, r=role: d.visual_tokens(pixels[r])
             tasks[f"{role} prefill"] = self.prefill(role)
@@ -91,30 +101,33 @@ class Bench:
         return interleaved(tasks, self.device, self.options.repeats, settle=1)
 
     def prefill(self, role: str) -> Callable[[], object]:
-        decoder, rows = getattr(self, role), self.prompts[role]
-        cache = decoder.new_cache(1, self.max_prompt)
+        decoder, rows, cache = self.halves[role], self.prompts[role], self.caches[role]
 
+        @torch.inference_mode()
         def work() -> None:
             cache.reset()
             state = decoder.forward(rows, cache)[0, -1]
-            int(decoder.logits(state).argmax())
+            decoder.choose(state[None])
 
         return work
 
     def verify(self, role: str, num_rows: int) -> Callable[[], object]:
         """One pass of the engine's: tokens in, tokens out."""
-        decoder, prompt = getattr(self, role), self.prompts[role]
-        length = prompt.shape[1] + self.options.max_new_tokens // 2
-        cache = decoder.new_cache(1, length + num_rows)
-        decoder.forward(prompt, cache)
-        ids = [list(range(5, 5 + num_rows))]
+        decoder, cache = self.halves[role], self.caches[role]
+        length = self.middle(role)
+        ids = list(range(5, 5 + num_rows))
 
+        @torch.inference_mode()
         def work() -> None:
+            # What lies between the prompt and there is old rows: as long to read as new ones.
             cache.length = length
-            states = decoder.forward(decoder.embed(torch.tensor(ids, device=self.device)), cache)
-            decoder.logits(states[0]).argmax(-1).tolist()
+            decoder.read(ids, cache).choose()
 
         return work
+
+    def middle(self, role: str) -> int:
+        """Positions before the middle of an answer."""
+        return self.prompts[role].shape[1] + self.options.max_new_tokens // 2
 
     def head_chain(self, gamma: int) -> Callable[[], object]:
         """Drafts of a head (E1: trained ones where given; weights do not change its time)."""
@@ -127,7 +140,7 @@ class Bench:
                 AdapterConfig(level="E1", d_drafter=self.drafter.width, d_verifier=width, **sizes)
             )
         head = head.to(self.device, self.verifier.stack.dtype).eval()
-        party = HeadDrafter(head, self.tables, self.options.max_new_tokens)
+        party = head_drafter(head, self.tables, self.options.max_new_tokens)
         party.begin(self.asked[0][1], None, None)
         tokens = list(range(5, 25))
         states = torch.randn(
@@ -185,22 +198,17 @@ class Bench:
 
     # ------------------------------------------------------------ both at once
 
-    def contention(self) -> dict[str, float] | str:
+    def contention(self) -> dict[str, float]:
         """kappa: each side's prefill while the other works, over its prefill alone."""
-        if self.device.type != "cpu":
-            return "kappa: the drafter's process is for CPUs; not measured on a GPU yet"
         strategy = Strategy("drafter+VL", gap="drafter", gap_mode="free")
-        decoding = DecodingConfig(max_new_tokens=self.options.max_new_tokens)
-        setup = WorkerSetup(self.config, {}, {}, decoding, self.max_prompt, num_threads=1)
         local = self.party(strategy, None)
         alone: Times = {"verifier": [], "drafter": []}
         both: Times = {"verifier": [], "drafter": []}
-        with DrafterProcess(setup, self.verifier) as process:
-            party = ProcessSpeculator(strategy, process, None)
+        with self.beside(strategy) as party:
             for _ in range(self.options.repeats // 3 + 2):
                 for asked in self.asked:
                     alone["verifier"].append(self.engine.plain(*asked).prefill_ms)
-                    # In one process the drafter runs first, by itself.
+                    # In one process and thread the drafter runs first, by itself.
                     for party_, times in ((local, alone), (party, both)):
                         decoded = self.engine.speculate(*asked, party_, 0)
                         (span,) = (
@@ -213,6 +221,17 @@ class Bench:
         return {
             role: statistics.median(both[role]) / statistics.median(alone[role]) for role in alone
         }
+
+    @contextmanager
+    def beside(self, strategy: Strategy) -> Iterator[Speculator]:
+        """A party whose drafter works beside the verifier: in a process, or on a stream."""
+        if self.device.type == "cuda":
+            yield StreamSpeculator(self.party(strategy, None), self.device)
+            return
+        decoding = DecodingConfig(max_new_tokens=self.options.max_new_tokens)
+        setup = WorkerSetup(self.config, {}, {}, decoding, self.max_prompt, num_threads=1)
+        with DrafterProcess(setup, self.verifier) as process:
+            yield ProcessSpeculator(strategy, process, None)
 
     # ------------------------------------------------------------ measured against the formula
 
@@ -286,8 +305,7 @@ class Bench:
         model = self.verifier.model.model.language_model  # type: ignore[attr-defined]
         weights = sum(w.nbytes for w in [*model.layers.parameters(), *model.norm.parameters()])
         weights += self.verifier.lm_head.weight.nbytes
-        length = self.prompts["verifier"].shape[1] + self.options.max_new_tokens // 2
-        kv = cache.num_bytes * length
+        kv = cache.num_bytes * self.middle("verifier")
         # As much as a step reads, so that what fits a cache is as near to both.
         source = torch.ones(min(weights + kv, MAX_COPY_BYTES) // 4, device=stack.device)
         target = torch.empty_like(source)
@@ -302,6 +320,7 @@ class Bench:
 
     def overhead(self, repeats: int = 30) -> dict[str, float]:
         """Of a step's time, what is not spent in operators: Python, launches, waits."""
+        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         work = self.verify("verifier", 1)
@@ -310,7 +329,9 @@ class Bench:
         work()
         with profile(activities=kinds) as seen:
             times = interleaved({"step": work}, self.device, repeats, 0)["step"]
-        events = seen.key_averages()
+        # A GPU's time is the kernels'; the operators that launched them are listed with it again.
+        where = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        events = [event for event in seen.key_averages() if event.device_type == where]
         name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         busy_ms = sum(getattr(event, name) for event in events) / 1e3 / repeats
         step_ms = statistics.mean(times)
@@ -476,11 +497,7 @@ def main(argv: Sequence[str]) -> int:
         numbers["peer_ratios"] = show_peer(numbers["peer"])
     if "contention" in chosen:
         numbers["kappa"] = kappa = bench.contention()
-        told_kappa = (
-            kappa
-            if isinstance(kappa, str)
-            else ", ".join(f"{role} {value:.2f}" for role, value in kappa.items())
-        )
+        told_kappa = ", ".join(f"{role} {value:.2f}" for role, value in kappa.items())
         print(f"\nkappa (prefill while both run over prefill alone): {told_kappa}")
     if "formula" in chosen:
         numbers["formula"] = bench.formula()

@@ -30,13 +30,15 @@ from xsd.decoding.controls import (
     acceptance_rates,
     commonest_answers,
 )
-from xsd.decoding.draft import Head, HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.draft import Head, HeadOptions, VerifierTables
 from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.graphs import head_drafter
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import adapter_names, needs_drafter, strict_rows
+from xsd.decoding.streams import StreamSpeculator
 from xsd.errors import XsdError
 from xsd.hidden.media import read_media
 from xsd.hidden.store import HiddenStore
@@ -180,7 +182,7 @@ class Bench:
         if self.process is not None and needs_drafter(strategy):
             is_local = head is not None and not head.reads_drafter
             return ProcessSpeculator(strategy, self.process, head if is_local else None)
-        return LocalSpeculator(
+        local = LocalSpeculator(
             strategy,
             self.pair.drafter,
             self._tables,
@@ -191,6 +193,9 @@ class Bench:
             max_gap_drafts=self.config.max_gap_drafts,
             head=head,
         )
+        if self.config.overlap == "stream" and needs_drafter(strategy):
+            return StreamSpeculator(local, self.pair.drafter.stack.device)
+        return local
 
     def _head(self, strategy: Strategy) -> Head | None:
         if strategy.head is None:
@@ -209,7 +214,7 @@ class Bench:
             seed=self.config.seed,
         )
         adapter, policy = self._adapters[strategy.head], self.policies[strategy.name]
-        return HeadDrafter(adapter, self._tables, self.config.max_new_tokens, options, policy)
+        return head_drafter(adapter, self._tables, self.config.max_new_tokens, options, policy)
 
     def _prompt_ids(self, question: str) -> Sequence[int]:
         prompt = self.pair.verifier.prompt(question)

@@ -10,7 +10,8 @@ import torch
 
 
 class Stopwatch:
-    """Milliseconds since it was started; waits for the device before it reads the clock.
+    """Milliseconds since it was started; waits for what the caller's stream has been given before
+    it reads the clock.
 
     The underlying clock is the machine's monotonic one, so that readings of several processes
     can be laid on one timeline through ``origin_ns``.
@@ -27,7 +28,7 @@ class Stopwatch:
 
     def _synchronize(self) -> None:
         if self._cuda is not None:
-            torch.cuda.synchronize(self._cuda)
+            torch.cuda.current_stream(self._cuda).synchronize()
 
 
 def interleaved(

@@ -11,7 +11,7 @@ import torch
 from xsd.adapters import checkpoint
 from xsd.decoding.accept import Draft
 from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
-from xsd.decoding.policy import Adaptive, Costs, Policy, joint_chances
+from xsd.decoding.policy import Adaptive, Costs, Policy, joint_chances, row_sizes
 from xsd.pairs.base import ModelPair
 
 CHEAP = Costs(tuple(1.0 + 0.05 * i for i in range(24)), 10.0)
@@ -194,3 +194,13 @@ def test_a_gap_that_does_not_pay_is_left() -> None:
         assert good.wants_gap()
         good.learn_gap(10, 8, prefill_ms=10.5, early=10)
     assert 8 <= good.gap_size(10) <= 9
+
+
+def test_passes_get_the_rows_that_cost_least() -> None:
+    # 4-bit weights: slow from two rows on, until at seven another kernel takes over.
+    assert row_sizes((28.0, 50.0, 52.0, 68.0, 68.0, 68.0, 41.0, 43.0)) == (1, 7, 7, 7, 7, 7, 7, 8)
+    # Two valleys: the cheaper one is worth the longer way.
+    assert row_sizes((1.0, 5.0, 3.0, 5.0, 2.0)) == (1, 5, 5, 5, 5)
+    # What may be noise is none of our business, nor is what always rises.
+    assert row_sizes((10.0, 10.2, 9.9, 10.4)) == (1, 2, 3, 4)
+    assert row_sizes((1.0, 2.0, 3.0)) == (1, 2, 3)

@@ -90,7 +90,7 @@ class Adapter(nn.Module, ABC):
         self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
         """Input of the first block, and what ``finish`` mixes back in; ``at`` are the rows' answer
-        positions (one position: all rows stand there)."""
+        positions (a slice of one position: all rows stand there)."""
 
     def read_tokens(self, token: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows Dv"]:
         """What ``embed`` needs of a token: computed before its state is known, so that live
@@ -120,7 +120,7 @@ class Adapter(nn.Module, ABC):
         """
         streams.require(self.row)
         length = streams.ids.shape[1]
-        self._check_length(length + num_steps - 1)
+        self.check_length(length + num_steps - 1)
         chain = self._chain(streams)
         if streams.token is not None and "token" in self.row.streams:
             streams = replace(streams, token=self.read_tokens(streams.token))
@@ -155,7 +155,7 @@ class Adapter(nn.Module, ABC):
             raise XsdError(
                 f"level {self.row.name} needs the clip's {self.row.visual} visual states"
             )
-        self._check_length(max_length)
+        self.check_length(max_length)
         twin, compiled = self._live()
         cache: AdapterCache | CompiledCache
         if compiled is not None:
@@ -209,6 +209,12 @@ class Adapter(nn.Module, ABC):
         cache.length = start + num_rows
         return out
 
+    def step_at(
+        self, rows: StepInputs, at: Int[Tensor, " R"], past: Past
+    ) -> Float[Tensor, "B R Dv"]:
+        """A step whose rows, and what they may look at, are given on the device."""
+        return self._run(rows, at, past)
+
     def compiled(self) -> CompiledTokenHead | None:
         """The weights as a compiled step takes them, for levels that have one."""
         return None
@@ -240,7 +246,8 @@ class Adapter(nn.Module, ABC):
         length, device = streams.ids.shape[1], streams.ids.device
         return Chain(length, device, visible, memory, ahead=self.memory == "drafter")
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raise XsdError where there are more rows than learned positions."""
         if length > self.config.max_positions:
             raise XsdError(
                 f"{length} answer positions exceed max_positions={self.config.max_positions}; "

@@ -111,7 +111,7 @@ class CompiledCache:
         self._keys = np.zeros((*shape, head_dim, columns), np.float32)
         self._values = np.zeros((*shape, columns, head_dim), np.float32)
         self._chain = np.zeros((0, 0), bool)
-        self._remember([])
+        self._memory = self._memories([])
 
     @torch.no_grad()
     def begin_sample(self, visual: Float[Tensor, "clips K Dv"] | None = None) -> None:
@@ -119,7 +119,9 @@ class CompiledCache:
         self.length = 0
         if self.head.crosses:
             assert visual is not None, "a level that attends to visual vectors is given them"
-            self._remember([cross.project_memory(visual) for cross in self.head.crosses])
+            self._memory = self._memories(
+                [cross.project_memory(visual) for cross in self.head.crosses]
+            )
 
     def step(self, rows: StepInputs, where: Siblings | Ragged | None) -> Float[Tensor, "B R Dv"]:
         """Append rows and return their outputs (see ``Adapter.step``)."""
@@ -166,7 +168,10 @@ class CompiledCache:
                 size,
             )
 
-    def _remember(self, memories: list[Float[Tensor, "2 clips H K Dh"]]) -> None:
+    def _memories(
+        self, memories: list[Float[Tensor, "2 clips H K Dh"]]
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Keys, values and number of what the blocks look at besides the answer."""
         layers, _, heads, head_dim, _ = self._keys.shape
         clips, size = memories[0].shape[1::2] if memories else (1, 0)
         keys = np.zeros((layers, clips, heads, head_dim, size + kernels.PANEL), np.float32)
@@ -175,4 +180,4 @@ class CompiledCache:
             both = memory.numpy()
             keys[layer, ..., :size] = both[0].swapaxes(-1, -2)
             values[layer, :, :, :size] = both[1]
-        self._memory = keys, values, size
+        return keys, values, size

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Positions = slice | Int[Tensor, "B R"]
-"""Answer positions of the rows of a pass: one stretch, or each batch row's own."""
+Positions = slice | Int[Tensor, "*batch R"]
+"""Answer positions of the rows of a pass: one stretch, or on the device, where each batch row may
+have its own."""
 
 
 @dataclass(frozen=True, slots=True)

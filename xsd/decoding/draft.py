@@ -222,7 +222,7 @@ class HeadDrafter:
         self.reads_drafter = "drafter" in row.streams
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
-        self._cache: AdapterCache | CompiledCache | None = None
+        self._kept: AdapterCache | CompiledCache | None = None
         self._tokens = tables.embedding
         self._is_read = self._reads_token and self._tokens.nbytes <= READ_TOKENS_BYTES
         if self._is_read:
@@ -235,10 +235,10 @@ class HeadDrafter:
     ) -> None:
         """Start a sample; ``visual`` and ``reader`` only where the level's row asks for them."""
         visual = None if visual is None else _for(self.head, visual[None])
-        if self._cache is None:
-            self._cache = self.head.new_cache(1, self.max_length, visual)
+        if self._kept is None:
+            self._kept = self.head.new_cache(1, self.max_length, visual)
         else:
-            self._cache.begin_sample(visual)
+            self._kept.begin_sample(visual)
         self._reader = reader
         # Not the verifier's random numbers: a draft must not know what it will be held against.
         device = self.tables.embedding.device
@@ -255,7 +255,6 @@ class HeadDrafter:
         """
         sequence = list(tokens)
         start = len(sequence) - states.shape[0]
-        assert self._cache is not None, "propose comes after begin"
         self._cache.length = start
         out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
         if self.options.tree_width and self.policy.branches():
@@ -338,6 +337,11 @@ class HeadDrafter:
         token = self._token_rows(sequence[start:stop]) if self._reads_token else None
         verifier = states if self._reads_verifier else None
         return self.head.step(StepInputs(drafter, verifier, token), self._cache)
+
+    @property
+    def _cache(self) -> AdapterCache | CompiledCache:
+        assert self._kept is not None, "propose comes after begin"
+        return self._kept
 
     def _token_rows(self, ids: list[int]) -> Float[Tensor, "1 R Dv"]:
         """What the head reads of these tokens."""

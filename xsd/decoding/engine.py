@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_TREE_NODES
-from xsd.decoding.policy import Costs, Policy
+from xsd.decoding.policy import Costs, Policy, row_sizes
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
-from xsd.pairs.base import Decoder, Media
+from xsd.pairs.base import Decoder, Media, Scored
 from xsd.pairs.cache import TreeRows
+from xsd.pairs.device import to_device
 from xsd.types import Span
 
 NO_DRAFT = Draft([])
@@ -83,6 +83,7 @@ class Engine:
         self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + longest_draft)
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
+        verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
 
     @torch.inference_mode()
     def plain(self, media: Media, question: str) -> Decoded:
@@ -111,9 +112,20 @@ class Engine:
         return self._decode(media, question, speculator, gamma, policy)
 
     @torch.inference_mode()
-    def measure(self, media: Media, question: str, max_rows: int = 24, repeats: int = 7) -> Costs:
-        """What the verifier's passes cost here and now: medians behind a real prompt."""
+    def measure(
+        self, media: Media, question: str, max_rows: int | None = None, repeats: int = 7
+    ) -> Costs:
+        """What the verifier's passes cost here and now: medians behind a real prompt.
+
+        From here on passes have as many rows as is best for their cost.
+
+        Args:
+            max_rows: longest pass; None: 24, on a GPU the largest draft tree's.
+        """
+        if max_rows is None:
+            max_rows = 24 if self._device.type == "cpu" else 1 + MAX_TREE_NODES
         self._cache.reset()
+        self.verifier.set_row_sizes(())
         prefill_ms = statistics.median(
             self.plain(media, question).prefill_ms for _ in range(repeats)
         )
@@ -121,15 +133,16 @@ class Engine:
         verify_ms: list[float] = []
         max_rows = min(max_rows, self._strict_rows or max_rows)
         for num_rows in range(1, max_rows + 1):
-            token = torch.zeros(1, num_rows, dtype=torch.long, device=self._device)
+            tokens = [0] * num_rows
             times = []
             for _ in range(repeats):
                 self._cache.length = length
                 watch = Stopwatch(self._device)
-                self.verifier.choose(self._pass(self.verifier.embed(token)))
+                self._pass(tokens).choose()
                 times.append(watch.ms())
             verify_ms.append(statistics.median(times))
-        # More rows never cost less: what says so is noise.
+        self.verifier.set_row_sizes(row_sizes(verify_ms))
+        # More rows never cost less: what says so is noise, or such a pass gets more rows.
         for row in range(max_rows - 1, 0, -1):
             verify_ms[row - 1] = min(verify_ms[row - 1 : row + 1])
         return Costs(tuple(verify_ms), prefill_ms)
@@ -148,7 +161,7 @@ class Engine:
         if speculator is not None:
             speculator.start(media, question, watch)
         states, early = self._prefill(media, question, speculator, watch, result)
-        tokens = result.token_ids = [self._next(states[:1])]
+        tokens = result.token_ids = [self._next(self.verifier.score(states[:1]))]
         result.prefill_ms = watch.ms()
         if speculator is not None:
             states = self._check_gap(speculator, states, early, result, policy)
@@ -266,7 +279,7 @@ class Engine:
         kept = 0
         if rest or (drafts[0] == tokens[0] and not self._finished(tokens)):
             draft = Draft(rest)
-            path, said = self._judge(draft, states[1 : len(rest) + 2])
+            path, said = self._judge(draft, self.verifier.score(states[1 : len(rest) + 2]))
             kept = 1 + len(path)
             tokens.extend(self._said(draft, path, said))
         # The cache holds all drafts; rows of those that were said stay, but for the last token's.
@@ -288,16 +301,16 @@ class Engine:
                 return draft.cut(index + 1)
         return draft
 
-    def _pass(self, rows: Float[Tensor, "1 R Dv"]) -> Float[Tensor, "m Dv"]:
-        """States of rows behind the cache, followed by those that fill up the strict shape."""
+    def _pass(self, ids: list[int]) -> Scored:
+        """Tokens behind the cache, followed by rows that fill up the strict shape."""
         if self._strict_rows is None:
-            return self.verifier.forward(rows, self._cache)[0]
-        spare = self._spare(rows.shape[1])
+            return self.verifier.read(ids, self._cache)
+        spare = self._spare(len(ids))
         self._cache.whole = True
-        states = self.verifier.forward(pad(rows, (0, 0, 0, spare)), self._cache)[0]
+        scored = self.verifier.read([*ids, *[0] * spare], self._cache)
         self._cache.whole = False
         self._cache.length -= spare
-        return states
+        return scored
 
     def _spare(self, num_rows: int) -> int:
         """Rows that fill a pass up to the strict shape; nobody looks at them."""
@@ -305,23 +318,22 @@ class Engine:
 
     def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
         """One plain step."""
-        rows = self.verifier.embed(torch.tensor([tokens[-1:]], device=self._device))
-        states = self._pass(rows)
-        tokens.append(self._next(states))
-        return states[:1]
+        scored = self._pass(tokens[-1:])
+        tokens.append(self._next(scored))
+        return scored.states[:1]
 
     def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:
         """Check a draft in one pass and say what holds, plus the verifier's own next token.
 
         Returns the states of the tokens added, and which drafted tokens were accepted.
         """
-        rows = self.verifier.embed(torch.tensor([[tokens[-1], *draft.tokens]], device=self._device))
         if draft.parents is not None:
-            spare = [-1] * self._spare(rows.shape[1])
+            spare = [-1] * self._spare(len(draft) + 1)
             self._cache.tree = tree_rows([*draft.parents, *spare], self._device)
-        states = self._pass(rows)
+        scored = self._pass([tokens[-1], *draft.tokens])
         self._cache.tree = None
-        path, token = self._judge(draft, states)
+        states = scored.states
+        path, token = self._judge(draft, scored)
         kept = [0, *(node + 1 for node in path)]
         self._cache.keep(len(draft) + 1, kept)
         said = self._said(draft, path, token)
@@ -330,11 +342,12 @@ class Engine:
             return states[: len(said)], path
         return states[kept[: len(said)]], path
 
-    def _judge(self, draft: Draft, states: Float[Tensor, "m Dv"]) -> tuple[list[int], int]:
-        """``states``: at the root, after each drafted token, and perhaps some that nobody asks."""
+    def _judge(self, draft: Draft, scored: Scored) -> tuple[list[int], int]:
+        """``scored``: the root, every drafted token, and perhaps some that nobody asks."""
+        # The one moment of a cycle at which the host waits for the device.
         if self._sampling is None:
-            return verify_greedy(draft, self.verifier.choose(states)[: len(draft) + 1])
-        p = self._sampling.probabilities(self.verifier.logits(states))
+            return verify_greedy(draft, scored.choose()[: len(draft) + 1])
+        p = self._sampling.probabilities(scored.logits()[: len(draft) + 1])
         return verify_sampled(draft, p, self._generator)
 
     def _said(self, draft: Draft, path: list[int], token: int) -> list[int]:
@@ -344,12 +357,11 @@ class Engine:
             return said
         return [*said, token]
 
-    def _next(self, states: Float[Tensor, "m Dv"]) -> int:
-        """What follows the first of ``states``."""
+    def _next(self, scored: Scored) -> int:
+        """What follows the first row."""
         if self._sampling is None:
-            return self.verifier.choose(states)[0]
-        p = self._sampling.probabilities(self.verifier.logits(states[0]))
-        return draw(p, self._generator)
+            return scored.choose()[0]
+        return draw(self._sampling.probabilities(scored.logits()[0]), self._generator)
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids
@@ -363,4 +375,4 @@ def tree_rows(parents: Sequence[int], device: torch.device) -> TreeRows:
         ancestors.append(ancestors[parent + 1].copy())
         ancestors[-1][row] = True
         depths.append(depths[parent + 1] + 1)
-    return TreeRows(torch.tensor(depths, device=device), torch.tensor(ancestors, device=device))
+    return TreeRows(to_device(depths, device), to_device(ancestors, device))

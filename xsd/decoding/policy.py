@@ -22,6 +22,8 @@ _PRIOR = 4.0
 _MEMORY = 0.1
 """Weight of the newest value in a running mean."""
 _LONGEST_REST = 64
+_NOISE = 0.05
+"""Share of a pass's time by which two measurements of it may differ."""
 _TURNS = 16
 """So many chains and as many trees are drafted in turn at first; later, one draft in so many is a
 chain in any case."""
@@ -42,6 +44,20 @@ class Costs:
     @property
     def step(self) -> float:
         return self.verify_ms[0]
+
+
+def row_sizes(verify_ms: Sequence[float]) -> tuple[int, ...]:
+    """Of how many rows a pass of 1, 2, ... rows is best made, given what such passes cost.
+
+    More rows may cost less where they take another kernel: 4-bit weights of 22 rows are read
+    slower than those of 32. Less than noise is no reason.
+    """
+    sizes = []
+    for num_rows, ms in enumerate(verify_ms, start=1):
+        best = min(range(num_rows, len(verify_ms) + 1), key=lambda size: verify_ms[size - 1])
+        pays = verify_ms[best - 1] < (1.0 - _NOISE) * ms
+        sizes.append(best if pays else num_rows)
+    return tuple(sizes)
 
 
 class Policy:

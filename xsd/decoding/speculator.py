@@ -20,12 +20,12 @@ from xsd.decoding.accept import Draft
 from xsd.decoding.draft import (
     DrafterReader,
     Head,
-    HeadDrafter,
     VerifierTables,
     adapt_free,
     coupled_drafts,
     free_tokens,
 )
+from xsd.decoding.graphs import head_drafter
 from xsd.decoding.strategies import adapter_names, needs_drafter
 from xsd.errors import XsdError
 from xsd.pairs.base import Decoder, Media
@@ -96,7 +96,7 @@ class LocalSpeculator:
         self.head = head
         name = strategy.head
         if head is None and name is not None and name in LEVELS:
-            self.head = HeadDrafter(adapters[name], tables, max_new_tokens)
+            self.head = head_drafter(adapters[name], tables, max_new_tokens)
         self.wants_projected = (
             self.gap_adapter is not None and self.gap_adapter.row.visual == "projected"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from xsd.pairs.cache import KVCache
 from xsd.pairs.choose import Chooser, chooser
 from xsd.pairs.config import PairConfig
+from xsd.pairs.device import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,17 @@ class Prompt:
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a decoder makes of some rows; what nobody asks for is not computed."""
+
+    states: Float[Tensor, "R D"]
+    """After the final norm."""
+    choose: Callable[[], list[int]]
+    """The likeliest ids; waits for a GPU."""
+    logits: Callable[[], Float[Tensor, "R V"]]
 
 
 @runtime_checkable
@@ -131,6 +144,26 @@ class Decoder(ABC):
         if self._choose is None:
             self._choose = chooser(self.lm_head)
         return self._choose(hidden)
+
+    def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
+        """R tokens behind the cache: one pass of decoding, token ids in, choices out.
+
+        Logits and choices hold until the next pass, states for good. Nothing waits for a GPU.
+        """
+        rows = to_device([ids], self.stack.device) if not isinstance(ids, Tensor) else ids[None]
+        return self.score(self.forward(self.embed(rows), cache)[0])
+
+    def score(self, states: Float[Tensor, "R D"]) -> Scored:
+        return Scored(states, partial(self.choose, states), partial(self.logits, states))
+
+    def on_device(self, ids: Sequence[int] | Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+        return ids if isinstance(ids, Tensor) else to_device(ids, self.stack.device)
+
+    def prepare(self, cache: KVCache, max_rows: int) -> None:  # noqa: B027
+        """Do now what the first ``read`` of up to so many tokens would otherwise do."""
+
+    def set_row_sizes(self, sizes: Sequence[int]) -> None:  # noqa: B027
+        """Let ``read`` run passes of r rows as ones of ``sizes[r - 1]`` where it can."""
 
     def limit_vocab(self, num_rows: int) -> None:
         """Choose among the first ``num_rows`` ids only: those that both models of a pair have."""

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from xsd.pairs.device import to_device
+
 
 class LayerWindow(NamedTuple):
     """One layer's views during a pass: where its new rows go, and all it will have then."""
@@ -107,7 +109,7 @@ class KVCache:
         start = self.length - num_rows
         self.length = start + len(kept)
         if kept[-1] != len(kept) - 1:
-            rows = torch.tensor(kept, device=self.values.device) + start
+            rows = to_device(kept, self.values.device) + start
             for buffer in (self.keys, self.values):
                 buffer[:, :, :, start : self.length] = buffer[:, :, :, rows]
 

@@ -41,13 +41,11 @@ class CompiledLayers:
     def run(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
         batch, num_rows, width = x.shape
         states = np.empty((batch * num_rows, width), np.float32)
-        positions = cache.positions(num_rows)
-        if isinstance(positions, slice):
-            positions = np.arange(positions.start, positions.stop)
-            if batch > 1:
-                positions = np.tile(positions, batch)
+        at = cache.positions(num_rows)
+        if isinstance(at, slice):
+            positions = np.tile(np.arange(at.start, at.stop), batch)
         else:
-            positions = positions.numpy().reshape(-1)
+            positions = at.numpy().reshape(-1)
         keys, values = cache.arrays
         hole_start, hole_end = 0, np.zeros(batch, np.int64)
         if cache.pad is not None:

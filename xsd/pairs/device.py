@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import psutil
 import torch
+from torch import Tensor
 
 from xsd.errors import XsdError
 from xsd.pairs.config import PairConfig
@@ -51,3 +54,10 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def to_device(numbers: Sequence[object], device: torch.device) -> Tensor:
+    """Numbers, or lists of them, as a tensor; a GPU fetches them by itself and nobody waits."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from xsd.pairs.base import Decoder
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xsd.pairs.base import Decoder, Scored
+from xsd.pairs.cache import KVCache
 from xsd.pairs.step import DecoderStack
+
+if TYPE_CHECKING:
+    from xsd.pairs.graphs import GraphedLayers
 
 
 class LlamaDecoder(Decoder):
@@ -28,3 +37,39 @@ class LlamaDecoder(Decoder):
             tokenizer,
             frozenset(eos if isinstance(eos, list) else [eos]),
         )
+
+    def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
+        """Where passes are captured, embedding, LM head and choice are part of the capture."""
+        graphs = self.stack.graphs
+        if graphs is None or not graphs.takes(len(ids), cache):
+            return super().read(ids, cache)
+        return self._replay(graphs, self.on_device(ids), cache)
+
+    @torch.inference_mode()
+    def _replay(self, graphs: GraphedLayers, ids: Int[Tensor, " R"], cache: KVCache) -> Scored:
+        # The head may have been cut since: that makes another kind of pass.
+        kind = f"ids to {self.vocab_size}"
+        found = graphs.replay(kind, ids, cache, self._begin, self._finish)
+        cache.length += len(ids)
+        states, logits, best = (rows[: len(ids)] for rows in found)
+        return Scored(states.clone(), best.tolist, lambda: logits)
+
+    def prepare(self, cache: KVCache, max_rows: int) -> None:
+        length = cache.length
+        for num_rows in range(1, max_rows + 1):
+            if self.stack.graphs is not None and length + num_rows <= cache.max_length:
+                self.read([0] * num_rows, cache)
+                cache.length = length
+
+    def set_row_sizes(self, sizes: Sequence[int]) -> None:
+        if self.stack.graphs is not None:
+            self.stack.graphs.row_sizes = sizes
+
+    def _begin(self, ids: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+        return self.embed(ids[None])[0]
+
+    def _finish(
+        self, states: Float[Tensor, "R D"]
+    ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R V"], Int[Tensor, " R"]]:
+        logits = self.logits(states)
+        return states, logits, logits.argmax(-1)

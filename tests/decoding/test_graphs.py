@@ -1,0 +1,104 @@
+"""Captured chains against the chains of ``HeadDrafter``, and decoding on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from xsd import bench
+from xsd.adapters import checkpoint
+from xsd.bench import BenchItem
+from xsd.decoding import graphs
+from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.engine import Engine
+from xsd.decoding.policy import Adaptive, Costs, Policy
+from xsd.pairs.base import ModelPair
+from xsd.pairs.catalog import load_pair
+from xsd.pairs.config import PairConfig
+
+MAX_NEW = 30
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Replayed:
+    """A capture where there is no GPU: the work is run again, into the tensor of the first run."""
+
+    made = 0
+
+    def __init__(self, work: Callable[[], Any], lane: object) -> None:
+        Replayed.made += 1
+        self._work, self.result = work, work()
+
+    def replay(self) -> Tensor:
+        return self.result.copy_(self._work())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    if request.param == "cpu":
+        Replayed.made = 0
+        monkeypatch.setattr(graphs, "Capture", Replayed)
+        monkeypatch.setattr(graphs, "Lane", lambda device: None)
+    return torch.device(request.param)
+
+
+def on(device: torch.device, pair: ModelPair) -> ModelPair:
+    return pair if device.type == "cpu" else load_pair(PairConfig(device="cuda"))
+
+
+@pytest.mark.parametrize("level", ["B1", "E1", "E3"])
+def test_captured_chains_are_the_heads_own(
+    level: str, device: torch.device, pair: ModelPair, adapters: dict[str, Path]
+) -> None:
+    verifier = on(device, pair).verifier
+    head = checkpoint.load(adapters[level])[0].to(device).eval()
+    tables = VerifierTables.of(verifier)
+    plain = HeadDrafter(head, tables, MAX_NEW)
+    captured = graphs.CapturedHead(head, tables, MAX_NEW)
+    draw = torch.Generator().manual_seed(0)
+    for sample, num_visual in enumerate((9, 9, 5)):
+        visual = torch.randn(num_visual, verifier.width, generator=draw).to(device)
+        for party in (plain, captured):
+            party.begin("?", visual, None)
+        tokens: list[int] = []
+        # Rows of cycles that accepted 18 (after a gap), 3, 0, 3 drafts; the last is cut short.
+        for fresh, gamma in ((19, 4), (4, 4), (1, 4), (4, 2)):
+            tokens += torch.randint(3, 200, (fresh,), generator=draw).tolist()
+            states = torch.randn(fresh, verifier.width, generator=draw).to(device)
+            expected = plain.propose(tokens, states, gamma).tokens
+            found = captured.propose(tokens, states, gamma).tokens
+            # Where a chain says the end, what it drafts beyond is not looked at.
+            assert found[: len(expected)] == expected and len(found) == gamma, sample
+    if device.type == "cpu":
+        # (4, 4), (1, 4), (4, 2); again for visual vectors of another number.
+        assert Replayed.made == (6 if level == "E3" else 3)
+
+
+def test_what_reads_the_drafter_or_asks_on_its_way_is_not_captured(
+    adapters: dict[str, Path],
+) -> None:
+    heads = {level: checkpoint.load(adapters[level])[0] for level in ("E1", "E2", "L5", "L4")}
+    plain = HeadOptions(), Policy()
+    assert [graphs.fits_captures(head, *plain) for head in heads.values()] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    assert not graphs.fits_captures(heads["E1"], HeadOptions(tree_width=2), Policy())
+    assert not graphs.fits_captures(heads["E1"], HeadOptions(), Adaptive(Costs((1.0,), 1.0)))
+
+
+@needs_gpu
+def test_a_gpu_says_what_a_cpu_says(
+    pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    there = load_pair(PairConfig(device="cuda"))
+    longest = bench.longest_prompt(pair, items)
+    engines = [Engine(p.verifier, MAX_NEW, longest) for p in (pair, there)]
+    for item in items:
+        asked = item.media, item.sample.question
+        here, gpu = (engine.plain(*asked).token_ids for engine in engines)
+        assert here == gpu

@@ -1,0 +1,206 @@
+"""Heads on a GPU: a whole chain of drafts is one CUDA graph, and no id is read on its way.
+
+A head's step is a dozen small kernels and an LM head; launched one by one, a chain would cost the
+host as much as the verifier's pass costs the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xsd.adapters.base import Adapter
+from xsd.adapters.cache import KeyValue, Past
+from xsd.adapters.live import bind
+from xsd.adapters.rows import StepInputs
+from xsd.decoding.accept import Draft
+from xsd.decoding.draft import DrafterReader, HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.policy import Policy
+from xsd.pairs.capture import Capture, Lane
+from xsd.pairs.device import to_device
+
+MAX_FRESH = 17
+"""Rows of a chain's first step that are captured: a cycle adds no more. Longer stretches come
+once an answer, after the gap."""
+
+
+class CapturedChains:
+    """Greedy chains of a head that reads the verifier's states, tokens, or both."""
+
+    def __init__(self, head: Adapter, tables: VerifierTables, max_length: int) -> None:
+        """``max_length``: answer positions that are ever drafted from.
+
+        Raises:
+            XsdError: the head has learned fewer.
+        """
+        assert can_capture(head), f"level {head.row.name} reads more than the verifier"
+        head.check_length(max_length)
+        self._tables = tables
+        self._twin = bind(head)
+        like = next(head.parameters())
+        self._dtype, self._device = like.dtype, like.device
+        self._rows = _Rows(head, max_length, like)
+        self._reads_verifier = "verifier" in head.row.streams
+        self._reads_token = "token" in head.row.streams
+        self._start = torch.zeros(1, dtype=torch.long, device=like.device)
+        self._lane = Lane(like.device)
+        self._chains: dict[tuple[int, int], _Chain] = {}
+
+    @torch.inference_mode()
+    def begin(self, visual: Float[Tensor, "K Dv"] | None) -> None:
+        """A sample begins, with the clip's visual vectors where the head attends to them."""
+        if self._twin.memory != "visual":
+            return
+        assert visual is not None, "the head attends to visual states"
+        found = [b.project_memory(visual[None].to(self._dtype)) for b in self._twin.blocks]
+        if [x.shape for x in found] == [x.shape for x in self._rows.memory]:
+            for old, new in zip(self._rows.memory, found, strict=True):
+                old.copy_(new)
+        else:
+            self._rows.memory = found
+            self._chains.clear()
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        ids: Sequence[int] | Int[Tensor, " m"],
+        states: Float[Tensor, "m Dv"],
+        start: int,
+        gamma: int,
+    ) -> Int[Tensor, " gamma"]:
+        """What follows, on the device; nothing waits for it. Rows from ``start`` on are replaced.
+
+        Args:
+            ids: the last m tokens said; ``states``: the verifier's states of them.
+            start: answer position of the first of them.
+
+        Returns:
+            The drafted ids; the next chain of this shape overwrites them.
+        """
+        num_rows = len(states)
+        assert start + num_rows + gamma - 1 <= self._rows.length, "the head's cache is full"
+        self._start.fill_(start)
+        given = ids if isinstance(ids, Tensor) else to_device(ids, self._device)
+        if num_rows > MAX_FRESH:
+            return self._chain(given, states.to(self._dtype), gamma)
+        chain = self._chains.get((num_rows, gamma))
+        if chain is None:
+            read, seen = given.clone(), states.to(self._dtype, copy=True)
+            capture = Capture(lambda: self._chain(read, seen, gamma), self._lane)
+            chain = self._chains[num_rows, gamma] = _Chain(read, seen, capture.replay)
+        else:
+            chain.ids.copy_(given, non_blocking=True)
+            chain.states.copy_(states)
+        return chain.replay()
+
+    def _chain(
+        self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> Int[Tensor, " gamma"]:
+        at = self._start + torch.arange(len(ids), device=self._device)
+        out = self._step(ids, states[None], at)[:, -1:]
+        drafted = [self._likeliest(out)]
+        for _ in range(gamma - 1):
+            at = at[-1:] + 1
+            out = self._step(drafted[-1], out, at)
+            drafted.append(self._likeliest(out))
+        return torch.cat(drafted)
+
+    def _likeliest(self, out: Float[Tensor, "1 1 Dv"]) -> Int[Tensor, " 1"]:
+        return self._tables.score(out)[0].argmax(-1)
+
+    def _step(
+        self, ids: Int[Tensor, " R"], states: Float[Tensor, "1 R Dv"], at: Int[Tensor, " R"]
+    ) -> Float[Tensor, "1 R Dv"]:
+        token = None
+        if self._reads_token:
+            token = self._twin.read_tokens(self._tables.embedding[ids][None].to(self._dtype))
+        inputs = StepInputs(None, states if self._reads_verifier else None, token)
+        self._rows.begin(at)
+        out: Tensor = self._twin.step_at(inputs, at, self._rows)
+        return out
+
+
+class CapturedHead(HeadDrafter):
+    """``HeadDrafter`` whose chains are captured; for chains that are chosen, not drawn, all of
+    which are wanted."""
+
+    def __init__(
+        self,
+        head: Adapter,
+        tables: VerifierTables,
+        max_new_tokens: int,
+        options: HeadOptions | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        super().__init__(head, tables, max_new_tokens, options, policy)
+        assert fits_captures(head, self.options, self.policy)
+        self._captured = CapturedChains(head, tables, self.max_length)
+
+    def begin(
+        self, question: str, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None
+    ) -> None:
+        self._captured.begin(visual)
+
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        start = len(tokens) - len(states)
+        drafted: list[int] = self._captured.draft(tokens[start:], states, start, gamma).tolist()
+        return Draft(drafted)
+
+
+def head_drafter(
+    head: Adapter,
+    tables: VerifierTables,
+    max_new_tokens: int,
+    options: HeadOptions | None = None,
+    policy: Policy | None = None,
+) -> HeadDrafter:
+    """Who drafts with a head: on a GPU by captured chains, where they are of that kind."""
+    on_gpu = tables.embedding.device.type == "cuda"
+    fits = fits_captures(head, options or HeadOptions(), policy or Policy())
+    kind = CapturedHead if on_gpu and fits else HeadDrafter
+    return kind(head, tables, max_new_tokens, options, policy)
+
+
+def can_capture(head: Adapter) -> bool:
+    """Whether a head drafts on from its own states, the verifier's and tokens alone."""
+    return head.row.feedback and head.deployable and "drafter" not in head.row.streams
+
+
+def fits_captures(head: Adapter, options: HeadOptions, policy: Policy) -> bool:
+    """Whether its chains are of the kind that ``CapturedHead`` drafts."""
+    is_chain = options.tree_width == 0 and options.sampling is None
+    return can_capture(head) and is_chain and not policy.asks_confidence
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """A captured chain and what it reads."""
+
+    ids: Int[Tensor, " m"]
+    states: Float[Tensor, "m Dv"]
+    replay: Callable[[], Tensor]
+
+
+class _Rows(Past):
+    """A head's rows of one answer, appended where the device says; all of them are looked at,
+    those beyond a row's own position through a mask."""
+
+    def __init__(self, head: Adapter, length: int, like: Tensor) -> None:
+        super().__init__([])
+        config = head.config
+        self.length = length
+        head_dim = config.d_verifier // config.num_heads
+        shape = (2, 1, config.num_heads, length, head_dim)
+        self._buffers = [like.new_zeros(shape).detach() for _ in head.blocks]
+        self._columns = torch.arange(length, device=like.device)
+
+    def begin(self, at: Int[Tensor, " R"]) -> None:
+        self._at = at
+        self.mask = self._columns <= at[:, None]
+
+    def extend(self, layer: int, new: KeyValue) -> KeyValue:
+        return self._buffers[layer].index_copy_(3, self._at, new)

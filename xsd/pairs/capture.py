@@ -1,0 +1,45 @@
+"""Work that a GPU repeats: captured once as a CUDA graph, then launched by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Lane:
+    """Where captures that never run at once are made: they share their scratch memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        # A pool whose last graph is gone takes no other: this one stays.
+        self._first = Capture(lambda: torch.zeros(1, device=device), self)
+
+
+class Capture(Generic[T]):
+    """Work on fixed buffers, launched as one CUDA graph; ``result`` is overwritten every time."""
+
+    def __init__(self, work: Callable[[], T], lane: Lane) -> None:
+        """``work`` runs once here, so that what its first run allocates and compiles exists."""
+        self._graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(lane.device)
+        lane.stream.wait_stream(current)
+        with torch.cuda.stream(lane.stream):
+            work()
+            lane.stream.synchronize()
+            # Other threads may go on allocating.
+            self._graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
+            try:
+                self.result = work()
+            finally:
+                self._graph.capture_end()
+        current.wait_stream(lane.stream)
+
+    def replay(self) -> T:
+        self._graph.replay()
+        return self.result
