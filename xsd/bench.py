@@ -42,7 +42,7 @@ from xsd.decoding.streams import StreamSpeculator
 from xsd.errors import XsdError
 from xsd.hidden.media import read_media
 from xsd.hidden.store import HiddenStore
-from xsd.pairs.base import Media, ModelPair
+from xsd.pairs.base import Decoder, Media, ModelPair
 from xsd.pairs.config import PairConfig
 from xsd.scenes.dsec import load_index, samples
 from xsd.scenes.questions import QUESTIONS
@@ -106,7 +106,7 @@ def run(
         if config.strict:
             print(f"benchmark: strict, every pass of decoding has {bench.strict_rows} rows")
         if timed:
-            print(bench.choose_threads())
+            print(bench.choose_cores())
             bench.measure_costs()
         for item in items[:warmup]:
             for strategy in strategies:
@@ -226,10 +226,12 @@ class Bench:
             item = self.items[0]
             self._prepare(self.engine.measure(item.media, item.sample.question))
 
-    def choose_threads(self) -> str:
-        """``fastest_threads`` for plain answers."""
-        return fastest_threads(
-            lambda item: self.engine.plain(item.media, item.sample.question).total_ms, self.items
+    def choose_cores(self) -> str:
+        """``fastest_cores`` for plain answers."""
+        return fastest_cores(
+            self.pair.verifier,
+            lambda item: self.engine.plain(item.media, item.sample.question).total_ms,
+            self.items,
         )
 
     def decode(self, item: BenchItem, strategy: Strategy) -> Decoded:
@@ -327,19 +329,19 @@ def grouped(things: Sequence[T], size: int, clip: Callable[[T], str]) -> list[li
     ]
 
 
-def fastest_threads(plain_ms: Callable[[T], float], work: Sequence[T]) -> str:
-    """Give this process the number of threads that decodes plainly the fastest; what was found.
+def fastest_cores(verifier: Decoder, plain_ms: Callable[[T], float], work: Sequence[T]) -> str:
+    """Give the verifier the number of cores that decodes plainly the fastest; what was found.
 
     Both sides of every ratio then run with it. Small models are often faster on one core.
     """
     times: dict[int, float] = {}
-    for num_threads in sorted({1, os.cpu_count() or 1}):
-        torch.set_num_threads(num_threads)
-        times[num_threads] = statistics.median(plain_ms(item) for item in [*work[:3]] * 3)
+    for num_cores in sorted({1, os.cpu_count() or 1}):
+        verifier.use_cores(num_cores)
+        times[num_cores] = statistics.median(plain_ms(item) for item in [*work[:3]] * 3)
     fastest = min(times, key=lambda n: times[n])
-    torch.set_num_threads(fastest)
+    verifier.use_cores(fastest)
     told = ", ".join(f"{n}: {ms:.1f} ms" for n, ms in times.items())
-    return f"benchmark: {fastest} thread(s) for the verifier (plain decoding by threads: {told})"
+    return f"benchmark: {fastest} core(s) for the verifier (plain decoding by cores: {told})"
 
 
 def check_failures(

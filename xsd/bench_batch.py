@@ -15,7 +15,7 @@ from pathlib import Path
 from xsd.bench import (
     BenchItem,
     Failure,
-    fastest_threads,
+    fastest_cores,
     first_difference,
     grouped,
     load_adapters,
@@ -53,7 +53,8 @@ def run(
     """
     bench = BatchBench(pair, items, strategies, adapters, config, answers)
     batches = group(items, config.batch_size, share_visual=config.share_visual)
-    print(fastest_threads(lambda batch: bench.decode(batch, strategies[0])[0].total_ms, batches))
+    plain_ms = lambda batch: bench.decode(batch, strategies[0])[0].total_ms  # noqa: E731
+    print(fastest_cores(pair.verifier, plain_ms, batches))
     for batch in batches[: -(-config.warmup // config.batch_size)]:
         list(bench.batch(batch, 0))
     for repeat in range(config.repeats):

@@ -77,7 +77,7 @@ def run(config: Config) -> None:
         )  # fmt: skip
         if config.strict:
             print(f"strict: every pass of decoding has {bench.strict_rows} rows")
-        bench.choose_threads()
+        bench.choose_cores()
         bench.measure_costs()
         print(f"{sample.scene.key} ({sample.scene.split}): {sample.question}")
         _show(bench, items[0], strategy, config)

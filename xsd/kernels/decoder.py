@@ -24,7 +24,7 @@ def decoder_pass(
         attention_out: [L, P, H Dh, 64].
         gate_up: [L, P, D, 64] for 2 F columns.
         down: [L, P, F, 64].
-        final_norm: [D].
+        final_norm: [D]; empty: these are not the last layers.
         eps: float32, of the norms.
         cos, sin: [positions, Dh / 2].
         keys: [L, >= B, G, Dh, columns], at least 64 more columns than are in use; written.
@@ -34,7 +34,7 @@ def decoder_pass(
         begin: [B] int64: column of the first new row.
         positions: [B R] int64.
         ancestors: [R, R] bool: which of each other the rows see; empty: those before them.
-        states: [B R, D], overwritten: after the final norm.
+        states: [B R, D], overwritten: after the final norm, or what the next layers take.
     """
     num_layers, _, kv_heads, head_dim, num_columns = keys.shape
     (num_rows, width), batch = rows.shape, begin.shape[0]
@@ -94,7 +94,9 @@ def decoder_pass(
             for j in range(ffn):
                 gate[j] *= up[j]
         add_product(both, down[layer], x)
-    for r in range(num_rows):
-        normalise(x[r, :width], ZERO, eps, states[r])
-        for j in range(width):
-            states[r, j] *= final_norm[j]
+    states[:] = x[:, :width]
+    if final_norm.shape[0]:
+        for r in range(num_rows):
+            normalise(x[r, :width], ZERO, eps, states[r])
+            for j in range(width):
+                states[r, j] *= final_norm[j]

@@ -159,6 +159,10 @@ class Decoder(ABC):
     def on_device(self, ids: Sequence[int] | Int[Tensor, " R"]) -> Int[Tensor, " R"]:
         return ids if isinstance(ids, Tensor) else to_device(ids, self.stack.device)
 
+    def use_cores(self, num_cores: int) -> None:
+        """Let this process's models compute on so many of a CPU's cores."""
+        torch.set_num_threads(num_cores)
+
     def prepare(self, cache: KVCache, max_rows: int) -> None:  # noqa: B027
         """Do now what the first ``read`` of up to so many tokens would otherwise do."""
 

@@ -54,6 +54,15 @@ class LlamaDecoder(Decoder):
         states, logits, best = (rows[: len(ids)] for rows in found)
         return Scored(states.clone(), best.tolist, lambda: logits)
 
+    def use_cores(self, num_cores: int) -> None:
+        """Compiled passes share out their layers; PyTorch's threads, which wait for work by
+        spinning, would only keep them from the cores."""
+        if self.stack.compiled is None:
+            super().use_cores(num_cores)
+            return
+        self.stack.compiled.num_cores = num_cores
+        torch.set_num_threads(1)
+
     def prepare(self, cache: KVCache, max_rows: int) -> None:
         length = cache.length
         for num_rows in range(1, max_rows + 1):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xsd.kernels import PANEL
 from xsd.pairs.cache import KVCache
-from xsd.pairs.compiled import MAX_ROWS, CompiledLayers
+from xsd.pairs.compiled import CompiledLayers
 from xsd.pairs.modules import ModuleLayers, Tap
 from xsd.pairs.modules import is_plain as _is_plain
 
@@ -95,11 +95,10 @@ class DecoderStack:
         Raises:
             AssertionError: the rows do not fit into the cache.
         """
-        batch, num_rows, _ = x.shape
+        num_rows = x.shape[1]
         cache.check_room(num_rows)
-        few = self.compiled is not None and self.tap is None
-        few = few and (batch * num_rows <= MAX_ROWS or cache.ragged is not None)
-        states = (self.compiled if few else self._layers).run(x, cache)  # type: ignore[union-attr]
+        layers = self._layers if self.compiled is None or self.tap is not None else self.compiled
+        states = layers.run(x, cache)
         cache.length += num_rows
         return states
 

@@ -1,0 +1,110 @@
+"""Compiled passes: the same numbers whatever goes through together."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import numpy as np
+import pytest
+import torch
+from numba.core.errors import TypingError
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+from xsd import kernels
+from xsd.pairs.cache import KVCache, TreeRows
+from xsd.pairs.choose import chooser
+from xsd.pairs.step import DecoderStack
+
+WIDTH, MAX_LENGTH = 48, 160
+
+
+@pytest.fixture
+def stack() -> DecoderStack:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=100,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=20,
+        vocab_size=50,
+        initializer_range=0.2,
+    )
+    made = DecoderStack(LlamaModel(config).eval())
+    assert made.compiled is not None
+    return made
+
+
+def rows(num_rows: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, num_rows, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def run(stack: DecoderStack, x: Tensor, sizes: list[int], cache: KVCache | None = None) -> Tensor:
+    cache = cache or stack.new_cache(x.shape[0], MAX_LENGTH)
+    bounds = [0, *accumulate(sizes)]
+    return torch.cat([stack.forward(x[:, a:b], cache) for a, b in pairwise(bounds)], dim=1)
+
+
+@pytest.mark.parametrize("sizes", [[14], [2] * 7, [3, 4, 7], [5, 9], [6, 8], [10, 4]])
+def test_a_row_is_the_same_to_the_last_bit_whatever_goes_with_it(
+    stack: DecoderStack, sizes: list[int]
+) -> None:
+    x = rows(14)
+    assert torch.equal(run(stack, x, sizes), run(stack, x, [1] * 14))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cores_share_out_the_layers_and_change_nothing(stack: DecoderStack, batch: int) -> None:
+    x, found = rows(130, batch), []
+    assert stack.compiled is not None
+    for num_cores in (1, 2, 3, 8):
+        stack.compiled.num_cores = num_cores
+        found.append(run(stack, x, [100, 30]))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    torch.testing.assert_close(found[0], run(stack, x, [1] * 130), rtol=0, atol=0)
+
+
+def test_a_branch_of_a_tree_is_a_chain_to_the_last_bit(stack: DecoderStack) -> None:
+    """Root, two children, and a grandchild behind the second."""
+    x = rows(20)
+    parents = [-1, 0, 0, 2]
+    ancestors = torch.zeros(4, 4, dtype=torch.bool)
+    for row, parent in enumerate(parents):
+        ancestors[row, row] = True
+        if parent >= 0:
+            ancestors[row] |= ancestors[parent]
+    cache = stack.new_cache(1, MAX_LENGTH)
+    stack.forward(x[:, :16], cache)
+    cache.tree = TreeRows(torch.tensor([0, 1, 1, 2]), ancestors)
+    grown = stack.forward(x[:, 16:], cache)[0]
+    for branch in ([0, 1], [0, 2, 3]):
+        chain = torch.cat([x[:, :16], x[:, [16 + row for row in branch]]], dim=1)
+        said = run(stack, chain, [16, len(branch)])[0, 16:]
+        assert torch.equal(grown[branch], said)
+
+
+@pytest.mark.parametrize("num_ids", [1, 63, 64, 100])
+def test_the_likeliest_token_is_that_of_the_lm_head(num_ids: int) -> None:
+    head = nn.Linear(WIDTH, num_ids, bias=False)
+    states = rows(7)[0]
+    with torch.inference_mode():
+        assert chooser(head)(states) == head(states).argmax(-1).tolist()
+        # Seen at a stride, and alone.
+        assert chooser(head)(states[::2]) == chooser(head)(states)[::2]
+        assert [chooser(head)(state)[0] for state in states] == chooser(head)(states)
+
+
+def test_of_equal_logits_the_first_is_chosen_and_nan_is_no_endless_search() -> None:
+    head = nn.Linear(WIDTH, 10, bias=False)
+    nn.init.zeros_(head.weight)
+    choose = chooser(head)
+    assert choose(rows(2)[0]) == [0, 0]
+    assert 0 <= choose(torch.full((1, WIDTH), torch.nan))[0] < 10
+
+
+def test_what_is_not_contiguous_is_refused() -> None:
+    panels = kernels.pack(np.ones((WIDTH, 8), np.float32))
+    with pytest.raises(TypingError, match="C-contiguous"):
+        kernels.choose(np.ones((4, 2 * WIDTH), np.float32)[:, ::2], panels, 8, np.zeros(4, int))
