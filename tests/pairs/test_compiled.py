@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from xsd import kernels
 from xsd.pairs.cache import KVCache, TreeRows
-from xsd.pairs.choose import chooser
+from xsd.pairs.choose import Chooser
 from xsd.pairs.step import DecoderStack
 
 WIDTH, MAX_LENGTH = 48, 160
@@ -90,16 +90,16 @@ def test_the_likeliest_token_is_that_of_the_lm_head(num_ids: int) -> None:
     head = nn.Linear(WIDTH, num_ids, bias=False)
     states = rows(7)[0]
     with torch.inference_mode():
-        assert chooser(head)(states) == head(states).argmax(-1).tolist()
+        assert Chooser(head)(states) == head(states).argmax(-1).tolist()
         # Seen at a stride, and alone.
-        assert chooser(head)(states[::2]) == chooser(head)(states)[::2]
-        assert [chooser(head)(state)[0] for state in states] == chooser(head)(states)
+        assert Chooser(head)(states[::2]) == Chooser(head)(states)[::2]
+        assert [Chooser(head)(state)[0] for state in states] == Chooser(head)(states)
 
 
 def test_of_equal_logits_the_first_is_chosen_and_nan_is_no_endless_search() -> None:
     head = nn.Linear(WIDTH, 10, bias=False)
     nn.init.zeros_(head.weight)
-    choose = chooser(head)
+    choose = Chooser(head)
     assert choose(rows(2)[0]) == [0, 0]
     assert 0 <= choose(torch.full((1, WIDTH), torch.nan))[0] < 10
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,6 +98,20 @@ class CompiledTokenHead:
         self.biases = [*(b for _, b in stacks), project_bias[0]]
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What drafting a chain needs to know of the tokens."""
+
+    table: Float[np.ndarray, "V Dv"]
+    """``read_tokens`` of every embedding."""
+    panels: np.ndarray
+    """The packed LM head."""
+    num_ids: int
+    """Choose among the first so many."""
+    eos: Int[np.ndarray, " n"]
+    """What ends a chain."""
+
+
 class CompiledCache:
     """Keys and values of a batch of answers; the counterpart of ``AdapterCache``.
 
@@ -111,6 +127,7 @@ class CompiledCache:
         self._keys = np.zeros((*shape, head_dim, columns), np.float32)
         self._values = np.zeros((*shape, columns, head_dim), np.float32)
         self._chain = np.zeros((0, 0), bool)
+        self._positions = head.positions.numpy()
         self._memory = self._memories([])
 
     @torch.no_grad()
@@ -153,6 +170,26 @@ class CompiledCache:
         if not isinstance(where, Ragged):
             self.length = end
         return torch.from_numpy(out).view(batch, num_rows, width)
+
+    def draft(
+        self,
+        said: Sequence[int],
+        states: Float[Tensor, "m Dv"],
+        gamma: int,
+        vocabulary: Vocabulary,
+    ) -> list[int]:
+        """At most ``gamma`` tokens behind ``said``, the new tokens of the one answer, whose states
+        these are: steps, choices and all in one call."""
+        assert self.length + len(said) + gamma - 1 <= self.max_length, "the cache is full"
+        drafts = np.empty(gamma, np.int64)
+        count = kernels.draft_chain(
+            np.array(said), states.contiguous().numpy(), vocabulary.table, self._positions,
+            self.length, vocabulary.eos, vocabulary.panels, vocabulary.num_ids,
+            *self.head.weights, *self.head.biases, self.head.eps,
+            self._keys, self._values, *self._memory, drafts,
+        )  # fmt: skip
+        found: list[int] = drafts[:count].tolist()
+        return found
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Only these rows of the batch go on (finished answers retire)."""

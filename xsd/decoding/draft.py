@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from xsd.adapters.base import Adapter
 from xsd.adapters.cache import AdapterCache
-from xsd.adapters.compiled import CompiledCache
+from xsd.adapters.compiled import CompiledCache, Vocabulary
 from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media
-from xsd.pairs.choose import Chooser, chooser
+from xsd.pairs.choose import Chooser
 
 READ_TOKENS_BYTES = 1 << 28
 """A head reads all token embeddings in advance unless they are larger."""
@@ -61,11 +62,11 @@ class VerifierTables:
 
     def choose(self, hidden: Float[Tensor, "*rows Dv"]) -> list[int]:
         """The likeliest token of every row, of states in an adapter's own precision."""
-        return self._chooser(hidden.to(self.embedding.dtype))
+        return self.chooser(hidden.to(self.embedding.dtype))
 
     @cached_property
-    def _chooser(self) -> Chooser:
-        return chooser(self.lm_head)
+    def chooser(self) -> Chooser:
+        return Chooser(self.lm_head)
 
     def score(self, hidden: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows V"]:
         """Logits of states in an adapter's own precision."""
@@ -256,6 +257,9 @@ class HeadDrafter:
         sequence = list(tokens)
         start = len(sequence) - states.shape[0]
         self._cache.length = start
+        if self._vocabulary is not None and isinstance(self._cache, CompiledCache):
+            states = states if self._reads_verifier else torch.zeros_like(states)
+            return Draft(self._cache.draft(sequence[start:], states, gamma, self._vocabulary))
         out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
         if self.options.tree_width and self.policy.branches():
             return self._grow_tree(len(sequence), out, gamma)
@@ -337,6 +341,16 @@ class HeadDrafter:
         token = self._token_rows(sequence[start:stop]) if self._reads_token else None
         verifier = states if self._reads_verifier else None
         return self.head.step(StepInputs(drafter, verifier, token), self._cache)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary | None:
+        """For chains whose every step is sure to be wanted, and taken as it comes."""
+        panels = self.tables.chooser.panels
+        chooses = not self.options.tree_width and self.options.sampling is None
+        if panels is None or not self._is_read or not chooses or self.policy.asks_confidence:
+            return None
+        eos = np.array(sorted(self.tables.eos_ids), np.int64)
+        return Vocabulary(self._tokens.numpy(), panels, self.tables.vocab_size, eos)
 
     @property
     def _cache(self) -> AdapterCache | CompiledCache:

@@ -11,9 +11,23 @@ Numba compiles a kernel when it is first called and keeps the result on disk. Al
 C-contiguous float32 unless said.
 """
 
-from xsd.kernels.choose import choose
-from xsd.kernels.decoder import decoder_pass
-from xsd.kernels.head import head_pass
-from xsd.kernels.products import PANEL, pack
+from importlib import import_module
+from typing import Any
 
-__all__ = ["PANEL", "choose", "decoder_pass", "head_pass", "pack"]
+PANEL = 64
+"""Columns of a weight that lie together in memory."""
+
+_MODULES = {
+    "choose": "argmax",
+    "decoder_pass": "decoder",
+    "draft_chain": "head",
+    "head_pass": "head",
+    "pack": "products",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Kernels by name. Numba is imported with the first of them, and not where none is used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from xsd.kernels import PANEL
 from xsd.kernels.options import exact
-from xsd.kernels.products import NARROW, PANEL, add_product
+from xsd.kernels.products import NARROW, add_product
 from xsd.kernels.rows import ONE, ZERO, attend, normalise, silu, turn
 
 

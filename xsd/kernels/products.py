@@ -13,10 +13,9 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from xsd.kernels import PANEL
 from xsd.kernels.options import exact
 
-PANEL = 64
-"""Columns of a weight that lie together in memory."""
 _LANES = 16
 """Floats a vector; where a machine has shorter ones, LLVM splits them."""
 

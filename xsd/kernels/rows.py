@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from xsd.kernels import PANEL
 from xsd.kernels.options import exact, reorder
-from xsd.kernels.products import NARROW, PANEL, add_narrow, add_panel
+from xsd.kernels.products import NARROW, add_narrow, add_panel
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 _LOG2_E = np.float32(1.4426950408889634)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from xsd.pairs.cache import KVCache
-from xsd.pairs.choose import Chooser, chooser
+from xsd.pairs.choose import Chooser
 from xsd.pairs.config import PairConfig
 from xsd.pairs.device import to_device
 
@@ -142,7 +142,7 @@ class Decoder(ABC):
     def choose(self, hidden: Float[Tensor, "*rows D"]) -> list[int]:
         """The likeliest token of every row, all rows in one list."""
         if self._choose is None:
-            self._choose = chooser(self.lm_head)
+            self._choose = Chooser(self.lm_head)
         return self._choose(hidden)
 
     def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,35 +11,33 @@ from torch import Tensor, nn
 
 from xsd import kernels
 
-Chooser = Callable[[Float[Tensor, "*rows D"]], list[int]]
-
 COMPILED_BYTES = 1 << 28
 """Larger LM heads stay a library's: the compiled product keeps a copy of the weight."""
 
 
-def chooser(lm_head: Any) -> Chooser:
-    """The fastest way to the argmax of ``lm_head(states)``, all rows in one list.
+class Chooser:
+    """The argmax of ``lm_head(states)``, all rows in one list.
 
-    In single precision on a CPU a compiled product; a row's choice then does not depend on how
-    many rows are asked about.
+    In single precision on a CPU it is a compiled product; a row's choice then does not depend on
+    how many rows are asked about.
     """
-    if type(lm_head) is not nn.Linear or len([*lm_head.parameters()]) > 1:
-        return lambda hidden: _argmax(lm_head(hidden))
-    weight = lm_head.weight.detach()
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if not on_cpu or weight.nbytes > COMPILED_BYTES:
-        return lambda hidden: _argmax(nn.functional.linear(hidden, weight))
-    panels, (num_ids, width) = kernels.pack(weight.t().numpy()), weight.shape
 
-    def choose(hidden: Float[Tensor, "*rows D"]) -> list[int]:
-        states = hidden.reshape(-1, width).contiguous()
-        ids = np.empty(len(states), np.int64)
-        kernels.choose(states.numpy(), panels, num_ids, ids)
-        return ids.tolist()
+    def __init__(self, lm_head: Any) -> None:
+        self._lm_head = lm_head
+        self.panels: np.ndarray | None = None
+        """The packed weight; None: nothing is compiled."""
+        if type(lm_head) is nn.Linear and len([*lm_head.parameters()]) == 1:
+            weight = lm_head.weight.detach()
+            on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+            if on_cpu and weight.nbytes <= COMPILED_BYTES:
+                self.panels = kernels.pack(weight.t().numpy())
+        self.num_ids = int(lm_head.out_features)
 
-    return choose
-
-
-def _argmax(logits: Float[Tensor, "*rows V"]) -> list[int]:
-    ids: list[int] = logits.argmax(-1).flatten().tolist()
-    return ids
+    def __call__(self, hidden: Float[Tensor, "*rows D"]) -> list[int]:
+        if self.panels is None:
+            ids: list[int] = self._lm_head(hidden).argmax(-1).flatten().tolist()
+            return ids
+        states = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        chosen = np.empty(len(states), np.int64)
+        kernels.choose(states.numpy(), self.panels, self.num_ids, chosen)
+        return chosen.tolist()

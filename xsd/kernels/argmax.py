@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from xsd.kernels import PANEL
 from xsd.kernels.options import exact
-from xsd.kernels.products import PANEL, add_product
+from xsd.kernels.products import add_product
 from xsd.kernels.rows import maximum
 
 
