@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from xsd.adapters.block import Block
 from xsd.adapters.cache import AdapterCache, Chain, Past
 from xsd.adapters.catalog import Level, level
-from xsd.adapters.compiled import CompiledCache, CompiledTokenHead
+from xsd.adapters.compiled import CompiledCache, CompiledHead
 from xsd.adapters.config import AdapterConfig
 from xsd.adapters.live import bind
 from xsd.adapters.rows import Positions, Ragged, Siblings, StepInputs
@@ -83,7 +83,7 @@ class Adapter(nn.Module, ABC):
             nn.Linear(config.d_drafter, config.d_verifier, bias=False) if bridged else nn.Identity()
         )
         self.blocks: Sequence[Block] = ()
-        self._made: tuple[Any, tuple[Any, CompiledTokenHead | None]] | None = None
+        self._made: tuple[Any, tuple[Any, CompiledHead | None]] | None = None
 
     @abstractmethod
     def embed(
@@ -215,11 +215,11 @@ class Adapter(nn.Module, ABC):
         """A step whose rows, and what they may look at, are given on the device."""
         return self._run(rows, at, past)
 
-    def compiled(self) -> CompiledTokenHead | None:
+    def compiled(self) -> CompiledHead | None:
         """The weights as a compiled step takes them, for levels that have one."""
         return None
 
-    def _live(self) -> tuple[Any, CompiledTokenHead | None]:
+    def _live(self) -> tuple[Any, CompiledHead | None]:
         """A twin (``live.bind``), and a compiled one where there is one; made anew only when the
         weights have changed."""
         parameters = list(self.parameters())

@@ -15,7 +15,7 @@ from xsd import kernels
 from xsd.adapters.rows import Ragged, Siblings, StepInputs
 
 if TYPE_CHECKING:
-    from xsd.adapters.eagle import TokenHead
+    from xsd.adapters.attention import AttentionAdapter
 
 Matrix = Float[np.ndarray, "in out"]
 Bias = Float[np.ndarray, " out"]
@@ -56,31 +56,48 @@ def _stack(parts: list[tuple[Matrix, Bias]]) -> tuple[np.ndarray, np.ndarray]:
     return packed, wide
 
 
-class CompiledTokenHead:
-    """The weights of a ``TokenHead`` as the kernel takes them: copies."""
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """How a head's rows begin: ``norm(state) @ weight.T``, beside token and position."""
+
+    weight: Float[Tensor, "Dv Dv"]
+    norm: nn.LayerNorm
+
+
+class CompiledHead:
+    """The weights of a head as the kernel takes them: copies."""
 
     @torch.no_grad()
-    def __init__(self, head: TokenHead) -> None:
+    def __init__(
+        self,
+        head: AttentionAdapter,
+        positions: Float[Tensor, "positions Dv"],
+        entrance: Entrance | None,
+        share: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            positions: what is added to rows at each answer position.
+            entrance: None: the head reads no states.
+            share: of the output that is the head's own; the rest is the state it was given.
+        """
         blocks, width = list(head.blocks), head.config.d_verifier
         self.num_layers, self.num_heads, self.width = len(blocks), head.config.num_heads, width
-        scale = (width // self.num_heads) ** -0.5
-        norms = [m for m in head.modules() if isinstance(m, nn.LayerNorm)]
-        (eps,) = {norm.eps for norm in norms}
-        self.eps = np.float32(eps)
-
-        self.positions = head.positions.detach()
+        (eps,) = {m.eps for m in head.modules() if isinstance(m, nn.LayerNorm)}
+        is_gelu = head.activation is nn.GELU
+        self.options = np.float32(eps), is_gelu, np.float32(1.0 - share)
+        self.positions = positions.detach()
         self.entrance = np.zeros((0, width, kernels.PANEL), np.float32)
-        if head.row.feedback:
-            # The bias of ``fuse`` comes with the token, that of the norm with the position.
-            weight, norm = head.fuse.weight[:, :width], head.norm_state
-            entrance, at_positions = _fold(weight, torch.zeros_like(head.fuse.bias), norm)
-            self.entrance = kernels.pack(entrance)
-            self.positions = self.positions + torch.from_numpy(at_positions)
-        crosses = [block.cross for block in blocks if block.cross is not None]
-        self.crosses = crosses
+        if entrance is not None:
+            no_bias = entrance.weight.new_zeros(width)
+            weight, bias = _fold(entrance.weight, no_bias, entrance.norm)
+            self.entrance = kernels.pack(weight)
+            self.positions = self.positions + torch.from_numpy(bias)
+        self.crosses = [block.cross for block in blocks if block.cross is not None]
+        scale = (width // self.num_heads) ** -0.5
+        queries = [_affine(c.query, c.norm, width, scale) for c in self.crosses]
+        outs = [_affine(c.out) for c in self.crosses]
         # Without cross-attention any weights of the right kind will do: they are not read.
-        queries = [_affine(c.query, c.norm, width, scale) for c in crosses]
-        outs = [_affine(c.out) for c in crosses]
         unread = [(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))] * len(blocks)
         stacks = [
             _stack(parts)
@@ -93,7 +110,7 @@ class CompiledTokenHead:
                 [_affine(b.down) for b in blocks],
             )
         ]
-        project, project_bias = _stack([_affine(head.project, head.norm_out)])
+        project, project_bias = _stack([_affine(head.project, head.norm_out, width, share)])
         self.weights = [self.entrance, *(w for w, _ in stacks), project[0]]
         self.biases = [*(b for _, b in stacks), project_bias[0]]
 
@@ -102,8 +119,8 @@ class CompiledTokenHead:
 class Vocabulary:
     """What drafting a chain needs to know of the tokens."""
 
-    table: Float[np.ndarray, "V Dv"]
-    """``read_tokens`` of every embedding."""
+    table: Float[np.ndarray, "ids Dv"]
+    """``read_tokens`` of every embedding; of none, where the head reads no tokens."""
     panels: np.ndarray
     """The packed LM head."""
     num_ids: int
@@ -118,7 +135,7 @@ class CompiledCache:
     ``length`` rows are valid. Setting it to a smaller number rolls back in O(1).
     """
 
-    def __init__(self, head: CompiledTokenHead, batch_size: int, max_length: int) -> None:
+    def __init__(self, head: CompiledHead, batch_size: int, max_length: int) -> None:
         self.head = head
         self.max_length = max_length
         self.length = 0
@@ -142,8 +159,9 @@ class CompiledCache:
 
     def step(self, rows: StepInputs, where: Siblings | Ragged | None) -> Float[Tensor, "B R Dv"]:
         """Append rows and return their outputs (see ``Adapter.step``)."""
-        assert rows.token is not None, "a token head reads tokens"
-        batch, num_rows, width = rows.token.shape
+        given = rows.verifier if rows.token is None else rows.token
+        assert given is not None, "a head reads tokens or states"
+        batch, num_rows, width = given.shape
         column = begin = np.full(batch, self.length)
         end, seen = self.length + num_rows, self._chain
         positions: Tensor = self.head.positions
@@ -157,14 +175,15 @@ class CompiledCache:
             begin, seen = np.zeros(batch, np.int64), where.visible.numpy()
             positions = positions[where.position : where.position + 1]
         assert end <= self.max_length, f"cache of {self.max_length} rows is full"
-        known = (rows.token + positions).reshape(-1, width).contiguous().numpy()
+        token = torch.zeros_like(given) if rows.token is None else rows.token
+        known = (token + positions).reshape(-1, width).contiguous().numpy()
         # A head that reads no states has no weights for them either.
         states = known
         if rows.verifier is not None:
             states = rows.verifier.reshape(-1, width).contiguous().numpy()
         out = np.empty((batch * num_rows, width), np.float32)
         kernels.head_pass(
-            known, states, *self.head.weights, *self.head.biases, self.head.eps,
+            known, states, *self.head.weights, *self.head.biases, *self.head.options,
             self._keys, self._values, *self._memory, column, begin, seen, out,
         )  # fmt: skip
         if not isinstance(where, Ragged):
@@ -185,7 +204,7 @@ class CompiledCache:
         count = kernels.draft_chain(
             np.array(said), states.contiguous().numpy(), vocabulary.table, self._positions,
             self.length, vocabulary.eos, vocabulary.panels, vocabulary.num_ids,
-            *self.head.weights, *self.head.biases, self.head.eps,
+            *self.head.weights, *self.head.biases, *self.head.options,
             self._keys, self._values, *self._memory, drafts,
         )  # fmt: skip
         found: list[int] = drafts[:count].tolist()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xsd.adapters.attention import AttentionAdapter
-from xsd.adapters.compiled import CompiledTokenHead
+from xsd.adapters.compiled import CompiledHead, Entrance
 from xsd.adapters.config import AdapterConfig
 from xsd.adapters.rows import Positions, StepInputs
 
@@ -42,6 +42,11 @@ class VerifierEagleAdapter(EagleAdapter):
     def source(self, rows: StepInputs) -> Float[Tensor, "B R Dv"]:
         assert rows.verifier is not None, "B1 reads verifier states"
         return rows.verifier
+
+    def compiled(self) -> CompiledHead | None:
+        identity = torch.eye(self.config.d_verifier)
+        entrance = Entrance(identity, self.norm_in)
+        return CompiledHead(self, self.positions, entrance, float(self.alpha.detach()))
 
 
 class TokenHead(AttentionAdapter):
@@ -83,8 +88,12 @@ class TokenHead(AttentionAdapter):
         out: Tensor = self.project(self.norm_out(x))
         return out
 
-    def compiled(self) -> CompiledTokenHead | None:
-        return None if self.memory == "drafter" else CompiledTokenHead(self)
+    def compiled(self) -> CompiledHead | None:
+        if self.memory == "drafter":
+            return None
+        # The bias of ``fuse`` comes with the token.
+        entrance = Entrance(self.fuse.weight[:, : self.config.d_verifier], self.norm_state)
+        return CompiledHead(self, self.positions, entrance)
 
 
 class DrafterTokenHead(TokenHead):
@@ -114,6 +123,9 @@ class TextHead(TokenHead):
     def read_tokens(self, token: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows Dv"]:
         read: Tensor = self.norm_token(token)
         return read
+
+    def compiled(self) -> CompiledHead | None:
+        return CompiledHead(self, self.positions, None)
 
 
 def learned_positions(config: AdapterConfig) -> nn.Parameter:

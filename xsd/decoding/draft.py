@@ -347,10 +347,12 @@ class HeadDrafter:
         """For chains whose every step is sure to be wanted, and taken as it comes."""
         panels = self.tables.chooser.panels
         chooses = not self.options.tree_width and self.options.sampling is None
-        if panels is None or not self._is_read or not chooses or self.policy.asks_confidence:
+        knows = self._is_read or not self._reads_token
+        if panels is None or not knows or not chooses or self.policy.asks_confidence:
             return None
+        table = self._tokens if self._is_read else self._tokens[:0]
         eos = np.array(sorted(self.tables.eos_ids), np.int64)
-        return Vocabulary(self._tokens.numpy(), panels, self.tables.vocab_size, eos)
+        return Vocabulary(table.numpy(), panels, self.tables.vocab_size, eos)
 
     @property
     def _cache(self) -> AdapterCache | CompiledCache:

@@ -8,7 +8,7 @@ from xsd.kernels import PANEL
 from xsd.kernels.argmax import choose
 from xsd.kernels.options import exact
 from xsd.kernels.products import NARROW, add_product
-from xsd.kernels.rows import attend, centre, silu
+from xsd.kernels.rows import attend, centre, gelu, silu
 
 
 @exact
@@ -29,7 +29,8 @@ def _normalise_all(x, width, eps, out):
 def head_pass(
     known, states, entrance, qkv, attention_out, query, cross_out, up, down, project,
     qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias, project_bias,
-    eps, keys, values, memory_keys, memory_values, memory_size, column, begin, ancestors, out,
+    eps, is_gelu, kept, keys, values, memory_keys, memory_values, memory_size, column, begin,
+    ancestors, out,
 ):  # fmt: skip
     """R rows of each of B answers through a head of L blocks, behind what its cache holds.
 
@@ -44,6 +45,8 @@ def head_pass(
             [L, P, F, 64].
         project: [P, D, 64].
         eps: float32, of all norms.
+        is_gelu: the activation is GELU, else SiLU.
+        kept: float32, how much of ``states`` is in the output.
         keys: [L, B, H, Dh, columns], at least 64 more columns than are in use; written.
         values: [L, B, H, columns, Dh]; written.
         memory_keys: [L, B or 1, H, Dh, >= K + 64]; one may serve all answers.
@@ -110,12 +113,26 @@ def head_pass(
         _normalise_all(x, width, eps, normed)
         _affine(normed, up[layer], up_bias[layer], hidden)
         for r in range(num_rows):
-            silu(hidden[r, :ffn], line, bits, powers)
+            if is_gelu:
+                gelu(hidden[r, :ffn])
+            else:
+                silu(hidden[r, :ffn], line, bits, powers)
         x += down_bias[layer]
         add_product(hidden, down[layer], x)
     _normalise_all(x, width, eps, normed)
     _affine(normed, project, project_bias, x)
-    out[:] = x[:, :width]
+    for r in range(num_rows):
+        for j in range(width):
+            out[r, j] = x[r, j] + kept * states[r, j]
+
+
+@exact
+def _know(table, token, position, known):
+    """What is known of a row before its state."""
+    for j in range(known.shape[0]):
+        known[j] = position[j]
+        if table.shape[0]:
+            known[j] += table[token, j]
 
 
 @exact
@@ -123,14 +140,14 @@ def draft_chain(
     said, states, table, at_positions, start, eos, lm_head, num_ids,
     entrance, qkv, attention_out, query, cross_out, up, down, project,
     qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias, project_bias,
-    eps, keys, values, memory_keys, memory_values, memory_size, drafts,
+    eps, is_gelu, kept, keys, values, memory_keys, memory_values, memory_size, drafts,
 ):  # fmt: skip
     """A whole cycle of a head that drafts for one answer: new rows in, a chain of tokens out.
 
     Args:
         said: [m] int64: the last tokens of the answer.
         states: [m, D]: the verifier's behind them.
-        table: [V, D]: what the head reads of every token.
+        table: [V, D]: what the head reads of every token; of none: it reads no tokens.
         at_positions: [positions, D].
         start: position of the first of ``said``, and its column in the cache.
         eos: [n] int64: tokens that end a chain.
@@ -140,22 +157,21 @@ def draft_chain(
 
     The rest as for ``head_pass``. Returns how many were drafted.
     """
-    width = table.shape[1]
+    width = states.shape[1]
     column, chain = np.empty(1, np.int64), np.zeros((0, 0), np.bool_)
     token = np.empty(1, np.int64)
     # Nobody reads the outputs of the tokens before the last; the keys of all are kept.
     num_rows, inputs = said.shape[0], states
     known = np.empty((num_rows, width), np.float32)
     for r in range(num_rows):
-        for j in range(width):
-            known[r, j] = table[said[r], j] + at_positions[start + r, j]
+        _know(table, said[r], at_positions[start + r], known[r])
     out = np.empty((num_rows, width), np.float32)
     column[0] = start
     for step in range(drafts.shape[0]):
         head_pass(
             known, inputs, entrance, qkv, attention_out, query, cross_out, up, down, project,
             qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias,
-            project_bias, eps, keys, values, memory_keys, memory_values, memory_size,
+            project_bias, eps, is_gelu, kept, keys, values, memory_keys, memory_values, memory_size,
             column, column, chain, out,
         )  # fmt: skip
         last = out[out.shape[0] - 1 :]
@@ -167,6 +183,5 @@ def draft_chain(
         column[0] += known.shape[0]
         inputs = last.copy()
         known, out = np.empty((1, width), np.float32), np.empty((1, width), np.float32)
-        for j in range(width):
-            known[0, j] = table[token[0], j] + at_positions[column[0], j]
+        _know(table, token[0], at_positions[column[0]], known[0])
     return drafts.shape[0]

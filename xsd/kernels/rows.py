@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import erf
+
 import numpy as np
 
 from xsd.kernels import PANEL
@@ -9,6 +11,7 @@ from xsd.kernels.options import exact, reorder
 from xsd.kernels.products import NARROW, add_narrow, add_panel
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
+_HALF, _SQRT_HALF = np.float32(0.5), np.float32(0.7071067811865476)
 _LOG2_E = np.float32(1.4426950408889634)
 _ROUND = np.float32(12582912.0)  # adding 1.5 * 2**23 leaves no room for a fraction
 _LIMIT = np.float32(87.0)
@@ -94,6 +97,13 @@ def silu(x, scratch, bits, powers):
     _exp(scratch[: x.shape[0]], bits, powers)
     for j in range(x.shape[0]):
         x[j] = x[j] / (ONE + scratch[j])
+
+
+@exact
+def gelu(x):
+    """``x = x * Phi(x)`` in place."""
+    for j in range(x.shape[0]):
+        x[j] *= _HALF * (ONE + np.float32(erf(x[j] * _SQRT_HALF)))
 
 
 @exact
