@@ -246,20 +246,28 @@ class Bench:
         return self.engine.speculate(media, question, speculator, strategy.gamma, policy)
 
     def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:
-        """Every strategy on one item; what the first one says is what the others are held to."""
+        """Every strategy on one item; what the first one says is what the others are held to.
+
+        The others take turns in an order drawn anew for every item and repeat: what a strategy
+        leaves behind (caches, a clock that heat has slowed) is then not always the same one's loss.
+        """
+        baseline, *others = self.strategies
+        random.Random(f"{item.sample.key} {repeat}").shuffle(others)
         plain: list[int] | None = None
-        for strategy in self.strategies:
+        found: dict[str, Trace | Failure] = {}
+        for strategy in (baseline, *others):
             try:
                 decoded = self.decode(item, strategy)
             except (RuntimeError, XsdError) as error:
                 # The next sample may well succeed; this one counts as failed, with its reason.
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                yield Failure(item.sample.key, strategy.name, reason)
+                found[strategy.name] = Failure(item.sample.key, strategy.name, reason)
                 if plain is None:
-                    return
+                    break
                 continue
             plain = decoded.token_ids if plain is None else plain
-            yield self._trace(item, strategy, repeat, decoded, plain)
+            found[strategy.name] = self._trace(item, strategy, repeat, decoded, plain)
+        yield from (found[s.name] for s in self.strategies if s.name in found)
 
     def _trace(
         self, item: BenchItem, strategy: Strategy, repeat: int, decoded: Decoded, plain: list[int]

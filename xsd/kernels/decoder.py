@@ -7,7 +7,7 @@ import numpy as np
 from xsd.kernels import PANEL
 from xsd.kernels.options import exact
 from xsd.kernels.products import NARROW, add_product
-from xsd.kernels.rows import ONE, ZERO, attend, normalise, silu, turn
+from xsd.kernels.rows import ONE, ZERO, attend, normalise, place, silu, turn
 
 
 @exact
@@ -60,23 +60,18 @@ def decoder_pass(
         projected[:] = ZERO
         add_product(normed, qkv[layer], projected)
         for r in range(num_rows):
-            entry = r // each
-            column, row = begin[entry] + r % each, projected[r]
+            row = projected[r]
             turn_cos, turn_sin = cos[positions[r]], sin[positions[r]]
             for h in range(num_heads + kv_heads):
                 factor = query_scale if h < num_heads else ONE
                 turn(row[h * head_dim : (h + 1) * head_dim], half, turn_cos, turn_sin, factor)
-            for g in range(kv_heads):
-                new = row[(num_heads + g) * head_dim :]
-                its_keys = keys[layer, entry, g]
-                for d in range(head_dim):
-                    its_keys[d, column] = new[d]
-                new = row[(num_heads + kv_heads + g) * head_dim :]
-                its_values = values[layer, entry, g, column]
-                for d in range(head_dim):
-                    its_values[d] = new[d]
         for entry in range(batch):
             lo, hi = entry * each, (entry + 1) * each
+            for g in range(kv_heads):
+                place(
+                    projected, (num_heads + g) * head_dim, (num_heads + kv_heads + g) * head_dim,
+                    lo, hi, keys[layer, entry, g], values[layer, entry, g], begin[entry],
+                )  # fmt: skip
             for h in range(num_heads):
                 attend(
                     projected, h * head_dim, lo, hi,

@@ -8,7 +8,7 @@ from xsd.kernels import PANEL
 from xsd.kernels.argmax import choose
 from xsd.kernels.options import exact
 from xsd.kernels.products import NARROW, add_product
-from xsd.kernels.rows import attend, centre, gelu, silu
+from xsd.kernels.rows import attend, centre, gelu, place, silu
 
 
 @exact
@@ -85,11 +85,7 @@ def head_pass(
             for h in range(num_heads):
                 its_keys, its_values = keys[layer, entry, h], values[layer, entry, h]
                 start = width + h * head_dim
-                for r in range(each):
-                    new = projected[lo + r, start:]
-                    for d in range(head_dim):
-                        its_keys[d, column[entry] + r] = new[d]
-                        its_values[column[entry] + r, d] = new[width + d]
+                place(projected, start, start + width, lo, hi, its_keys, its_values, column[entry])
                 attend(
                     projected, h * head_dim, lo, hi, its_keys, its_values, 0, 0, begin[entry],
                     ancestors, scores, line, bits, powers, attended, h * head_dim,

@@ -60,43 +60,51 @@ def centre(x, eps, out):
 
 
 @exact
-def _exp(x, bits, powers):
-    """``x = exp(x)`` in place; ``powers`` is ``bits`` (int32) read as float32."""
+def _begin_exp(x, shift, bits):
+    """Of ``exp(x - shift)``: the fraction's part into x, the exponent's into ``bits`` (int32)."""
     for j in range(x.shape[0]):
-        t = min(max(x[j], -_LIMIT), _LIMIT) * _LOG2_E
+        t = min(max(x[j] - shift, -_LIMIT), _LIMIT) * _LOG2_E
         whole = (t + _ROUND) - _ROUND
         f = t - whole
         x[j] = ONE + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
         bits[j] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+
+
+@reorder
+def _end_exp(x, powers):
+    """``x *= powers``, which are the bits read as float32; the sum."""
+    total = ZERO
     for j in range(x.shape[0]):
         x[j] *= powers[j]
+        total += x[j]
+    return total
 
 
 @exact
 def _softmax(x, size, bits, powers):
-    """Over the first ``size`` of x, in place; x has room for whole vectors, which become zero."""
+    """Over the first ``size`` of x, in place, but for the factor that is returned.
+
+    x has room for whole vectors, which become zero.
+    """
     padded = (size + PANEL - 1) // PANEL * PANEL
     x[size:padded] = -np.inf
     line = x[:padded]
-    best = maximum(line)
-    for j in range(padded):
-        line[j] -= best
-    _exp(line, bits, powers)
+    _begin_exp(line, maximum(line), bits)
     # What exp makes of the end is too little to count beside the largest, which is one.
-    scale = ONE / _sum(line)
-    for j in range(padded):
-        line[j] *= scale
+    total = _end_exp(line, powers)
     x[size:padded] = ZERO
+    return ONE / total
 
 
 @exact
 def silu(x, scratch, bits, powers):
     """``x = x * sigmoid(x)`` in place."""
+    line = scratch[: x.shape[0]]
     for j in range(x.shape[0]):
-        scratch[j] = -x[j]
-    _exp(scratch[: x.shape[0]], bits, powers)
+        line[j] = -x[j]
+    _begin_exp(line, ZERO, bits)
     for j in range(x.shape[0]):
-        x[j] = x[j] / (ONE + scratch[j])
+        x[j] = x[j] / (ONE + line[j] * powers[j])
 
 
 @exact
@@ -114,6 +122,21 @@ def turn(x, half, cos, sin, factor):
         c, s = cos[i] * factor, sin[i] * factor
         u, v = a[i] * c - b[i] * s, b[i] * c + a[i] * s
         a[i], b[i] = u, v
+
+
+@exact
+def place(x, key_start, value_start, lo, hi, keys, values, column):
+    """Put one head's keys and values, of rows ``lo..hi - 1``, at the columns from ``column`` on."""
+    head_dim = keys.shape[0]
+    # Rows innermost: their keys are neighbours.
+    for d in range(head_dim):
+        line = keys[d]
+        for r in range(lo, hi):
+            line[column + r - lo] = x[r, key_start + d]
+    for r in range(lo, hi):
+        line = values[column + r - lo]
+        for d in range(head_dim):
+            line[d] = x[r, value_start + d]
 
 
 @exact
@@ -137,6 +160,7 @@ def attend(
     is_chain = ancestors.shape[0] == 0
     num_after = num_rows if is_chain else ancestors.shape[1]
     origin = 0 if hole_start else min(hole_end, begin)
+    factors = np.empty(num_rows, np.float32)
     end = begin + num_after - origin
     scores[lo:hi, : end + PANEL] = ZERO
     for j in range(0, end, PANEL):
@@ -146,19 +170,23 @@ def attend(
         if is_chain and not hole_start:
             first = min(hole_end, begin + i) - origin
             stop = begin + i + 1 - origin
-            _softmax(row[first:], stop - first, bits, powers)
+            factors[i] = _softmax(row[first:], stop - first, bits, powers)
             row[:first] = ZERO
             row[stop:end] = ZERO
         else:
             # What is seen is brought together: any row is a chain to the last bit.
             size = _gather(row, origin, hole_start, hole_end, begin, ancestors, i, line)
-            _softmax(line, size, bits, powers)
+            factors[i] = _softmax(line, size, bits, powers)
             row[:end] = ZERO
             _scatter(line, origin, hole_start, hole_end, begin, ancestors, i, row)
         out[lo + i, column : column + head_dim] = ZERO
     # What a block adds beyond this head, the next one overwrites.
     for j in range(0, head_dim, NARROW):
         add_narrow(scores, lo, hi, 0, values, origin, j, end, out, column + j)
+    for i in range(num_rows):
+        row = out[lo + i, column : column + head_dim]
+        for d in range(head_dim):
+            row[d] *= factors[i]
 
 
 @exact
