@@ -176,6 +176,8 @@ def draft_chain(
         for i in range(eos.shape[0]):
             if token[0] == eos[i]:
                 return step + 1
+        if step + 1 == drafts.shape[0]:
+            break
         column[0] += known.shape[0]
         inputs = last.copy()
         known, out = np.empty((1, width), np.float32), np.empty((1, width), np.float32)
