@@ -43,7 +43,8 @@ def extract(
         clips, failures = _read_clips(pair, batch)
         samples = [s for s in batch.samples if s.scene.key in clips]
         if samples:
-            answered, visuals, broken = _answer(pair, clips, samples, config, said)
+            with pair.on_all_cores():
+                answered, visuals, broken = _answer(pair, clips, samples, config, said)
         else:
             answered, visuals, broken = [], [], {}
         failures |= broken

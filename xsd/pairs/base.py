@@ -7,7 +7,8 @@ with the names below and knows no model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -224,6 +225,17 @@ class ModelPair:
         # A draft that one of the two cannot read would be no draft; checkpoints pad their heads.
         for decoder in (self.drafter, self.verifier):
             decoder.limit_vocab(self.vocab_size)
+
+    @contextmanager
+    def on_all_cores(self) -> Iterator[None]:
+        """Both models compute on as many cores as PyTorch has threads (``Decoder.use_cores``)."""
+        num_cores = torch.get_num_threads()
+        try:
+            for decoder in (self.drafter, self.verifier):
+                decoder.use_cores(num_cores)
+            yield
+        finally:
+            torch.set_num_threads(num_cores)
 
     @property
     def vocab_size(self) -> int:
