@@ -12,9 +12,9 @@ class PretrainConfig:
     The defaults suit two CPU cores; ``experiments/pretrain.yaml`` made the shipped weights.
     """
 
-    num_scenes: int = 6000
+    num_scenes: int = 3000
     """Synthetic training clips."""
-    num_held_out: int = 300
+    num_held_out: int = 120
     """Clips of unseen recordings that the card's figures are measured on."""
     clips_per_recording: int = 12
     """Clips that share time of day, roadside and appearance."""
@@ -30,13 +30,13 @@ class PretrainConfig:
     """Epochs of teaching the language model's lower layers to gather the facts."""
     gathering_batch: int = 24
     """Clips in one optimizer step of the gathering."""
-    language_steps: int = 4000
+    language_steps: int = 1500
     """Language training of the verifier's first layers, in optimizer steps."""
-    grown_steps: int = 1200
+    grown_steps: int = 500
     """Optimizer steps with all of its layers."""
     grown_rate: float = 0.5
     """Peak learning rates with all layers, as a share of those before."""
-    drafter_steps: int = 3000
+    drafter_steps: int = 1200
     """Language training of the drafter, whose few layers learn at once."""
     questions_per_scene: int = 5
     """Questions drawn for a clip each time it is seen."""
