@@ -19,8 +19,10 @@ PANEL = 64
 
 _MODULES = {
     "choose": "argmax",
+    "coupled_chain": "drafter",
     "decoder_pass": "decoder",
     "draft_chain": "head",
+    "enter_rows": "drafter",
     "head_pass": "head",
     "pack": "products",
 }

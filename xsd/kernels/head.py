@@ -51,7 +51,8 @@ def head_pass(
         values: [L, B, H, columns, Dh]; written.
         memory_keys: [L, B or 1, H, Dh, >= K + 64]; one may serve all answers.
         memory_values: [L, B or 1, H, >= K + 1, Dh].
-        memory_size: K; 0: the blocks do not look at a memory.
+        memory_size: K; 0: the blocks do not look at a memory; -1: it grows with the rows, and one
+            at column c sees the first c + 2 of it.
         column: [B] int64: of the first row.
         begin: [B] int64: all rows see the columns before it.
         ancestors: [R, n] bool: which columns from ``begin`` on each row sees; of no rows: the rows
@@ -66,7 +67,7 @@ def head_pass(
     powers = bits.view(np.float32)
     line = np.empty(room, np.float32)
     scores = np.empty((num_rows, room), np.float32)
-    everything = np.zeros((each, 0), np.bool_)
+    everything, no_rows = np.zeros((each, 0), np.bool_), np.zeros((0, 0), np.bool_)
     x = np.zeros((num_rows, project.shape[0] * PANEL), np.float32)
     x[:, :width] = known
     normed = np.empty((num_rows, width), np.float32)
@@ -98,10 +99,13 @@ def head_pass(
             for entry in range(batch):
                 lo, hi = entry * each, (entry + 1) * each
                 lender = entry % memory_keys.shape[1]
+                size, seen = memory_size, everything
+                if memory_size < 0:
+                    size, seen = column[entry] + 1, no_rows
                 for h in range(num_heads):
                     attend(
                         asked, h * head_dim, lo, hi, memory_keys[layer, lender, h],
-                        memory_values[layer, lender, h], 0, 0, memory_size, everything,
+                        memory_values[layer, lender, h], 0, 0, size, seen,
                         scores, line, bits, powers, attended, h * head_dim,
                     )  # fmt: skip
             x += cross_out_bias[layer]
