@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -133,6 +133,20 @@ class Vocabulary:
     """What ends a chain."""
 
 
+@dataclass(slots=True)
+class ReadAlong:
+    """A drafter that reads what is drafted, as the kernel takes it."""
+
+    embedding: Float[np.ndarray, "ids Dd"]
+    decoder: tuple[Any, ...]
+    """``decoder_pass``'s arguments from weights to cache."""
+    states: Float[np.ndarray, "positions Dd"]
+    """After the prompt and so many tokens."""
+    prompt_length: int
+    num_read: int
+    """Tokens of the answer that it has read, and of which its cache and states hold."""
+
+
 class CompiledCache:
     """Keys and values of a batch of answers; the counterpart of ``AdapterCache``.
 
@@ -228,6 +242,38 @@ class CompiledCache:
             self._keys, self._values, *self._memory, drafts,
         )  # fmt: skip
         found: list[int] = drafts[:count].tolist()
+        return found
+
+    def draft_coupled(
+        self,
+        said: Sequence[int],
+        first: int,
+        states: Float[Tensor, "m Dv"],
+        gamma: int,
+        vocabulary: Vocabulary,
+        drafter: ReadAlong,
+        shift: int,
+    ) -> list[int]:
+        """At most ``gamma`` tokens behind an answer; at each step ``drafter`` reads the last one.
+
+        Args:
+            said: all of the answer.
+            first: position of the first row that is not, or not rightly, in the cache.
+            states: the verifier's from there on, where the level reads any.
+            shift: the level's.
+        """
+        assert self.head.entry is not None and len(said) + gamma - shift <= self.max_length
+        sequence = np.empty(len(said) + gamma, np.int64)
+        sequence[: len(said)] = said
+        count, drafter.num_read = kernels.coupled_chain(
+            sequence, len(said), drafter.num_read, drafter.prompt_length, drafter.states,
+            drafter.embedding, drafter.decoder, first, shift, states.contiguous().numpy(),
+            vocabulary.table, self._positions, vocabulary.eos, vocabulary.panels,
+            vocabulary.num_ids,
+            tuple(self.head.entry), (*self.head.weights, *self.head.biases), *self.head.options,
+            self._keys, self._values, *self._memory,
+        )  # fmt: skip
+        found: list[int] = sequence[len(said) : len(said) + count].tolist()
         return found
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:

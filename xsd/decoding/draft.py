@@ -22,12 +22,13 @@ from torch import Tensor
 
 from xsd.adapters.base import Adapter
 from xsd.adapters.cache import AdapterCache
-from xsd.adapters.compiled import CompiledCache, Vocabulary
+from xsd.adapters.compiled import CompiledCache, ReadAlong, Vocabulary
 from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media
 from xsd.pairs.choose import Chooser
+from xsd.pairs.step import DecoderStack
 
 READ_TOKENS_BYTES = 1 << 28
 """A head reads all token embeddings in advance unless they are larger."""
@@ -68,6 +69,19 @@ class VerifierTables:
     def chooser(self) -> Chooser:
         return Chooser(self.lm_head)
 
+    def vocabulary(self, read: Float[Tensor, "ids Dv"] | None) -> Vocabulary | None:
+        """What compiled chains need to know of the tokens; None: the LM head is not compiled.
+
+        Args:
+            read: every embedding as a head reads it; None: it reads no tokens.
+        """
+        panels = self.chooser.panels
+        if panels is None:
+            return None
+        table = self.embedding[:0] if read is None else read
+        eos = np.array(sorted(self.eos_ids), np.int64)
+        return Vocabulary(table.numpy(), panels, self.vocab_size, eos)
+
     def score(self, hidden: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows V"]:
         """Logits of states in an adapter's own precision."""
         logits: Tensor = self.lm_head(hidden.to(self.embedding.dtype))
@@ -86,6 +100,11 @@ class DrafterReader:
         )
         self._read: list[int] = []
         self._prompt_length = 0
+        compiled = stack.compiled if isinstance(stack, DecoderStack) else None
+        self._along: ReadAlong | None = None
+        if compiled is not None:
+            embedding, decoder = drafter.embedding.numpy(), compiled.arguments(self._cache)
+            self._along = ReadAlong(embedding, decoder, self._states.numpy(), 0, 0)
 
     def begin(self, media: Media, question: str) -> None:
         """Vision, projection and prefill; afterwards ``states`` may be asked."""
@@ -110,9 +129,36 @@ class DrafterReader:
             self._read = wanted
         return self._states[start:stop]
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``draft_coupled`` can be called."""
+        return self._along is not None
+
+    def draft_coupled(
+        self,
+        cache: CompiledCache,
+        tokens: Sequence[int],
+        first: int,
+        states: Float[Tensor, "m Dv"],
+        gamma: int,
+        vocabulary: Vocabulary,
+        shift: int,
+    ) -> list[int]:
+        """``CompiledCache.draft_coupled`` behind ``tokens``, with this drafter reading along."""
+        assert self._along is not None, "the drafter's layers are not compiled"
+        said = list(tokens)
+        self._along.prompt_length = self._prompt_length
+        self._along.num_read = _common_prefix(self._read, said)
+        found = cache.draft_coupled(said, first, states, gamma, vocabulary, self._along, shift)
+        self._read = [*said, *found][: self._along.num_read]
+        return found
+
     def choose(self, state: Float[Tensor, " Dd"]) -> int:
         """The drafter's own next token."""
         return self.drafter.choose(state)[0]
+
+
+_NO_STATES = torch.zeros(0, 0)
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
@@ -131,12 +177,17 @@ def coupled_drafts(
 ) -> Iterator[int]:
     """Drafts one by one; the drafter is fed what adapter and LM head expect the verifier to say."""
     cache = adapter.new_cache(1, limit, None if visual is None else _for(adapter, visual[None]))
+    vocabulary = tables.vocabulary(None)
+    compiles = reader.is_compiled and isinstance(cache, CompiledCache)
     tokens: list[int] = []
     while len(tokens) < limit:
         position = len(tokens)
-        state = reader.states(tokens, position, position + 1)
-        inputs = StepInputs(drafter=_for(adapter, state[None]))
-        (token,) = tables.choose(adapter.step(inputs, cache))
+        if compiles and vocabulary is not None:
+            (token,) = reader.draft_coupled(cache, tokens, position, _NO_STATES, 1, vocabulary, 0)
+        else:
+            state = reader.states(tokens, position, position + 1)
+            inputs = StepInputs(drafter=_for(adapter, state[None]))
+            (token,) = tables.choose(adapter.step(inputs, cache))
         tokens.append(token)
         yield token
         if token in tables.eos_ids:
@@ -259,7 +310,14 @@ class HeadDrafter:
         self._cache.length = start
         if self._vocabulary is not None and isinstance(self._cache, CompiledCache):
             states = states if self._reads_verifier else torch.zeros_like(states)
-            return Draft(self._cache.draft(sequence[start:], states, gamma, self._vocabulary))
+            if not self.reads_drafter:
+                return Draft(self._cache.draft(sequence[start:], states, gamma, self._vocabulary))
+            reader = self._reader
+            if reader is not None and reader.is_compiled:
+                found = reader.draft_coupled(
+                    self._cache, sequence, start, states, gamma, self._vocabulary, shift=1
+                )
+                return Draft(found)
         out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
         if self.options.tree_width and self.policy.branches():
             return self._grow_tree(len(sequence), out, gamma)
@@ -345,14 +403,11 @@ class HeadDrafter:
     @cached_property
     def _vocabulary(self) -> Vocabulary | None:
         """For chains whose every step is sure to be wanted, and taken as it comes."""
-        panels = self.tables.chooser.panels
         chooses = not self.options.tree_width and self.options.sampling is None
         knows = self._is_read or not self._reads_token
-        if panels is None or not knows or not chooses or self.policy.asks_confidence:
+        if not knows or not chooses or self.policy.asks_confidence:
             return None
-        table = self._tokens if self._is_read else self._tokens[:0]
-        eos = np.array(sorted(self.tables.eos_ids), np.int64)
-        return Vocabulary(table.numpy(), panels, self.tables.vocab_size, eos)
+        return self.tables.vocabulary(self._tokens if self._is_read else None)
 
     @property
     def _cache(self) -> AdapterCache | CompiledCache:

@@ -71,6 +71,11 @@ class CompiledLayers:
             states = np.concatenate(parts, axis=1)
         return torch.from_numpy(states)
 
+    def arguments(self, cache: KVCache) -> tuple[Any, ...]:
+        """Of ``kernels.decoder_pass``, from weights to cache: for kernels that call it."""
+        rotation = self.cos, self.sin
+        return (*self.weights, self.final_norm, self.eps, *rotation, *cache.arrays)
+
     def _pipeline(self, cache: KVCache, chunks: list[_Rows]) -> Iterable[_Rows]:
         """Every core has some of the layers, and a chunk goes from one to the next.
 
