@@ -27,6 +27,7 @@ from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media
+from xsd.pairs.cache import KVCache
 from xsd.pairs.choose import Chooser
 from xsd.pairs.step import DecoderStack
 
@@ -88,23 +89,56 @@ class VerifierTables:
         return logits
 
 
+@dataclass
+class ReaderMemory:
+    """What a drafter knows of a sample: its cache, and its states after so many tokens.
+
+    Two processes may work on one memory in turn.
+    """
+
+    cache: KVCache
+    states: Float[Tensor, "positions Dd"]
+
+    @classmethod
+    def new(cls, drafter: Decoder, max_new_tokens: int, max_prompt: int) -> ReaderMemory:
+        stack = drafter.stack
+        cache = drafter.new_cache(1, max_prompt + max_new_tokens)
+        shape = max_new_tokens + 1, drafter.width
+        return cls(cache, torch.zeros(shape, device=stack.device, dtype=stack.dtype))
+
+    def share(self) -> None:
+        """Move it, in place, to where other processes can see it; before anything looks at it.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        for tensor in (self.cache.keys, self.cache.values, self.states):
+            tensor.share_memory_()
+
+
 class DrafterReader:
     """The drafter on one sample: its state after any prefix of any token sequence."""
 
-    def __init__(self, drafter: Decoder, max_new_tokens: int, max_prompt: int) -> None:
+    def __init__(self, drafter: Decoder, memory: ReaderMemory) -> None:
         self.drafter = drafter
-        self._cache = drafter.new_cache(1, max_prompt + max_new_tokens)
-        stack = drafter.stack
-        self._states = torch.zeros(
-            max_new_tokens + 1, drafter.width, device=stack.device, dtype=stack.dtype
-        )
+        self._cache, self._states = memory.cache, memory.states
         self._read: list[int] = []
         self._prompt_length = 0
+        stack = drafter.stack
         compiled = stack.compiled if isinstance(stack, DecoderStack) else None
         self._along: ReadAlong | None = None
         if compiled is not None:
             embedding, decoder = drafter.embedding.numpy(), compiled.arguments(self._cache)
             self._along = ReadAlong(embedding, decoder, self._states.numpy(), 0, 0)
+
+    @property
+    def progress(self) -> tuple[int, list[int]]:
+        """Rows of the prompt, and the tokens read behind it."""
+        return self._prompt_length, self._read
+
+    def take_over(self, prompt_length: int, read: list[int]) -> None:
+        """Go on from another reader's ``progress`` on the same memory."""
+        self._prompt_length, self._read = prompt_length, read
 
     def begin(self, media: Media, question: str) -> None:
         """Vision, projection and prefill; afterwards ``states`` may be asked."""
@@ -120,7 +154,7 @@ class DrafterReader:
         Only tokens not yet read are fed; what was read beyond a difference is forgotten.
         """
         wanted = list(tokens[: stop - 1])
-        common = _common_prefix(self._read, wanted)
+        common = common_prefix(self._read, wanted)
         if common < len(wanted):
             new = wanted[common:]
             self._cache.length = self._prompt_length + common
@@ -148,7 +182,7 @@ class DrafterReader:
         assert self._along is not None, "the drafter's layers are not compiled"
         said = list(tokens)
         self._along.prompt_length = self._prompt_length
-        self._along.num_read = _common_prefix(self._read, said)
+        self._along.num_read = common_prefix(self._read, said)
         found = cache.draft_coupled(said, first, states, gamma, vocabulary, self._along, shift)
         self._read = [*said, *found][: self._along.num_read]
         return found
@@ -158,40 +192,12 @@ class DrafterReader:
         return self.drafter.choose(state)[0]
 
 
-_NO_STATES = torch.zeros(0, 0)
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens with which both begin."""
     size = min(len(left), len(right))
     if left[:size] == right[:size]:
         return size
     return next(i for i in range(size) if left[i] != right[i])
-
-
-def coupled_drafts(
-    reader: DrafterReader,
-    adapter: Adapter,
-    tables: VerifierTables,
-    visual: Float[Tensor, "K Dv"] | None,
-    limit: int,
-) -> Iterator[int]:
-    """Drafts one by one; the drafter is fed what adapter and LM head expect the verifier to say."""
-    cache = adapter.new_cache(1, limit, None if visual is None else _for(adapter, visual[None]))
-    vocabulary = tables.vocabulary(None)
-    compiles = reader.is_compiled and isinstance(cache, CompiledCache)
-    tokens: list[int] = []
-    while len(tokens) < limit:
-        position = len(tokens)
-        if compiles and vocabulary is not None:
-            (token,) = reader.draft_coupled(cache, tokens, position, _NO_STATES, 1, vocabulary, 0)
-        else:
-            state = reader.states(tokens, position, position + 1)
-            inputs = StepInputs(drafter=_for(adapter, state[None]))
-            (token,) = tables.choose(adapter.step(inputs, cache))
-        tokens.append(token)
-        yield token
-        if token in tables.eos_ids:
-            return
 
 
 def _for(adapter: Adapter, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
