@@ -81,24 +81,28 @@ class CoupledDrafter:
             count -= 1
 
 
-_SAID, _FOLLOWED, _END, _ENDED = range(4)
-NUM_WORDS = 4
+_SAID, _FOLLOWED, _END = range(3)
+NUM_WORDS = 3
 
 
 class Board:
-    """What a verifier and a drafter that goes on tell each other, wait-free.
+    """What a verifier and a drafter that goes on tell each other.
 
-    Every word has one writer, so it serves processes that share the arrays as well as threads.
+    Every word has one writer, so it serves processes that share the arrays as well as threads. The
+    verifier takes what lies there. Waiting for more would not pay: a plain step says a token for
+    sure in about the time of two drafts. It waits for one thing only, that the drafter has heard of
+    a token which it had not drafted, and that is for one draft at most.
     """
 
     def __init__(
         self,
-        words: Int[np.ndarray, " 4"],
+        words: Int[np.ndarray, " 3"],
         said: Int[np.ndarray, " positions"],
         drafts: Int[np.ndarray, " positions"],
     ) -> None:
         """All int64; ``said`` and ``drafts`` by answer position."""
         self._words, self._tokens, self._drafts = words, said, drafts
+        self._agrees = True
 
     @classmethod
     def of_threads(cls, max_new_tokens: int) -> Board:
@@ -107,22 +111,26 @@ class Board:
         return cls(*(np.zeros(size, np.int64) for size in sizes))
 
     def begin(self) -> None:
+        """A sample begins."""
         self._words[:] = 0
+        self._agrees = True
 
     def tell(self, tokens: Sequence[int]) -> None:
-        """The verifier has said so much."""
-        self._tokens[: len(tokens)] = tokens
-        self._words[_SAID] = len(tokens)
+        """The verifier has said so much; what it told before must be current by now."""
+        start, end = int(self._words[_SAID]), len(tokens)
+        # What it says as it was drafted needs no answer: what lies behind it holds on.
+        is_drafted = int(self._words[_END]) >= end
+        self._agrees = is_drafted and self._drafts[start:end].tolist() == list(tokens[start:])
+        self._tokens[:end] = tokens
+        self._words[_SAID] = end
 
-    def has(self, count: int) -> bool:
-        """Whether so many drafts lie behind what was told last, or no more will come."""
-        words = self._words
-        if words[_FOLLOWED] != words[_SAID]:
-            return False
-        return bool(words[_ENDED]) or int(words[_END] - words[_SAID]) >= count
+    @property
+    def is_current(self) -> bool:
+        """Whether what was drafted follows what was told last."""
+        return self._agrees or bool(self._words[_FOLLOWED] == self._words[_SAID])
 
     def drafts(self, count: int) -> list[int]:
-        """Those that lie there now, at most so many."""
+        """What lies there now, at most so many; none is waited for."""
         start, end = int(self._words[_SAID]), int(self._words[_END])
         found: list[int] = self._drafts[start : min(end, start + count)].tolist()
         return found
@@ -149,7 +157,7 @@ class Board:
             if num_said != words[_FOLLOWED]:
                 drafter.follow(self._tokens[:num_said].tolist())
                 limit = num_said + ahead
-                words[_ENDED], words[_END] = 0, len(drafter.tokens)
+                words[_END] = len(drafter.tokens)
                 words[_FOLLOWED] = num_said
             if len(drafter.tokens) < limit and not drafter.is_done:
                 drafter.extend(1)
@@ -157,5 +165,4 @@ class Board:
                 self._drafts[end - 1] = drafter.tokens[-1]
                 words[_END] = end
             else:
-                words[_ENDED] = 1
                 pause()

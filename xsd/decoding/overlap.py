@@ -230,7 +230,7 @@ class ProcessSpeculator:
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         if self._goes_on:
             self._board.tell(tokens)
-            self._process.wait(lambda: self._board.has(gamma))
+            self._process.wait(lambda: self._board.is_current)
             return Draft(self._board.drafts(gamma))
         if self._head is None:
             return Draft([])

@@ -84,7 +84,7 @@ class StreamSpeculator:
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         if self._goes_on:
             self._board.tell(tokens)
-            while not self._board.has(gamma):
+            while not self._board.is_current:
                 time.sleep(0)
                 if self._error is not None:
                     raise self._error
