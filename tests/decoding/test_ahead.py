@@ -146,6 +146,9 @@ def test_a_verifier_sees_only_what_follows_its_own_words(
         with torch.inference_mode():
             fresh.extend(2)
         assert wait_for(2) == fresh.tokens[3:5]
+        # After a detour too, what was drafted holds when it is said.
+        board.tell(fresh.tokens[:4])
+        assert board.is_current and board.drafts(1) == fresh.tokens[4:5]
     finally:
         over.set()
         thread.join()
