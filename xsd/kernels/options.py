@@ -41,13 +41,25 @@ def _kept_here() -> Iterator[None]:
         config.CACHE_DIR = before
 
 
-def exact(function: Callable[..., Any]) -> Any:
-    """Every sum in the order in which it is written, with fused multiply-adds."""
+def _compile(function: Callable[..., Any], **options: Any) -> Any:
     with _kept_here():
-        return njit(fastmath={"contract"}, **_COMMON)(function)
+        return njit(**_COMMON, **options)(function)
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """What Python calls: allocates what the parts below work in."""
+    return _compile(function)
+
+
+def exact(function: Callable[..., Any]) -> Any:
+    """Every sum in the order in which it is written, with fused multiply-adds.
+
+    Nothing may be allocated: counting references to every slice of an array takes atomic
+    operations, which cost more than the arithmetic of a row.
+    """
+    return _compile(function, fastmath={"contract"}, _nrt=False)
 
 
 def reorder(function: Callable[..., Any]) -> Any:
     """Sums and maxima of one row, in an order of the compiler's, the same for every row."""
-    with _kept_here():
-        return njit(fastmath={"contract", "reassoc", "nnan", "nsz"}, **_COMMON)(function)
+    return _compile(function, fastmath={"contract", "reassoc", "nnan", "nsz"}, _nrt=False)

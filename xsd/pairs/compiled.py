@@ -128,7 +128,8 @@ def _layer(layer: Any) -> tuple[np.ndarray, ...]:
     """[in, out] in memory: queries, keys and values; attention out; gate and up; down."""
     attention, mlp = layer.self_attn, layer.mlp
     with torch.no_grad():
-        qkv = torch.cat([x.weight for x in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        queries = attention.q_proj.weight.double() * attention.head_dim**-0.5
+        qkv = torch.cat([queries.float(), attention.k_proj.weight, attention.v_proj.weight])
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
         weights = (
             qkv * layer.input_layernorm.weight,
