@@ -23,6 +23,7 @@ _MODULES = {
     "draft_chain": "head",
     "head_pass": "head",
     "pack": "products",
+    "read_pass": "decoder",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from xsd.kernels import PANEL
+from xsd.kernels.argmax import choose
 from xsd.kernels.attention import attend, place
 from xsd.kernels.options import entry, exact
 from xsd.kernels.products import NARROW, add_product
@@ -52,6 +53,36 @@ def decoder_pass(
         hole_start, hole_end, begin, positions, ancestors,
         x, normed, projected, attended, both, scores, factors, states,
     )  # fmt: skip
+
+
+@entry
+def read_pass(
+    ids, embedding, lm_head, num_ids, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin,
+    keys, values, hole_start, hole_end, begin, positions, ancestors, states, chosen,
+):  # fmt: skip
+    """A pass from tokens to tokens, for one answer.
+
+    Args:
+        ids: [R] int64.
+        embedding: [V, D].
+        lm_head: [P, D, 64], packed.
+        num_ids: choose among the first so many.
+        chosen: [R] int64, overwritten: the likeliest token of every row.
+
+    The rest as for ``decoder_pass``. Returns whether the embedding knows all ``ids``; if not,
+    nothing is done.
+    """
+    rows = np.empty((ids.shape[0], embedding.shape[1]), np.float32)
+    for r in range(ids.shape[0]):
+        if not 0 <= ids[r] < embedding.shape[0]:
+            return False
+        copy(embedding[ids[r]], rows[r])
+    decoder_pass(
+        rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
+        hole_start, hole_end, begin, positions, ancestors, states,
+    )  # fmt: skip
+    choose(states, lm_head, num_ids, chosen)
+    return True
 
 
 @exact

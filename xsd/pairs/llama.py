@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +40,14 @@ class LlamaDecoder(Decoder):
         )
 
     def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
-        """Where passes are captured, embedding, LM head and choice are part of the capture."""
-        graphs = self.stack.graphs
+        """Where passes are compiled or captured, embedding, LM head and choice are part of it."""
+        compiled, graphs = self.stack.compiled, self.stack.graphs
+        if compiled is not None and self.stack.tap is None and compiled.takes(len(ids), cache):
+            panels = self.chooser.panels
+            if panels is not None:
+                table = self.embedding.numpy()
+                states, chosen = compiled.read(ids, table, panels, self.vocab_size, cache)
+                return Scored(states, chosen.tolist, partial(self.logits, states))
         if graphs is None or not graphs.takes(len(ids), cache):
             return super().read(ids, cache)
         return self._replay(graphs, self.on_device(ids), cache)
