@@ -13,47 +13,10 @@ from torch import Tensor, nn
 
 from xsd import kernels
 from xsd.adapters.rows import Ragged, Siblings, StepInputs
+from xsd.pairs.folded import affine, fold, stack
 
 if TYPE_CHECKING:
     from xsd.adapters.attention import AttentionAdapter
-
-Matrix = Float[np.ndarray, "in out"]
-Bias = Float[np.ndarray, " out"]
-
-
-def _fold(
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, " out"],
-    norm: nn.LayerNorm | None = None,
-    queries: int = 0,
-    scale: float = 1.0,
-) -> tuple[Matrix, Bias]:
-    """``norm(x) @ weight.T + bias`` of a row that is normalised, but by no factors.
-
-    ``scale`` goes into the first outputs, ``queries`` of them.
-    """
-    weight, bias = weight.t().double(), bias.double()
-    if norm is not None:
-        bias = bias + norm.bias.double() @ weight
-        weight = norm.weight.double()[:, None] * weight
-    scales = torch.ones_like(bias)
-    scales[:queries] = scale
-    return (weight * scales).float().numpy(), (bias * scales).float().numpy()
-
-
-def _affine(
-    linear: nn.Linear, norm: nn.LayerNorm | None = None, queries: int = 0, scale: float = 1.0
-) -> tuple[Matrix, Bias]:
-    return _fold(linear.weight, linear.bias, norm, queries, scale)
-
-
-def _stack(parts: list[tuple[Matrix, Bias]]) -> tuple[np.ndarray, np.ndarray]:
-    """Packed weights of all layers, and biases as wide as they."""
-    weights, biases = (np.stack(arrays) for arrays in zip(*parts, strict=True))
-    packed = kernels.pack(weights)
-    wide = np.zeros((len(parts), packed.shape[1] * kernels.PANEL), np.float32)
-    wide[:, : biases.shape[1]] = biases
-    return packed, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,27 +53,27 @@ class CompiledHead:
         self.entrance = np.zeros((0, width, kernels.PANEL), np.float32)
         if entrance is not None:
             no_bias = entrance.weight.new_zeros(width)
-            weight, bias = _fold(entrance.weight, no_bias, entrance.norm)
+            weight, bias = fold(entrance.weight, no_bias, entrance.norm)
             self.entrance = kernels.pack(weight)
             self.positions = self.positions + torch.from_numpy(bias)
         self.crosses = [block.cross for block in blocks if block.cross is not None]
         scale = (width // self.num_heads) ** -0.5
-        queries = [_affine(c.query, c.norm, width, scale) for c in self.crosses]
-        outs = [_affine(c.out) for c in self.crosses]
+        queries = [affine(c.query, c.norm, width, scale) for c in self.crosses]
+        outs = [affine(c.out) for c in self.crosses]
         # Without cross-attention any weights of the right kind will do: they are not read.
         unread = [(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))] * len(blocks)
         stacks = [
-            _stack(parts)
+            stack(parts)
             for parts in (
-                [_affine(b.query_key_value, b.norm_attention, width, scale) for b in blocks],
-                [_affine(b.attention_out) for b in blocks],
+                [affine(b.query_key_value, b.norm_attention, width, scale) for b in blocks],
+                [affine(b.attention_out) for b in blocks],
                 queries or unread,
                 outs or unread,
-                [_affine(b.up, b.norm_ffn) for b in blocks],
-                [_affine(b.down) for b in blocks],
+                [affine(b.up, b.norm_ffn) for b in blocks],
+                [affine(b.down) for b in blocks],
             )
         ]
-        project, project_bias = _stack([_affine(head.project, head.norm_out, width, share)])
+        project, project_bias = stack([affine(head.project, head.norm_out, width, share)])
         self.weights = [self.entrance, *(w for w, _ in stacks), project[0]]
         self.biases = [*(b for _, b in stacks), project_bias[0]]
 

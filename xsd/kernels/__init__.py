@@ -21,6 +21,7 @@ _MODULES = {
     "choose": "argmax",
     "decoder_pass": "decoder",
     "draft_chain": "head",
+    "encode_images": "encoder",
     "head_pass": "head",
     "pack": "products",
     "read_pass": "decoder",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from xsd.kernels import PANEL
-from xsd.kernels.options import entry, exact
+from xsd.kernels.options import exact, inner
 from xsd.kernels.products import add_product
 from xsd.kernels.rows import ZERO, maximum
 
 
-@entry
+@exact
 def choose(states, panels, num_ids, ids):
     """The likeliest token of every row; of equally likely ones the first.
 
@@ -20,10 +20,16 @@ def choose(states, panels, num_ids, ids):
         num_ids: choose among the first so many.
         ids: [R] int64, overwritten.
     """
-    choose_in(states, panels, num_ids, np.empty((states.shape[0], panels.shape[0] * PANEL), np.float32), ids)
+    choose_in(
+        states,
+        panels,
+        num_ids,
+        np.empty((states.shape[0], panels.shape[0] * PANEL), np.float32),
+        ids,
+    )
 
 
-@exact
+@inner
 def choose_in(states, panels, num_ids, logits, ids):
     """The same in ``logits``: [R, 64 P], overwritten."""
     logits[:] = ZERO

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from xsd.kernels import PANEL
-from xsd.kernels.options import exact
+from xsd.kernels.options import inner
 from xsd.kernels.products import NARROW, add_narrow, add_panel
 from xsd.kernels.rows import ZERO, softmax
 
 
-@exact
+@inner
 def place(x, key_start, value_start, lo, hi, keys, values, column):
     """Put one head's keys and values, of rows ``lo..hi - 1``, at the columns from ``column`` on."""
     head_dim = keys.shape[0]
@@ -23,7 +23,7 @@ def place(x, key_start, value_start, lo, hi, keys, values, column):
             line[d] = x[r, value_start + d]
 
 
-@exact
+@inner
 def attend(
     x, start, lo, hi, keys, values, hole_start, hole_end, begin, ancestors, scores, factors,
     out, column,
@@ -65,7 +65,7 @@ def attend(
             row[d] *= factor
 
 
-@exact
+@inner
 def _first_seen(hole_end, begin, i):
     """From which of the columns from ``begin`` on row ``i`` may look.
 
@@ -74,7 +74,7 @@ def _first_seen(hole_end, begin, i):
     return max(0, min(hole_end, begin + i) - begin)
 
 
-@exact
+@inner
 def _gather(row, origin, hole_start, hole_end, begin, ancestors, i):
     """Move the scores of the columns that row ``i`` sees together; where they begin, how many."""
     behind = max(origin, min(hole_end, begin)) - origin
@@ -92,7 +92,7 @@ def _gather(row, origin, hole_start, hole_end, begin, ancestors, i):
     return first, size
 
 
-@exact
+@inner
 def _scatter(row, origin, hole_start, hole_end, begin, ancestors, i, num_after, end):
     """The way back, from the last of them, before ``end``; zero where nothing is seen."""
     is_chain = ancestors.shape[0] == 0

@@ -7,12 +7,12 @@ import numpy as np
 from xsd.kernels import PANEL
 from xsd.kernels.argmax import choose
 from xsd.kernels.attention import attend, place
-from xsd.kernels.options import entry, exact
+from xsd.kernels.options import exact, inner
 from xsd.kernels.products import NARROW, add_product
 from xsd.kernels.rows import ZERO, copy, gated, normalise, turn
 
 
-@entry
+@exact
 def decoder_pass(
     rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
     hole_start, hole_end, begin, positions, ancestors, states,
@@ -55,7 +55,7 @@ def decoder_pass(
     )  # fmt: skip
 
 
-@entry
+@exact
 def read_pass(
     ids, embedding, lm_head, num_ids, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin,
     keys, values, hole_start, hole_end, begin, positions, ancestors, states, chosen,
@@ -85,7 +85,7 @@ def read_pass(
     return True
 
 
-@exact
+@inner
 def _layers(
     rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
     hole_start, hole_end, begin, positions, ancestors,

@@ -7,32 +7,32 @@ import numpy as np
 from xsd.kernels import PANEL
 from xsd.kernels.argmax import choose
 from xsd.kernels.attention import attend, place
-from xsd.kernels.options import entry, exact
+from xsd.kernels.options import exact, inner
 from xsd.kernels.products import NARROW, add_product
 from xsd.kernels.rows import ONE, add, centre, copy, gelu, swish
 
 
-@exact
-def _affine(x, panels, bias, out):
+@inner
+def affine(x, panels, bias, out):
     """``out = x @ w + bias``."""
     for r in range(out.shape[0]):
         copy(bias, out[r])
     add_product(x, panels, out)
 
 
-@exact
-def _add(x, bias):
+@inner
+def add_to_all(x, bias):
     for r in range(x.shape[0]):
         add(bias, x[r])
 
 
-@exact
-def _normalise_all(x, width, eps, out):
+@inner
+def centre_all(x, width, eps, out):
     for r in range(x.shape[0]):
         centre(x[r, :width], eps, out[r])
 
 
-@entry
+@exact
 def head_pass(
     known, states, entrance, qkv, attention_out, query, cross_out, up, down, project,
     qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias, project_bias,
@@ -84,7 +84,7 @@ def head_pass(
     )  # fmt: skip
 
 
-@exact
+@inner
 def _blocks(
     known, states, entrance, qkv, attention_out, query, cross_out, up, down, project,
     qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias, project_bias,
@@ -97,11 +97,11 @@ def _blocks(
     ffn = down.shape[2]
     for r in range(num_rows):
         copy(known[r], x[r])
-    _normalise_all(states, width, eps, normed)
+    centre_all(states, width, eps, normed)
     add_product(normed, entrance, x)
     for layer in range(num_layers):
-        _normalise_all(x, width, eps, normed)
-        _affine(normed, qkv[layer], qkv_bias[layer], projected)
+        centre_all(x, width, eps, normed)
+        affine(normed, qkv[layer], qkv_bias[layer], projected)
         for b in range(batch):
             lo, hi = b * each, (b + 1) * each
             for h in range(num_heads):
@@ -112,11 +112,11 @@ def _blocks(
                     projected, h * head_dim, lo, hi, its_keys, its_values, 0, 0, begin[b],
                     ancestors, scores, factors, attended, h * head_dim,
                 )  # fmt: skip
-        _add(x, attention_out_bias[layer])
+        add_to_all(x, attention_out_bias[layer])
         add_product(attended, attention_out[layer], x)
         if memory_size:
-            _normalise_all(x, width, eps, normed)
-            _affine(normed, query[layer], query_bias[layer], asked)
+            centre_all(x, width, eps, normed)
+            affine(normed, query[layer], query_bias[layer], asked)
             for b in range(batch):
                 lo, hi = b * each, (b + 1) * each
                 lender = b % memory_keys.shape[1]
@@ -126,25 +126,25 @@ def _blocks(
                         memory_values[layer, lender, h], 0, 0, memory_size, everything,
                         scores, factors, attended, h * head_dim,
                     )  # fmt: skip
-            _add(x, cross_out_bias[layer])
+            add_to_all(x, cross_out_bias[layer])
             add_product(attended, cross_out[layer], x)
-        _normalise_all(x, width, eps, normed)
-        _affine(normed, up[layer], up_bias[layer], hidden)
+        centre_all(x, width, eps, normed)
+        affine(normed, up[layer], up_bias[layer], hidden)
         for r in range(num_rows):
             if is_gelu:
                 gelu(hidden[r, :ffn])
             else:
                 swish(hidden[r, :ffn], ONE)
-        _add(x, down_bias[layer])
+        add_to_all(x, down_bias[layer])
         add_product(hidden, down[layer], x)
-    _normalise_all(x, width, eps, normed)
-    _affine(normed, project, project_bias, x)
+    centre_all(x, width, eps, normed)
+    affine(normed, project, project_bias, x)
     for r in range(num_rows):
         for j in range(width):
             out[r, j] = x[r, j] + kept * states[r, j]
 
 
-@exact
+@inner
 def _know(table, token, position, known):
     """What is known of a row before its state."""
     for j in range(known.shape[0]):
@@ -153,7 +153,7 @@ def _know(table, token, position, known):
             known[j] += table[token, j]
 
 
-@entry
+@exact
 def draft_chain(
     said, states, table, at_positions, start, eos, lm_head, num_ids,
     entrance, qkv, attention_out, query, cross_out, up, down, project,

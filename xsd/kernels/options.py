@@ -46,16 +46,16 @@ def _compile(function: Callable[..., Any], **options: Any) -> Any:
         return njit(**_COMMON, **options)(function)
 
 
-def entry(function: Callable[..., Any]) -> Any:
-    """What Python calls: allocates what the parts below work in."""
-    return _compile(function)
-
-
 def exact(function: Callable[..., Any]) -> Any:
-    """Every sum in the order in which it is written, with fused multiply-adds.
+    """Every sum in the order in which it is written, with fused multiply-adds."""
+    return _compile(function, fastmath={"contract"})
 
-    Nothing may be allocated: counting references to every slice of an array takes atomic
-    operations, which cost more than the arithmetic of a row.
+
+def inner(function: Callable[..., Any]) -> Any:
+    """The same for what kernels call: nothing may be allocated.
+
+    So references to slices of arrays need no counting: its atomic operations cost more than the
+    arithmetic of a row.
     """
     return _compile(function, fastmath={"contract"}, _nrt=False)
 

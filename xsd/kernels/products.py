@@ -14,7 +14,7 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from xsd.kernels import PANEL
-from xsd.kernels.options import exact
+from xsd.kernels.options import inner
 
 _LANES = 16
 """Floats a vector; where a machine has shorter ones, LLVM splits them."""
@@ -136,7 +136,7 @@ NARROW = 2 * _LANES
 """Columns of a narrow block."""
 
 
-@exact
+@inner
 def add_panel(x, row, stop, start, w, first, w_column, size, out, column):
     """A block of 64 columns for the rows up to ``stop``, a few at a time."""
     while row < stop:
@@ -161,7 +161,7 @@ def add_panel(x, row, stop, start, w, first, w_column, size, out, column):
             row += 6
 
 
-@exact
+@inner
 def add_narrow(x, row, stop, start, w, first, w_column, size, out, column):
     """A block of 32 columns for the rows up to ``stop``."""
     while row < stop:
@@ -186,7 +186,7 @@ def add_narrow(x, row, stop, start, w, first, w_column, size, out, column):
             row += 6
 
 
-@exact
+@inner
 def add_product(x, panels, out):
     """``out += x @ w``, where ``panels = pack(w)``.
 

@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from xsd.kernels import PANEL
-from xsd.kernels.options import exact, reorder
+from xsd.kernels.options import inner, reorder
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 _HALF, _SQRT_HALF = np.float32(0.5), np.float32(0.7071067811865476)
@@ -51,13 +51,13 @@ def _raise(_: Any, x: Any, shifted: Any) -> Any:
     return types.float32(x, shifted), generate
 
 
-@exact
+@inner
 def copy(x, out):
     for j in range(x.shape[0]):
         out[j] = x[j]
 
 
-@exact
+@inner
 def add(x, out):
     for j in range(x.shape[0]):
         out[j] += x[j]
@@ -87,7 +87,7 @@ def _sum_squares(x, mean):
     return total
 
 
-@exact
+@inner
 def normalise(x, mean, eps, out):
     """``(x - mean) / sqrt(mean((x - mean)^2) + eps)``: with a mean of zero, RMSNorm without its
     factors."""
@@ -96,13 +96,13 @@ def normalise(x, mean, eps, out):
         out[j] = (x[j] - mean) * scale
 
 
-@exact
+@inner
 def centre(x, eps, out):
     """LayerNorm without its factors."""
     normalise(x, _sum(x) / np.float32(x.shape[0]), eps, out)
 
 
-@exact
+@inner
 def _exp(x):
     t = min(max(x, -_LIMIT), _LIMIT) * _LOG2_E
     shifted = t + _ROUND
@@ -122,7 +122,7 @@ def _exp_all(x, shift):
     return total
 
 
-@exact
+@inner
 def softmax(x, size):
     """Over the first ``size`` of x, in place, but for the factor that is returned.
 
@@ -137,28 +137,28 @@ def softmax(x, size):
     return ONE / total
 
 
-@exact
+@inner
 def swish(x, slope):
     """``x = x * sigmoid(slope * x)`` in place: SiLU with a slope of one, CLIP's GELU with 1.702."""
     for j in range(x.shape[0]):
         x[j] = x[j] / (ONE + _exp(-slope * x[j]))
 
 
-@exact
+@inner
 def gated(gate, up):
     """``gate = silu(gate) * up`` in place."""
     for j in range(gate.shape[0]):
         gate[j] = gate[j] / (ONE + _exp(-gate[j])) * up[j]
 
 
-@exact
+@inner
 def gelu(x):
     """``x = x * Phi(x)`` in place."""
     for j in range(x.shape[0]):
         x[j] *= _HALF * (ONE + np.float32(erf(x[j] * _SQRT_HALF)))
 
 
-@exact
+@inner
 def turn(x, half, cos, sin):
     """Rotate the two halves of a head into each other."""
     a, b = x[:half], x[half : 2 * half]

@@ -13,6 +13,7 @@ from torch import Tensor
 from xsd.pairs.base import Decoder, Scored
 from xsd.pairs.cache import KVCache
 from xsd.pairs.step import DecoderStack
+from xsd.pairs.vision import CompiledTower, Features
 
 if TYPE_CHECKING:
     from xsd.pairs.graphs import GraphedLayers
@@ -22,6 +23,8 @@ class LlamaDecoder(Decoder):
     """Takes the language model over: its projections are fused."""
 
     stack: DecoderStack
+    features: Features
+    """Of the vision tower."""
 
     def __init__(self, language_model: Any, lm_head: Any, tokenizer: Any, generation: Any) -> None:
         """``language_model``: a transformers ``LlamaModel``, in eval mode and on its device.
@@ -62,8 +65,10 @@ class LlamaDecoder(Decoder):
         return Scored(states.clone(), best.tolist, lambda: logits)
 
     def use_cores(self, num_cores: int) -> None:
-        """Compiled passes share out their layers; PyTorch's threads, which wait for work by
-        spinning, would only keep them from the cores."""
+        """Compiled passes share out their layers and images; PyTorch's threads, which wait for
+        work by spinning, would only keep them from the cores."""
+        if isinstance(self.features, CompiledTower):
+            self.features.num_cores = num_cores
         if self.stack.compiled is None:
             super().use_cores(num_cores)
             return
