@@ -14,6 +14,8 @@ C-contiguous float32 unless said.
 from importlib import import_module
 from typing import Any
 
+LANES = 16
+"""Floats a vector; where a machine has shorter ones, LLVM splits them."""
 PANEL = 64
 """Columns of a weight that lie together in memory."""
 

@@ -49,12 +49,22 @@ def attend(
         scores[r, : end + PANEL] = ZERO
     for j in range(0, end, PANEL):
         add_panel(x, lo, hi, start, keys, 0, origin + j, head_dim, scores, j)
+    in_place = ancestors.shape[0] == 0 and not hole_start
     for i in range(num_rows):
         row = scores[lo + i]
-        # What is seen is brought together: any row is a chain to the last bit.
-        first, size = _gather(row, origin, hole_start, hole_end, begin, ancestors, i)
-        factors[lo + i] = softmax(row[first:], size)
-        _scatter(row, origin, hole_start, hole_end, begin, ancestors, i, num_after, first + size)
+        if in_place:
+            first, stop = _first_seen(hole_end, begin, i), begin - origin + i + 1
+            factors[lo + i] = softmax(row[first:], stop - first)
+            for j in range(first):
+                row[j] = ZERO
+            for j in range(stop, end):
+                row[j] = ZERO
+        else:
+            # What is seen is brought together: any row is a chain to the last bit.
+            first, size = _gather(row, origin, hole_start, hole_end, begin, ancestors, i)
+            factors[lo + i] = softmax(row[first:], size)
+            end_seen = first + size
+            _scatter(row, origin, hole_start, hole_end, begin, ancestors, i, num_after, end_seen)
         out[lo + i, column : column + head_dim] = ZERO
     # What a block adds beyond this head, the next one overwrites.
     for j in range(0, head_dim, NARROW):

@@ -13,11 +13,9 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from xsd.kernels import PANEL
+from xsd.kernels import LANES, PANEL
 from xsd.kernels.options import inner
 
-_LANES = 16
-"""Floats a vector; where a machine has shorter ones, LLVM splits them."""
 
 
 def pack(weight: Float[np.ndarray, "*layers K N"]) -> Float[np.ndarray, "*layers panels K 64"]:
@@ -55,7 +53,7 @@ def _block(num_rows: int, num_vectors: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             real, index = ir.FloatType(), ir.IntType(64)
-            vector = ir.VectorType(real, _LANES)
+            vector = ir.VectorType(real, LANES)
             arrays = {
                 name: context.make_array(signature.args[i])(context, builder, args[i])
                 for i, name in ((0, "x"), (3, "w"), (7, "out"))
@@ -82,15 +80,15 @@ def _block(num_rows: int, num_vectors: int) -> Any:
                 return loaded
 
             fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_LANES}f32"
+                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
             )
             undefined = ir.Constant(vector, ir.Undefined)
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
             rows = [builder.add(row, constant(r)) for r in range(num_rows)]
             sources = [place("x", row=r, column=start) for r in rows]
             at_once = min(num_vectors, _vectors_at_once(num_rows))
             for group in range(0, num_vectors, at_once):
-                lanes = [constant(_LANES * (group + i)) for i in range(at_once)]
+                lanes = [constant(LANES * (group + i)) for i in range(at_once)]
                 outs = [[at(place("out", row=r, column=column), i) for i in lanes] for r in rows]
                 begun = [[load(pointer) for pointer in pointers] for pointers in outs]
                 before = builder.block
@@ -132,7 +130,7 @@ _BLOCK_1, _BLOCK_2, _BLOCK_3, _BLOCK_4, _BLOCK_5, _BLOCK_6 = (_block(r, 4) for r
 _NARROW_1, _NARROW_2, _NARROW_3, _NARROW_4, _NARROW_5, _NARROW_6 = (
     _block(r, 2) for r in range(1, 7)
 )
-NARROW = 2 * _LANES
+NARROW = 2 * LANES
 """Columns of a narrow block."""
 
 

@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from xsd.kernels import PANEL
+from xsd.kernels import LANES
 from xsd.kernels.options import inner, reorder
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
@@ -128,12 +128,14 @@ def softmax(x, size):
 
     x has room for whole vectors, which become zero.
     """
-    padded = (size + PANEL - 1) // PANEL * PANEL
-    x[size:padded] = -np.inf
+    padded = (size + LANES - 1) // LANES * LANES
+    for j in range(size, padded):
+        x[j] = -np.inf
     line = x[:padded]
     # What exp makes of the end is too little to count beside the largest, which is one.
     total = _exp_all(line, maximum(line))
-    x[size:padded] = ZERO
+    for j in range(size, padded):
+        x[j] = ZERO
     return ONE / total
 
 
