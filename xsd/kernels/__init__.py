@@ -20,11 +20,13 @@ PANEL = 64
 """Columns of a weight that lie together in memory."""
 
 _MODULES = {
+    "bicubic": "images",
     "choose": "argmax",
     "decoder_pass": "decoder",
     "draft_chain": "head",
     "encode_images": "encoder",
     "head_pass": "head",
+    "normalise_image": "images",
     "pack": "products",
     "read_pass": "decoder",
 }

@@ -17,7 +17,6 @@ from xsd.kernels import LANES, PANEL
 from xsd.kernels.options import inner
 
 
-
 def pack(weight: Float[np.ndarray, "*layers K N"]) -> Float[np.ndarray, "*layers panels K 64"]:
     """A weight in panels of 64 columns, the last one filled up with zeros."""
     *layers, size, width = weight.shape
