@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import erf
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,19 @@ from xsd.kernels import LANES
 from xsd.kernels.options import inner, reorder
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
-_HALF, _SQRT_HALF = np.float32(0.5), np.float32(0.7071067811865476)
+_HALF = np.float32(0.5)
 _LOG2_E = np.float32(1.4426950408889634)
 _ROUND = np.float32(12582912.0)  # adding 1.5 * 2**23 leaves no room for a fraction
 _LIMIT = np.float32(87.0)
 # 2**f for |f| <= 1/2, to single precision.
 _C1, _C2, _C3 = np.float32(0.6931471806), np.float32(0.2402265070), np.float32(0.0555041087)
 _C4, _C5, _C6 = np.float32(0.0096181291), np.float32(0.0013333558), np.float32(0.0001540353)
+
+# Fitted for z from 0 to _FAR, where no more than 5e-9 lies beyond.
+_FAR = np.float32(5.75)
+_T0, _T1, _T2 = np.float32(0.797886729), np.float32(0.318285972), np.float32(0.0364252217)
+_T3, _T4, _T5 = np.float32(-0.00494182156), np.float32(0.000117039548), np.float32(0.000129793116)
+_T6, _T7, _T8 = np.float32(-3.17679114e-5), np.float32(3.42868202e-6), np.float32(-1.4869353e-7)
 
 
 @intrinsic
@@ -155,9 +160,13 @@ def gated(gate, up):
 
 @inner
 def gelu(x):
-    """``x = x * Phi(x)`` in place."""
+    """``x = x * Phi(x)`` in place, to 5e-8: what a polynomial makes of log(2 Phi(-z)) / -z."""
     for j in range(x.shape[0]):
-        x[j] *= _HALF * (ONE + np.float32(erf(x[j] * _SQRT_HALF)))
+        z = min(abs(x[j]), _FAR)
+        power = _T4 + z * (_T5 + z * (_T6 + z * (_T7 + z * _T8)))
+        power = _T0 + z * (_T1 + z * (_T2 + z * (_T3 + z * power)))
+        tail = _HALF * _exp(-z * power)
+        x[j] *= tail if x[j] < ZERO else ONE - tail
 
 
 @inner
