@@ -13,48 +13,11 @@ from torch import Tensor, nn
 
 from xsd import kernels
 from xsd.adapters.rows import Ragged, Siblings, StepInputs
+from xsd.pairs.folded import affine, fold, stack
 
 if TYPE_CHECKING:
     from xsd.adapters.attention import AttentionAdapter
     from xsd.adapters.entry import DrafterEntry
-
-Matrix = Float[np.ndarray, "in out"]
-Bias = Float[np.ndarray, " out"]
-
-
-def _fold(
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, " out"],
-    norm: nn.LayerNorm | None = None,
-    queries: int = 0,
-    scale: float = 1.0,
-) -> tuple[Matrix, Bias]:
-    """``norm(x) @ weight.T + bias`` of a row that is normalised, but by no factors.
-
-    ``scale`` goes into the first outputs, ``queries`` of them.
-    """
-    weight, bias = weight.t().double(), bias.double()
-    if norm is not None:
-        bias = bias + norm.bias.double() @ weight
-        weight = norm.weight.double()[:, None] * weight
-    scales = torch.ones_like(bias)
-    scales[:queries] = scale
-    return (weight * scales).float().numpy(), (bias * scales).float().numpy()
-
-
-def affine(
-    linear: nn.Linear, norm: nn.LayerNorm | None = None, queries: int = 0, scale: float = 1.0
-) -> tuple[Matrix, Bias]:
-    return _fold(linear.weight, linear.bias, norm, queries, scale)
-
-
-def stack(parts: list[tuple[Matrix, Bias]]) -> tuple[np.ndarray, np.ndarray]:
-    """Packed weights of all layers, and biases as wide as they."""
-    weights, biases = (np.stack(arrays) for arrays in zip(*parts, strict=True))
-    packed = kernels.pack(weights)
-    wide = np.zeros((len(parts), packed.shape[1] * kernels.PANEL), np.float32)
-    wide[:, : biases.shape[1]] = biases
-    return packed, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +57,7 @@ class CompiledHead:
         self.entrance = np.zeros((0, width, kernels.PANEL), np.float32)
         if entrance is not None:
             no_bias = entrance.weight.new_zeros(width)
-            weight, bias = _fold(entrance.weight, no_bias, entrance.norm)
+            weight, bias = fold(entrance.weight, no_bias, entrance.norm)
             self.entrance = kernels.pack(weight)
             self.positions = self.positions + torch.from_numpy(bias)
         self.crosses = [block.cross for block in blocks if block.cross is not None]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from xsd import kernels
-from xsd.adapters.compiled import affine, stack
+from xsd.pairs.folded import affine, stack
 
 
 class DrafterEntry(NamedTuple):

@@ -7,11 +7,12 @@ import numpy as np
 
 from xsd.kernels import PANEL
 from xsd.kernels.argmax import choose
+from xsd.kernels.attention import place
 from xsd.kernels.decoder import decoder_pass
 from xsd.kernels.head import head_pass
 from xsd.kernels.options import exact
 from xsd.kernels.products import add_product
-from xsd.kernels.rows import ONE, centre, place
+from xsd.kernels.rows import ONE, centre
 
 
 @exact
