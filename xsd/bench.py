@@ -37,7 +37,7 @@ from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.decoding.speculator import LocalSpeculator, Speculator
-from xsd.decoding.strategies import adapter_names, needs_drafter, strict_rows
+from xsd.decoding.strategies import adapter_names, goes_on, needs_drafter, strict_rows
 from xsd.decoding.streams import StreamSpeculator
 from xsd.errors import XsdError
 from xsd.hidden.media import read_media
@@ -156,15 +156,18 @@ class Bench:
         self._known = Known()
         self.process: DrafterProcess | None = None
         if config.overlap == "process" and any(needs_drafter(s) for s in strategies):
+            in_gap = {name for s in strategies for name in adapter_names(replace(s, head=None))}
+            media = [seen for item in items for seen in (item.media, item.other_events)]
             setup = WorkerSetup(
                 pair_config,
-                {name: adapters[name] for name in loaded},
-                {question: tuple(ids) for question, ids in templates.items()},
+                {name: adapters[name] for name in loaded if name in in_gap},
                 config,
                 self._max_prompt,
+                image_bytes=max(sum(i.nbytes for i in seen.event_images) for seen in media),
                 num_threads=1,
             )
-            self.process = stack.enter_context(DrafterProcess(setup, pair.verifier))
+            process = DrafterProcess(setup, pair.drafter, pair.verifier)
+            self.process = stack.enter_context(process)
         self._tables = VerifierTables.of(pair.verifier)
         self._prepare(None)
 
@@ -180,8 +183,7 @@ class Bench:
             return None
         head = self._head(strategy)
         if self.process is not None and needs_drafter(strategy):
-            is_local = head is not None and not head.reads_drafter
-            return ProcessSpeculator(strategy, self.process, head if is_local else None)
+            return ProcessSpeculator(strategy, self.process, head)
         local = LocalSpeculator(
             strategy,
             self.pair.drafter,
@@ -198,7 +200,7 @@ class Bench:
         return local
 
     def _head(self, strategy: Strategy) -> Head | None:
-        if strategy.head is None:
+        if strategy.head is None or goes_on(strategy):
             return None
         kind, _, rates = strategy.head.partition(":")
         if kind == "ngram":

@@ -123,7 +123,8 @@ class Strategy:
     """A level, or the control ``drafter`` or ``template``; None: the gap is not used."""
     gap_mode: Literal["coupled", "free"] = "coupled"
     head: str | None = None
-    """A level that drafts in decode; None: plain decoding after the gap."""
+    """A level or control that drafts in decode; ``drafter``: what drafts in the gap goes on; None:
+    plain decoding after the gap."""
     gamma: int = 0
     """Drafts per verifier call in decode."""
     tree: bool = False

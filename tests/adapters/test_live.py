@@ -58,7 +58,7 @@ def test_compiled_steps_equal_those_of_the_modules(row: Level) -> None:
     for made, dtype in ((adapter, torch.float32), (exact, torch.float64)):
         given = replace(streams, **{n: getattr(streams, n).to(dtype) for n in FLOATING})
         cache = made.new_cache(1, 9, visual=given.visual)
-        compiles = dtype == torch.float32 and row.name in ("B1", "E1", "E3", "text")
+        compiles = dtype == torch.float32 and row.name not in ("L1", "L2", "L3")
         assert isinstance(cache, CompiledCache) is compiles
         parts = [made.step(live_rows(made, given, *at), cache) for at in ((0, 3), (4, 4), (5, 6))]
         outs.append(torch.cat(parts, dim=1).double())

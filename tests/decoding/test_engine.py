@@ -114,7 +114,16 @@ def test_every_config_is_lossless(
 def test_the_drafter_process_gives_the_same_answers(
     pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
 ) -> None:
-    names = ["L4+VL", "X1+VL", "L4+VL:free", "E2_decode", "L4+L5F", "X1+E3", "drafter+VL"]
+    names = [
+        "L4+VL",
+        "X1+VL",
+        "L4+VL:free",
+        "E2_decode",
+        "L4+L5F",
+        "X1+E3",
+        "X1+drafter",
+        "drafter+VL",
+    ]
     strategies = [parse(BASELINE, 0), *(parse(name, 3) for name in names)]
     records = list(
         bench.run(

@@ -22,10 +22,10 @@ from xsd.pairs.config import PairConfig
 from xsd.types import Trace
 
 
-def save_adapter(folder: Path) -> Path:
+def save_adapter(folder: Path, level: str = "E2") -> Path:
     torch.manual_seed(0)
     config = AdapterConfig(
-        level="E2",
+        level=level,
         d_drafter=miniature.D_DRAFTER,
         d_verifier=miniature.D_VERIFIER,
         num_heads=4,
@@ -42,7 +42,7 @@ def test_the_worker_drafts_alike_without_the_verifiers_weights(
     saved = miniature.save_pair(tmp_path / "pair")
     config = PairConfig(**{**vars(saved), "weights": weights})
     pair = load_pair(config)
-    adapters = {"E2": save_adapter(tmp_path / "E2")}
+    adapters = {name: save_adapter(tmp_path / name, name) for name in ("E2", "L4")}
     # What is gone from the disk can be known to the worker through shared memory only.
     (tmp_path / "pair/verifier/model.safetensors").unlink()
     with pytest.raises(XsdError, match="weights cannot be loaded"):
@@ -50,7 +50,7 @@ def test_the_worker_drafts_alike_without_the_verifiers_weights(
     traces = {}
     for overlap in ("inline", "process"):
         records = bench.run(
-            pair, config, items, [parse(BASELINE, 0), parse("E2_decode", 3)], adapters, {},
+            pair, config, items, [parse(BASELINE, 0), parse("L4+E2", 3)], adapters, {},
             DecodingConfig(max_new_tokens=12, overlap=overlap),
             repeats=1, warmup=0, timed=False,
         )  # fmt: skip

@@ -34,7 +34,16 @@ def test_the_drafters_thread_gives_the_same_answers(
     device: str, items: list[BenchItem], adapters: dict[str, Path]
 ) -> None:
     config = PairConfig(device=device)
-    names = ["L4+VL", "X1+VL", "L4+VL:free", "E2_decode", "L4+L5F", "X1+E3", "drafter+VL"]
+    names = [
+        "L4+VL",
+        "X1+VL",
+        "L4+VL:free",
+        "E2_decode",
+        "L4+L5F",
+        "X1+E3",
+        "X1+drafter",
+        "drafter+VL",
+    ]
     strategies = [parse(BASELINE, 0), *(parse(name, 3) for name in names)]
     records = list(
         bench.run(

@@ -9,12 +9,13 @@ import pytest
 import torch
 from numba.core.errors import TypingError
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
 from xsd import kernels
 from xsd.pairs.cache import KVCache, TreeRows
 from xsd.pairs.choose import Chooser
 from xsd.pairs.step import DecoderStack
+from xsd.pairs.vision import CompiledTower, clip_features, features_of
 
 WIDTH, MAX_LENGTH = 48, 160
 
@@ -108,3 +109,37 @@ def test_what_is_not_contiguous_is_refused() -> None:
     panels = kernels.pack(np.ones((WIDTH, 8), np.float32))
     with pytest.raises(TypingError, match="C-contiguous"):
         kernels.choose(np.ones((4, 2 * WIDTH), np.float32)[:, ::2], panels, 8, np.zeros(4, int))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_a_compiled_tower_sees_what_its_modules_see(layer: int, activation: str) -> None:
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=36,
+        intermediate_size=50,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=24,
+        patch_size=8,
+        hidden_act=activation,
+        initializer_range=0.3,
+    )
+    tower = CLIPVisionModel(config).eval()
+    for name, weight in tower.named_parameters():
+        if "bias" in name or "norm" in name:
+            nn.init.normal_(weight, mean=1.0)
+    features = features_of(tower, layer)
+    assert isinstance(features, CompiledTower)
+    pixels = torch.randn(5, 3, 24, 24)
+    with torch.inference_mode():
+        expected = clip_features(tower, pixels, layer)
+    found = features(pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
+    features.num_cores = 3
+    assert torch.equal(features(pixels), found)
+
+
+def test_a_tower_in_reduced_precision_stays_its_modules() -> None:
+    tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=24, num_attention_heads=2)).half()
+    assert not isinstance(features_of(tower, -1), CompiledTower)

@@ -123,3 +123,17 @@ def test_a_prompt_has_one_placeholder(text: str) -> None:
     tokenizer = llama_like("<video>")
     with pytest.raises(XsdError, match="visual placeholders, 1 expected"):
         prompt_split(tokenizer, text, tokenizer.convert_tokens_to_ids("<video>"))
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 64), (90, 120), (50, 70), (200, 64), (20, 33)])
+def test_compiled_resizing_and_pillows_are_bit_equal(size: tuple[int, int]) -> None:
+    processing = ImageProcessing(48, (48, 40))
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    by_pillow = np.empty((1, 3, 48, 40), np.float32)
+    processing._by_pillow(image, by_pillow[0])
+    assert np.array_equal(processing([image]), by_pillow)
+    assert np.array_equal(processing([np.asfortranarray(image)]), by_pillow)
+
+
+def test_square_frames_are_resized_by_a_kernel() -> None:
+    assert ImageProcessing.square(64)._taps(96, 96) is not None

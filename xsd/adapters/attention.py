@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from xsd.adapters.base import Adapter
 from xsd.adapters.block import Block
+from xsd.adapters.compiled import CompiledHead
 from xsd.adapters.config import AdapterConfig
+from xsd.adapters.entry import DrafterEntry
 from xsd.adapters.rows import Positions, StepInputs
 
 
@@ -47,6 +49,11 @@ class AttentionAdapter(Adapter):
         self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
     ) -> Float[Tensor, "B R Dv"]:
         return torch.lerp(residual, self.project(self.norm_out(x)), self.alpha)
+
+    def compiled(self) -> CompiledHead | None:
+        nowhere = self.alpha.new_zeros(self.config.max_positions, self.config.d_verifier)
+        entry = DrafterEntry.of(self.enter, is_raw=True)
+        return CompiledHead(self, nowhere, None, float(self.alpha.detach()), entry)
 
 
 def identity_linear(width: int) -> nn.Linear:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,47 +13,11 @@ from torch import Tensor, nn
 
 from xsd import kernels
 from xsd.adapters.rows import Ragged, Siblings, StepInputs
+from xsd.pairs.folded import affine, fold, stack
 
 if TYPE_CHECKING:
     from xsd.adapters.attention import AttentionAdapter
-
-Matrix = Float[np.ndarray, "in out"]
-Bias = Float[np.ndarray, " out"]
-
-
-def _fold(
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, " out"],
-    norm: nn.LayerNorm | None = None,
-    queries: int = 0,
-    scale: float = 1.0,
-) -> tuple[Matrix, Bias]:
-    """``norm(x) @ weight.T + bias`` of a row that is normalised, but by no factors.
-
-    ``scale`` goes into the first outputs, ``queries`` of them.
-    """
-    weight, bias = weight.t().double(), bias.double()
-    if norm is not None:
-        bias = bias + norm.bias.double() @ weight
-        weight = norm.weight.double()[:, None] * weight
-    scales = torch.ones_like(bias)
-    scales[:queries] = scale
-    return (weight * scales).float().numpy(), (bias * scales).float().numpy()
-
-
-def _affine(
-    linear: nn.Linear, norm: nn.LayerNorm | None = None, queries: int = 0, scale: float = 1.0
-) -> tuple[Matrix, Bias]:
-    return _fold(linear.weight, linear.bias, norm, queries, scale)
-
-
-def _stack(parts: list[tuple[Matrix, Bias]]) -> tuple[np.ndarray, np.ndarray]:
-    """Packed weights of all layers, and biases as wide as they."""
-    weights, biases = (np.stack(arrays) for arrays in zip(*parts, strict=True))
-    packed = kernels.pack(weights)
-    wide = np.zeros((len(parts), packed.shape[1] * kernels.PANEL), np.float32)
-    wide[:, : biases.shape[1]] = biases
-    return packed, wide
+    from xsd.adapters.entry import DrafterEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +38,16 @@ class CompiledHead:
         positions: Float[Tensor, "positions Dv"],
         entrance: Entrance | None,
         share: float = 1.0,
+        entry: DrafterEntry | None = None,
     ) -> None:
         """
         Args:
             positions: what is added to rows at each answer position.
-            entrance: None: the head reads no states.
+            entrance: None: rows begin with no states.
             share: of the output that is the head's own; the rest is the state it was given.
+            entry: what rows begin with of the drafter's states; None: the head reads none.
         """
+        self.entry = entry
         blocks, width = list(head.blocks), head.config.d_verifier
         self.num_layers, self.num_heads, self.width = len(blocks), head.config.num_heads, width
         (eps,) = {m.eps for m in head.modules() if isinstance(m, nn.LayerNorm)}
@@ -90,27 +57,27 @@ class CompiledHead:
         self.entrance = np.zeros((0, width, kernels.PANEL), np.float32)
         if entrance is not None:
             no_bias = entrance.weight.new_zeros(width)
-            weight, bias = _fold(entrance.weight, no_bias, entrance.norm)
+            weight, bias = fold(entrance.weight, no_bias, entrance.norm)
             self.entrance = kernels.pack(weight)
             self.positions = self.positions + torch.from_numpy(bias)
         self.crosses = [block.cross for block in blocks if block.cross is not None]
         scale = (width // self.num_heads) ** -0.5
-        queries = [_affine(c.query, c.norm, width, scale) for c in self.crosses]
-        outs = [_affine(c.out) for c in self.crosses]
+        queries = [affine(c.query, c.norm, width, scale) for c in self.crosses]
+        outs = [affine(c.out) for c in self.crosses]
         # Without cross-attention any weights of the right kind will do: they are not read.
         unread = [(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))] * len(blocks)
         stacks = [
-            _stack(parts)
+            stack(parts)
             for parts in (
-                [_affine(b.query_key_value, b.norm_attention, width, scale) for b in blocks],
-                [_affine(b.attention_out) for b in blocks],
+                [affine(b.query_key_value, b.norm_attention, width, scale) for b in blocks],
+                [affine(b.attention_out) for b in blocks],
                 queries or unread,
                 outs or unread,
-                [_affine(b.up, b.norm_ffn) for b in blocks],
-                [_affine(b.down) for b in blocks],
+                [affine(b.up, b.norm_ffn) for b in blocks],
+                [affine(b.down) for b in blocks],
             )
         ]
-        project, project_bias = _stack([_affine(head.project, head.norm_out, width, share)])
+        project, project_bias = stack([affine(head.project, head.norm_out, width, share)])
         self.weights = [self.entrance, *(w for w, _ in stacks), project[0]]
         self.biases = [*(b for _, b in stacks), project_bias[0]]
 
@@ -129,6 +96,20 @@ class Vocabulary:
     """What ends a chain."""
 
 
+@dataclass(slots=True)
+class ReadAlong:
+    """A drafter that reads what is drafted, as the kernel takes it."""
+
+    embedding: Float[np.ndarray, "ids Dd"]
+    decoder: tuple[Any, ...]
+    """``decoder_pass``'s arguments from weights to cache."""
+    states: Float[np.ndarray, "positions Dd"]
+    """After the prompt and so many tokens."""
+    prompt_length: int
+    num_read: int
+    """Tokens of the answer that it has read, and of which its cache and states hold."""
+
+
 class CompiledCache:
     """Keys and values of a batch of answers; the counterpart of ``AdapterCache``.
 
@@ -145,13 +126,15 @@ class CompiledCache:
         self._values = np.zeros((*shape, columns, head_dim), np.float32)
         self._chain = np.zeros((0, 0), bool)
         self._positions = head.positions.numpy()
-        self._memory = self._memories([])
+        self._remembers = head.entry is not None and len(head.entry.remember) > 0
+        # One column more than rows: the drafter's states run one ahead.
+        self._memory = self._memories([], max_length + 1 if self._remembers else 0)
 
     @torch.no_grad()
     def begin_sample(self, visual: Float[Tensor, "clips K Dv"] | None = None) -> None:
         """Forget all rows; attend to other visual vectors, where the head attends to any."""
         self.length = 0
-        if self.head.crosses:
+        if self.head.crosses and not self._remembers:
             assert visual is not None, "a level that attends to visual vectors is given them"
             self._memory = self._memories(
                 [cross.project_memory(visual) for cross in self.head.crosses]
@@ -159,9 +142,8 @@ class CompiledCache:
 
     def step(self, rows: StepInputs, where: Siblings | Ragged | None) -> Float[Tensor, "B R Dv"]:
         """Append rows and return their outputs (see ``Adapter.step``)."""
-        given = rows.verifier if rows.token is None else rows.token
-        assert given is not None, "a head reads tokens or states"
-        batch, num_rows, width = given.shape
+        given = next(x for x in (rows.token, rows.verifier, rows.drafter) if x is not None)
+        (batch, num_rows), width = given.shape[:2], self.head.width
         column = begin = np.full(batch, self.length)
         end, seen = self.length + num_rows, self._chain
         positions: Tensor = self.head.positions
@@ -175,12 +157,14 @@ class CompiledCache:
             begin, seen = np.zeros(batch, np.int64), where.visible.numpy()
             positions = positions[where.position : where.position + 1]
         assert end <= self.max_length, f"cache of {self.max_length} rows is full"
-        token = torch.zeros_like(given) if rows.token is None else rows.token
+        token = torch.zeros(batch, num_rows, width) if rows.token is None else rows.token
         known = (token + positions).reshape(-1, width).contiguous().numpy()
         # A head that reads no states has no weights for them either.
         states = known
         if rows.verifier is not None:
             states = rows.verifier.reshape(-1, width).contiguous().numpy()
+        if rows.drafter is not None:
+            states = self._enter(rows.drafter, known, states)
         out = np.empty((batch * num_rows, width), np.float32)
         kernels.head_pass(
             known, states, *self.head.weights, *self.head.biases, *self.head.options,
@@ -189,6 +173,19 @@ class CompiledCache:
         if not isinstance(where, Ragged):
             self.length = end
         return torch.from_numpy(out).view(batch, num_rows, width)
+
+    def _enter(
+        self, drafter: Float[Tensor, "B n Dd"], known: np.ndarray, verifier: np.ndarray
+    ) -> np.ndarray:
+        """Add to ``known`` what the drafter's states say; the states that the rows begin with."""
+        assert self.head.entry is not None, "the head reads no drafter"
+        states = np.empty_like(known)
+        since = self.length + 1 if self.length and self._remembers else self.length
+        kernels.enter_rows(
+            drafter.reshape(-1, drafter.shape[-1]).contiguous().numpy(), verifier,
+            tuple(self.head.entry), self.head.options[0], *self._memory[:2], since, known, states,
+        )  # fmt: skip
+        return states
 
     def draft(
         self,
@@ -210,6 +207,38 @@ class CompiledCache:
         found: list[int] = drafts[:count].tolist()
         return found
 
+    def draft_coupled(
+        self,
+        said: Sequence[int],
+        first: int,
+        states: Float[Tensor, "m Dv"],
+        gamma: int,
+        vocabulary: Vocabulary,
+        drafter: ReadAlong,
+        shift: int,
+    ) -> list[int]:
+        """At most ``gamma`` tokens behind an answer; at each step ``drafter`` reads the last one.
+
+        Args:
+            said: all of the answer.
+            first: position of the first row that is not, or not rightly, in the cache.
+            states: the verifier's from there on, where the level reads any.
+            shift: the level's.
+        """
+        assert self.head.entry is not None and len(said) + gamma - shift <= self.max_length
+        sequence = np.empty(len(said) + gamma, np.int64)
+        sequence[: len(said)] = said
+        count, drafter.num_read = kernels.coupled_chain(
+            sequence, len(said), drafter.num_read, drafter.prompt_length, drafter.states,
+            drafter.embedding, drafter.decoder, first, shift, states.contiguous().numpy(),
+            vocabulary.table, self._positions, vocabulary.eos, vocabulary.panels,
+            vocabulary.num_ids,
+            tuple(self.head.entry), (*self.head.weights, *self.head.biases), *self.head.options,
+            self._keys, self._values, *self._memory,
+        )  # fmt: skip
+        found: list[int] = sequence[len(said) : len(said) + count].tolist()
+        return found
+
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Only these rows of the batch go on (finished answers retire)."""
         kept = rows.numpy()
@@ -225,15 +254,22 @@ class CompiledCache:
             )
 
     def _memories(
-        self, memories: list[Float[Tensor, "2 clips H K Dh"]]
+        self, memories: list[Float[Tensor, "2 clips H K Dh"]], room: int = 0
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Keys, values and number of what the blocks look at besides the answer."""
-        layers, _, heads, head_dim, _ = self._keys.shape
+        """Keys, values and number of what the blocks look at besides the answer.
+
+        Args:
+            room: for what is remembered of so many drafter states, an answer each; its number
+                then is -1.
+        """
+        layers, batch, heads, head_dim, _ = self._keys.shape
         clips, size = memories[0].shape[1::2] if memories else (1, 0)
+        if room:
+            clips, size = batch, room
         keys = np.zeros((layers, clips, heads, head_dim, size + kernels.PANEL), np.float32)
         values = np.zeros((layers, clips, heads, size + kernels.PANEL, head_dim), np.float32)
         for layer, memory in enumerate(memories):
             both = memory.numpy()
             keys[layer, ..., :size] = both[0].swapaxes(-1, -2)
             values[layer, :, :, :size] = both[1]
-        return keys, values, size
+        return keys, values, -1 if room else size

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.compiled import CompiledHead, Entrance
 from xsd.adapters.config import AdapterConfig
+from xsd.adapters.entry import DrafterEntry
 from xsd.adapters.rows import Positions, StepInputs
 
 
@@ -35,6 +36,13 @@ class EagleAdapter(AttentionAdapter):
         states: Tensor = self.enter(rows.drafter)
         return states
 
+    def compiled(self) -> CompiledHead | None:
+        return self._compiled(DrafterEntry.of(self.enter))
+
+    def _compiled(self, entry: DrafterEntry | None) -> CompiledHead:
+        entrance = Entrance(torch.eye(self.config.d_verifier), self.norm_in)
+        return CompiledHead(self, self.positions, entrance, float(self.alpha.detach()), entry)
+
 
 class VerifierEagleAdapter(EagleAdapter):
     """B1: L5 on the verifier's own states."""
@@ -44,9 +52,7 @@ class VerifierEagleAdapter(EagleAdapter):
         return rows.verifier
 
     def compiled(self) -> CompiledHead | None:
-        identity = torch.eye(self.config.d_verifier)
-        entrance = Entrance(identity, self.norm_in)
-        return CompiledHead(self, self.positions, entrance, float(self.alpha.detach()))
+        return self._compiled(None)
 
 
 class TokenHead(AttentionAdapter):
@@ -89,17 +95,23 @@ class TokenHead(AttentionAdapter):
         return out
 
     def compiled(self) -> CompiledHead | None:
-        if self.memory == "drafter":
-            return None
+        return self._compiled(None)
+
+    def _compiled(self, entry: DrafterEntry | None) -> CompiledHead:
         # The bias of ``fuse`` comes with the token.
         entrance = Entrance(self.fuse.weight[:, : self.config.d_verifier], self.norm_state)
-        return CompiledHead(self, self.positions, entrance)
+        return CompiledHead(self, self.positions, entrance, entry=entry)
 
 
 class DrafterTokenHead(TokenHead):
     """E2: E1 that attends to the drafter's states, which have read the chosen token too."""
 
     memory = "drafter"
+
+    def compiled(self) -> CompiledHead | None:
+        crosses = [block.cross for block in self.blocks if block.cross is not None]
+        entry = DrafterEntry.of(self.enter)
+        return self._compiled(entry.remembered([(c.key_value, c.norm_memory) for c in crosses]))
 
 
 class TextHead(TokenHead):

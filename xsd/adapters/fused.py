@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from xsd.adapters.compiled import CompiledHead
 from xsd.adapters.config import AdapterConfig
 from xsd.adapters.eagle import EagleAdapter
+from xsd.adapters.entry import DrafterEntry
 from xsd.adapters.rows import Positions, StepInputs
 
 
@@ -28,3 +30,8 @@ class FusedEagleAdapter(EagleAdapter):
         both = torch.cat((e, v), dim=-1)
         fused = torch.lerp(v, e, torch.sigmoid(self.gate(both))) + self.mix(both)
         return self.norm_in(fused) + self.positions[at], v
+
+    def compiled(self) -> CompiledHead | None:
+        entry = DrafterEntry.of(self.enter).fused(self.gate, self.mix, self.norm_in.weight)
+        positions = self.positions + self.norm_in.bias
+        return CompiledHead(self, positions, None, float(self.alpha.detach()), entry)

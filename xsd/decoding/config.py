@@ -11,6 +11,8 @@ GAP_LEVELS = ("L1", "L2", "L3", "L4", "X1")
 HEAD_LEVELS = ("L5", "B1", "L5F", "E1", "E2", "E3")
 CONTROL_HEADS = ("text", "ngram", "oracle", "synthetic")
 """Heads that never look at the scene: a level that reads tokens alone, rote, the answer in hand."""
+GOING_ON = "drafter"
+"""The head of a strategy whose gap does not end with the prefill."""
 TREE_HEADS = ("E1", "E3")
 MAX_GAMMA, MAX_TREE_NODES = 16, 63
 BASELINE = "vl_baseline"
@@ -21,6 +23,7 @@ ALL_CONFIGS = (
     *(f"{level}_decode" for level in HEAD_LEVELS),
     "L4+L5F",
     "X1+E3",
+    f"X1+{GOING_ON}",
     "drafter+VL",
     "template+VL",
     *(f"{level}_tree" for level in TREE_HEADS),

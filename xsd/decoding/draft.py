@@ -22,12 +22,14 @@ from torch import Tensor
 
 from xsd.adapters.base import Adapter
 from xsd.adapters.cache import AdapterCache
-from xsd.adapters.compiled import CompiledCache, Vocabulary
+from xsd.adapters.compiled import CompiledCache, ReadAlong, Vocabulary
 from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media
+from xsd.pairs.cache import KVCache
 from xsd.pairs.choose import Chooser
+from xsd.pairs.step import DecoderStack
 
 READ_TOKENS_BYTES = 1 << 28
 """A head reads all token embeddings in advance unless they are larger."""
@@ -68,24 +70,75 @@ class VerifierTables:
     def chooser(self) -> Chooser:
         return Chooser(self.lm_head)
 
+    def vocabulary(self, read: Float[Tensor, "ids Dv"] | None) -> Vocabulary | None:
+        """What compiled chains need to know of the tokens; None: the LM head is not compiled.
+
+        Args:
+            read: every embedding as a head reads it; None: it reads no tokens.
+        """
+        panels = self.chooser.panels
+        if panels is None:
+            return None
+        table = self.embedding[:0] if read is None else read
+        eos = np.array(sorted(self.eos_ids), np.int64)
+        return Vocabulary(table.numpy(), panels, self.vocab_size, eos)
+
     def score(self, hidden: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows V"]:
         """Logits of states in an adapter's own precision."""
         logits: Tensor = self.lm_head(hidden.to(self.embedding.dtype))
         return logits
 
 
+@dataclass
+class ReaderMemory:
+    """What a drafter knows of a sample: its cache, and its states after so many tokens.
+
+    Two processes may work on one memory in turn.
+    """
+
+    cache: KVCache
+    states: Float[Tensor, "positions Dd"]
+
+    @classmethod
+    def new(cls, drafter: Decoder, max_new_tokens: int, max_prompt: int) -> ReaderMemory:
+        stack = drafter.stack
+        cache = drafter.new_cache(1, max_prompt + max_new_tokens)
+        shape = max_new_tokens + 1, drafter.width
+        return cls(cache, torch.zeros(shape, device=stack.device, dtype=stack.dtype))
+
+    def share(self) -> None:
+        """Move it, in place, to where other processes can see it; before anything looks at it.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        for tensor in (self.cache.keys, self.cache.values, self.states):
+            tensor.share_memory_()
+
+
 class DrafterReader:
     """The drafter on one sample: its state after any prefix of any token sequence."""
 
-    def __init__(self, drafter: Decoder, max_new_tokens: int, max_prompt: int) -> None:
+    def __init__(self, drafter: Decoder, memory: ReaderMemory) -> None:
         self.drafter = drafter
-        self._cache = drafter.new_cache(1, max_prompt + max_new_tokens)
-        stack = drafter.stack
-        self._states = torch.zeros(
-            max_new_tokens + 1, drafter.width, device=stack.device, dtype=stack.dtype
-        )
+        self._cache, self._states = memory.cache, memory.states
         self._read: list[int] = []
         self._prompt_length = 0
+        stack = drafter.stack
+        compiled = stack.compiled if isinstance(stack, DecoderStack) else None
+        self._along: ReadAlong | None = None
+        if compiled is not None:
+            embedding, decoder = drafter.embedding.numpy(), compiled.arguments(self._cache)
+            self._along = ReadAlong(embedding, decoder, self._states.numpy(), 0, 0)
+
+    @property
+    def progress(self) -> tuple[int, list[int]]:
+        """Rows of the prompt, and the tokens read behind it."""
+        return self._prompt_length, self._read
+
+    def take_over(self, prompt_length: int, read: list[int]) -> None:
+        """Go on from another reader's ``progress`` on the same memory."""
+        self._prompt_length, self._read = prompt_length, read
 
     def begin(self, media: Media, question: str) -> None:
         """Vision, projection and prefill; afterwards ``states`` may be asked."""
@@ -101,7 +154,7 @@ class DrafterReader:
         Only tokens not yet read are fed; what was read beyond a difference is forgotten.
         """
         wanted = list(tokens[: stop - 1])
-        common = _common_prefix(self._read, wanted)
+        common = common_prefix(self._read, wanted)
         if common < len(wanted):
             new = wanted[common:]
             self._cache.length = self._prompt_length + common
@@ -110,37 +163,41 @@ class DrafterReader:
             self._read = wanted
         return self._states[start:stop]
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``draft_coupled`` can be called."""
+        return self._along is not None
+
+    def draft_coupled(
+        self,
+        cache: CompiledCache,
+        tokens: Sequence[int],
+        first: int,
+        states: Float[Tensor, "m Dv"],
+        gamma: int,
+        vocabulary: Vocabulary,
+        shift: int,
+    ) -> list[int]:
+        """``CompiledCache.draft_coupled`` behind ``tokens``, with this drafter reading along."""
+        assert self._along is not None, "the drafter's layers are not compiled"
+        said = list(tokens)
+        self._along.prompt_length = self._prompt_length
+        self._along.num_read = common_prefix(self._read, said)
+        found = cache.draft_coupled(said, first, states, gamma, vocabulary, self._along, shift)
+        self._read = [*said, *found][: self._along.num_read]
+        return found
+
     def choose(self, state: Float[Tensor, " Dd"]) -> int:
         """The drafter's own next token."""
         return self.drafter.choose(state)[0]
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens with which both begin."""
     size = min(len(left), len(right))
     if left[:size] == right[:size]:
         return size
     return next(i for i in range(size) if left[i] != right[i])
-
-
-def coupled_drafts(
-    reader: DrafterReader,
-    adapter: Adapter,
-    tables: VerifierTables,
-    visual: Float[Tensor, "K Dv"] | None,
-    limit: int,
-) -> Iterator[int]:
-    """Drafts one by one; the drafter is fed what adapter and LM head expect the verifier to say."""
-    cache = adapter.new_cache(1, limit, None if visual is None else _for(adapter, visual[None]))
-    tokens: list[int] = []
-    while len(tokens) < limit:
-        position = len(tokens)
-        state = reader.states(tokens, position, position + 1)
-        inputs = StepInputs(drafter=_for(adapter, state[None]))
-        (token,) = tables.choose(adapter.step(inputs, cache))
-        tokens.append(token)
-        yield token
-        if token in tables.eos_ids:
-            return
 
 
 def _for(adapter: Adapter, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
@@ -259,7 +316,14 @@ class HeadDrafter:
         self._cache.length = start
         if self._vocabulary is not None and isinstance(self._cache, CompiledCache):
             states = states if self._reads_verifier else torch.zeros_like(states)
-            return Draft(self._cache.draft(sequence[start:], states, gamma, self._vocabulary))
+            if not self.reads_drafter:
+                return Draft(self._cache.draft(sequence[start:], states, gamma, self._vocabulary))
+            reader = self._reader
+            if reader is not None and reader.is_compiled:
+                found = reader.draft_coupled(
+                    self._cache, sequence, start, states, gamma, self._vocabulary, shift=1
+                )
+                return Draft(found)
         out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
         if self.options.tree_width and self.policy.branches():
             return self._grow_tree(len(sequence), out, gamma)
@@ -345,14 +409,11 @@ class HeadDrafter:
     @cached_property
     def _vocabulary(self) -> Vocabulary | None:
         """For chains whose every step is sure to be wanted, and taken as it comes."""
-        panels = self.tables.chooser.panels
         chooses = not self.options.tree_width and self.options.sampling is None
         knows = self._is_read or not self._reads_token
-        if panels is None or not knows or not chooses or self.policy.asks_confidence:
+        if not knows or not chooses or self.policy.asks_confidence:
             return None
-        table = self._tokens if self._is_read else self._tokens[:0]
-        eos = np.array(sorted(self.tables.eos_ids), np.int64)
-        return Vocabulary(table.numpy(), panels, self.tables.vocab_size, eos)
+        return self.tables.vocabulary(self._tokens if self._is_read else None)
 
     @property
     def _cache(self) -> AdapterCache | CompiledCache:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from torch import Tensor
 from xsd.adapters import checkpoint
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
+from xsd.decoding.ahead import NUM_WORDS, Board
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.draft import Head, VerifierTables
+from xsd.decoding.draft import DrafterReader, Head, ReaderMemory, VerifierTables
 from xsd.decoding.speculator import LocalSpeculator, reads_visual
-from xsd.decoding.strategies import adapter_names
+from xsd.decoding.strategies import adapter_names, goes_on
 from xsd.errors import XsdError
 from xsd.hidden.visual import MAX_VISUAL
 from xsd.pairs.base import Decoder, Media
@@ -36,58 +37,85 @@ from xsd.pairs.catalog import load_drafter
 from xsd.pairs.config import PairConfig
 from xsd.types import Span, Strategy
 
-_STOP, _NUM_DRAFTS, _PROJECTED, _PREFILLED, _ASKED, _ANSWERED, _FINISH, _FAILED = range(8)
+_STOP, _NUM_DRAFTS, _PROJECTED, _HANDED_OVER, _FINISH, _FAILED = range(6)
 _BEGAN_NS, _READY_NS, _DRAFTED_NS = range(3)
 
 
 class _Shared:
     """Memory that both processes see. Flags are plain integers, each written by one side only."""
 
-    def __init__(self, width: int, max_new_tokens: int) -> None:
-        self.flags = torch.zeros(8, dtype=torch.int64).share_memory_()
-        self.clock_ns = torch.zeros(3, dtype=torch.int64).share_memory_()
-        self.num_visual = torch.zeros(2, dtype=torch.int64).share_memory_()
-        self.request = torch.zeros(3, dtype=torch.int64).share_memory_()
-        self.tokens = torch.zeros(max_new_tokens + 64, dtype=torch.int64).share_memory_()
-        self.drafts = torch.zeros(max_new_tokens + 64, dtype=torch.int64).share_memory_()
-        self.states = torch.zeros(max_new_tokens + 64, width).share_memory_()
-        self.visual = torch.zeros(2, MAX_VISUAL, width).share_memory_()
+    def __init__(self, width: int, max_new_tokens: int, image_bytes: int) -> None:
+        room = max_new_tokens + 64
+        sizes = {
+            "flags": 6, "clock_ns": 3, "num_visual": 1, "progress": 2, "board": NUM_WORDS,
+            "tokens": room, "drafts": room,
+        }  # fmt: skip
+        self.words = {
+            name: torch.zeros(size, dtype=torch.int64).share_memory_()
+            for name, size in sizes.items()
+        }
+        self.visual = torch.zeros(MAX_VISUAL, width).share_memory_()
+        self.images = torch.zeros(image_bytes, dtype=torch.uint8).share_memory_()
 
     def views(self) -> dict[str, np.ndarray]:
         """Numpy views: reading a flag through them costs a tenth of a tensor's ``item``."""
-        names = ("flags", "clock_ns", "num_visual", "request", "tokens", "drafts")
-        return {name: getattr(self, name).numpy() for name in names}
+        return {name: words.numpy() for name, words in self.words.items()}
+
+    def put_images(self, images: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
+        """Copy images to where the other side finds them; their shapes."""
+        buffer, start = self.images.numpy(), 0
+        for image in images:
+            end = start + image.size
+            assert end <= buffer.size, "the images of a sample are larger than was said"
+            buffer[start:end].reshape(image.shape)[...] = image
+            start = end
+        return [image.shape for image in images]
+
+    def get_images(self, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """The images themselves, not copies: they hold until the next sample begins."""
+        buffer, start, found = self.images.numpy(), 0, []
+        for shape in shapes:
+            end = start + int(np.prod(shape))
+            found.append(buffer[start:end].reshape(shape))
+            start = end
+        return found
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What the worker loads: the pair's drafter and every adapter that may be asked for.
+    """What the worker loads: the pair's drafter and the adapters of the gap.
 
-    The verifier is not among it: what a draft needs of that is handed over in shared memory.
+    The verifier is not among it: what a draft needs of that is handed over in shared memory. Nor
+    are heads: they draft beside the verifier.
     """
 
     pair: PairConfig
     adapters: Mapping[str, Path]
-    templates: Mapping[str, tuple[int, ...]]
     decoding: DecodingConfig
     max_prompt: int
+    image_bytes: int
+    """Of a sample's event images, at most."""
     num_threads: int
 
 
 class DrafterProcess:
     """The worker's owner: starts it, speaks to it, ends it. Use as a context manager."""
 
-    def __init__(self, setup: WorkerSetup, verifier: Decoder) -> None:
-        """``verifier``: this process's own; the worker sees its tables and has no layers of it.
+    def __init__(self, setup: WorkerSetup, drafter: Decoder, verifier: Decoder) -> None:
+        """``drafter`` and ``verifier``: this process's own. The worker loads the one anew and works
+        in memory that this process's takes over; it has the other's tables and no layers of it.
 
         Raises:
             XsdError: shared memory is short, or the worker could not begin.
         """
         context = mp.get_context("spawn")
         tables = VerifierTables.of(verifier)
+        max_new_tokens = setup.decoding.max_new_tokens
+        memory = ReaderMemory.new(drafter, max_new_tokens, setup.max_prompt)
         try:
             tables.share()
-            self.shared = _Shared(verifier.width, setup.decoding.max_new_tokens)
+            memory.share()
+            self.shared = _Shared(verifier.width, max_new_tokens, setup.image_bytes)
         except RuntimeError as error:
             line = " ".join(str(error).split())
             raise XsdError(
@@ -95,12 +123,13 @@ class DrafterProcess:
                 "enlarge /dev/shm, or say --overlap inline"
             ) from error
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(setup, tables, self.shared, theirs), daemon=True, name="xsd-drafter"
-        )
+        given = setup, tables, memory, self.shared, theirs
+        self._process = context.Process(target=_work, args=given, daemon=True, name="xsd-drafter")
         self._process.start()
         theirs.close()
         self.receive()
+        self.reader = DrafterReader(drafter, memory)
+        """Goes on from where the worker has come to."""
 
     def receive(self) -> Any:
         """The worker's next message.
@@ -120,7 +149,7 @@ class DrafterProcess:
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Watch a flag; notice when nobody is there to set it."""
-        flags = self.shared.flags
+        flags = self.shared.words["flags"]
         spins = 0
         while not ready():
             spins += 1
@@ -132,7 +161,8 @@ class DrafterProcess:
                     raise XsdError("the drafter process died; see its output above")
 
     def close(self) -> None:
-        self.shared.flags[_STOP] = self.shared.flags[_FINISH] = 1
+        flags = self.shared.words["flags"]
+        flags[_STOP] = flags[_FINISH] = 1
         self.connection.close()
         self._process.join(5)
         if self._process.is_alive():
@@ -146,19 +176,18 @@ class DrafterProcess:
 
 
 class ProcessSpeculator:
-    """A strategy whose drafter works in ``process``.
+    """A strategy whose drafter works in ``process`` during the gap.
 
-    Heads that read nothing of the drafter stay here, beside the verifier: a round trip would cost
-    more than their step.
+    Heads draft here, beside the verifier, those that read the drafter too: a round trip a cycle
+    would cost more than a small drafter's steps. They take its memory over when the gap ends.
     """
 
-    def __init__(
-        self, strategy: Strategy, process: DrafterProcess, local_head: Head | None
-    ) -> None:
+    def __init__(self, strategy: Strategy, process: DrafterProcess, head: Head | None) -> None:
         self.strategy = strategy
-        self._process = process
-        self._local_head = local_head
+        self._process, self._head = process, head
+        self._goes_on = goes_on(strategy)
         self._views = process.shared.views()
+        self._board = _board(self._views)
         gap = strategy.gap if strategy.gap_mode == "coupled" else None
         self.wants_projected = reads_visual(gap, "projected")
         self.wants_prefilled = reads_visual(strategy.head, "prefilled")
@@ -166,19 +195,20 @@ class ProcessSpeculator:
     def start(self, media: Media, question: str, watch: Stopwatch) -> None:
         self._views["flags"][:] = 0
         self._views["clock_ns"][:] = 0
+        self._board.begin()
         self._watch, self._question = watch, question
         self._prefilled: Tensor | None = None
         self._head_began = False
-        images = [np.ascontiguousarray(image) for image in media.event_images]
-        self._process.connection.send((self.strategy, images, question))
+        shapes = self._process.shared.put_images(media.event_images)
+        self._process.connection.send((self.strategy, shapes, question))
 
     def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None:
-        self._share_visual(0, visual, _PROJECTED)
+        self._process.shared.visual[: len(visual)] = visual
+        self._views["num_visual"][0] = len(visual)
+        self._views["flags"][_PROJECTED] = 1
 
     def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None:
         self._prefilled = visual
-        if self._local_head is None:
-            self._share_visual(1, visual, _PREFILLED)
 
     def gap_drafts(self) -> list[int]:
         """What the drafter has ready at this moment; nobody waits for another token.
@@ -187,32 +217,28 @@ class ProcessSpeculator:
         """
         if self.strategy.gap is None:
             return []
+        if self._goes_on:
+            return self._board.drafts(len(self._views["drafts"]))
         flags = self._views["flags"]
         flags[_STOP] = 1
         if self.strategy.gap_mode == "free" and self.strategy.gap != "drafter":
-            self._process.wait(lambda: flags[_ANSWERED] == -1)
+            self._process.wait(lambda: flags[_HANDED_OVER])
         count = int(flags[_NUM_DRAFTS])
         drafts: list[int] = self._views["drafts"][:count].tolist()
         return drafts
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
-        if self.strategy.head is None:
+        if self._goes_on:
+            self._board.tell(tokens)
+            self._process.wait(lambda: self._board.is_current)
+            return Draft(self._board.drafts(gamma))
+        if self._head is None:
             return Draft([])
-        if self._local_head is not None:
-            if not self._head_began:
-                self._local_head.begin(self._question, self._prefilled, None)
-                self._head_began = True
-            return self._local_head.propose(tokens, states, gamma)
-        views, shared = self._views, self._process.shared
-        rows = states.shape[0]
-        views["tokens"][: len(tokens)] = tokens
-        shared.states[:rows] = states
-        views["request"][:] = (len(tokens), rows, gamma)
-        flags = views["flags"]
-        asked = int(flags[_ASKED]) + 1
-        flags[_ASKED] = asked
-        self._process.wait(lambda: flags[_ANSWERED] == asked)
-        return Draft(views["drafts"][: int(views["request"][2])].tolist())
+        if not self._head_began:
+            reader = self._take_over() if self._head.reads_drafter else None
+            self._head.begin(self._question, self._prefilled, reader)
+            self._head_began = True
+        return self._head.propose(tokens, states, gamma)
 
     def finish(self) -> list[Span]:
         self._views["flags"][_STOP] = self._views["flags"][_FINISH] = 1
@@ -225,64 +251,77 @@ class ProcessSpeculator:
             spans.append(Span("drafter", "draft", ready, drafted))
         return spans
 
-    def _share_visual(self, row: int, visual: Tensor, flag: int) -> None:
-        self._process.shared.visual[row, : len(visual)] = visual
-        self._views["num_visual"][row] = len(visual)
-        self._views["flags"][flag] = 1
+    def _take_over(self) -> DrafterReader:
+        flags, reader = self._views["flags"], self._process.reader
+        self._process.wait(lambda: flags[_HANDED_OVER])
+        prompt_length, num_read = (int(number) for number in self._views["progress"])
+        reader.take_over(prompt_length, self._views["tokens"][:num_read].tolist())
+        return reader
+
+
+def _board(views: Mapping[str, np.ndarray]) -> Board:
+    return Board(views["board"], views["tokens"], views["drafts"])
 
 
 # ---------------------------------------------------------------- the worker's side
 
 
 def _work(
-    setup: WorkerSetup, tables: VerifierTables, shared: _Shared, connection: Connection
+    setup: WorkerSetup,
+    tables: VerifierTables,
+    memory: ReaderMemory,
+    shared: _Shared,
+    connection: Connection,
 ) -> None:
     """The process: load once, then a sample a message, until the pipe closes."""
     torch.set_num_threads(setup.num_threads)
     try:
-        worker = _Worker(setup, tables, shared)
+        worker = _Worker(setup, tables, memory, shared)
         connection.send(("ok", None))
     except Exception as error:
         connection.send(("error", f"{type(error).__name__}: {error}"))
         raise
     while True:
         try:
-            strategy, images, question = connection.recv()
+            strategy, shapes, question = connection.recv()
         except EOFError:
             return
         try:
-            worker.sample(strategy, images, question)
+            worker.sample(strategy, shared.get_images(shapes), question)
             connection.send(("ok", None))
         except Exception as error:
             connection.send(("error", f"{type(error).__name__}: {error}"))
-            shared.flags[_FAILED] = 1
+            shared.words["flags"][_FAILED] = 1
             raise
 
 
 class _Worker:
-    def __init__(self, setup: WorkerSetup, tables: VerifierTables, shared: _Shared) -> None:
+    def __init__(
+        self, setup: WorkerSetup, tables: VerifierTables, memory: ReaderMemory, shared: _Shared
+    ) -> None:
         self.setup = setup
         self.drafter = load_drafter(setup.pair, tables.vocab_size)
-        self.tables = tables
+        self.tables, self.memory, self.shared = tables, memory, shared
         self.adapters = {
             name: checkpoint.load(path)[0].eval() for name, path in setup.adapters.items()
         }
-        self.shared = shared
         self.views = shared.views()
         self.parties: dict[str, LocalSpeculator] = {}
 
     def party(self, strategy: Strategy) -> LocalSpeculator:
-        """The strategy's drafting party, built at its first use."""
+        """Who drafts in the gap, built at its first use."""
         if strategy.name not in self.parties:
+            in_gap = strategy if goes_on(strategy) else replace(strategy, head=None)
             self.parties[strategy.name] = LocalSpeculator(
-                strategy,
+                in_gap,
                 self.drafter,
                 self.tables,
-                {name: self.adapters[name] for name in adapter_names(strategy)},
-                self.setup.templates,
+                {name: self.adapters[name] for name in adapter_names(in_gap)},
+                {},
                 max_new_tokens=self.setup.decoding.max_new_tokens,
                 max_prompt=self.setup.max_prompt,
                 max_gap_drafts=self.setup.decoding.max_gap_drafts,
+                memory=self.memory,
             )
         return self.parties[strategy.name]
 
@@ -292,16 +331,19 @@ class _Worker:
         clock[_BEGAN_NS] = time.monotonic_ns()
         party = self.party(strategy)
         media = Media(images, np.zeros((0, 1, 1, 3), np.uint8))
-        party.start(media, question, Stopwatch(self.drafter.stack.device))
+        watch = Stopwatch(self.drafter.stack.device)
+        party.start(media, question, watch)
         clock[_READY_NS] = time.monotonic_ns()
-        if strategy.gap is not None:
+        if goes_on(strategy):
+            self._go_on(party)
+        elif strategy.gap is not None:
             self._draft_in_gap(party)
-        self._serve_head(party)
+        self._hand_over(party, watch)
 
     def _draft_in_gap(self, party: LocalSpeculator) -> None:
         flags, drafts = self.views["flags"], self.views["drafts"]
         if party.wants_projected and self._wait_for(_PROJECTED):
-            party.on_projected(self._visual(0))
+            party.on_projected(self._projected())
         found: list[int] = []
         postponed = party.strategy.gap_mode == "free" and party.gap_adapter is not None
         if not flags[_STOP]:
@@ -319,30 +361,34 @@ class _Worker:
             adapted = party.finish_gap(found)
             drafts[: len(adapted)] = adapted
             flags[_NUM_DRAFTS] = len(adapted)
-            flags[_ANSWERED] = -1
             self.views["clock_ns"][_DRAFTED_NS] = time.monotonic_ns()
 
-    def _serve_head(self, party: LocalSpeculator) -> None:
-        """Answer requests for drafts until the sample is finished."""
-        flags, request = self.views["flags"], self.views["request"]
-        served = 0
-        needs_reader = party.head is not None and party.head.reads_drafter
-        while True:
-            if not needs_reader:
+    def _go_on(self, party: LocalSpeculator) -> None:
+        """Draft behind the prompt and behind what is said until the sample is finished."""
+        flags, clock = self.views["flags"], self.views["clock_ns"]
+        if party.wants_projected:
+            if not self._wait_for(_PROJECTED):
                 return
-            while flags[_ASKED] == served:
-                if flags[_FINISH]:
-                    return
-                os.sched_yield()
-            if party.wants_prefilled and not served:
-                party.on_prefilled(self._visual(1))
-            num_tokens, rows, gamma = (int(value) for value in request)
-            tokens = self.views["tokens"][:num_tokens].tolist()
-            drafts = party.propose(tokens, self.shared.states[:rows].clone(), gamma)
-            self.views["drafts"][: len(drafts)] = drafts.tokens
-            request[2] = len(drafts)
-            served += 1
-            flags[_ANSWERED] = served
+            party.on_projected(self._projected())
+        gamma = party.strategy.gamma
+        _board(self.views).draft(
+            party.begin_coupled(),
+            first=party.max_gap_drafts,
+            # One draft is in the verifier's hands, the next one begins behind its own token.
+            ahead=2 * gamma + 1,
+            is_over=lambda: bool(flags[_FINISH]),
+            pause=os.sched_yield,
+        )
+        clock[_DRAFTED_NS] = time.monotonic_ns()
+
+    def _hand_over(self, party: LocalSpeculator, watch: Stopwatch) -> None:
+        """Say how far the drafter has read; its memory is the other side's from here on."""
+        assert party.reader is not None
+        prompt_length, read = party.reader.progress
+        self.views["tokens"][: len(read)] = read
+        self.views["progress"][:] = prompt_length, len(read)
+        watch.ms()  # A GPU has written what it was told to.
+        self.views["flags"][_HANDED_OVER] = 1
 
     def _wait_for(self, flag: int) -> bool:
         """Until the verifier sets ``flag``; False when the sample ended before."""
@@ -353,6 +399,6 @@ class _Worker:
             os.sched_yield()
         return True
 
-    def _visual(self, row: int) -> Float[Tensor, "K Dv"]:
-        visual: Tensor = self.shared.visual[row, : int(self.views["num_visual"][row])]
+    def _projected(self) -> Float[Tensor, "K Dv"]:
+        visual: Tensor = self.shared.visual[: int(self.views["num_visual"][0])]
         return visual.clone()

@@ -17,16 +17,17 @@ from xsd.adapters.base import Adapter
 from xsd.adapters.catalog import LEVELS
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
+from xsd.decoding.ahead import CoupledDrafter
 from xsd.decoding.draft import (
     DrafterReader,
     Head,
+    ReaderMemory,
     VerifierTables,
     adapt_free,
-    coupled_drafts,
     free_tokens,
 )
 from xsd.decoding.graphs import head_drafter
-from xsd.decoding.strategies import adapter_names, needs_drafter
+from xsd.decoding.strategies import adapter_names, goes_on, needs_drafter
 from xsd.errors import XsdError
 from xsd.pairs.base import Decoder, Media
 from xsd.types import Span, Strategy
@@ -73,12 +74,14 @@ class LocalSpeculator:
         max_prompt: int,
         max_gap_drafts: int,
         head: Head | None = None,
+        memory: ReaderMemory | None = None,
     ) -> None:
         """
         Args:
             adapters: by name, see ``strategies.adapter_names``.
             templates: a fixed answer for every question (control ``template``).
             head: who drafts in decode; None: the strategy's adapter, with default options.
+            memory: where the drafter works; None: memory of its own.
         """
         missing = [name for name in adapter_names(strategy) if name not in adapters]
         if missing:
@@ -86,13 +89,18 @@ class LocalSpeculator:
         self.strategy = strategy
         self.tables = tables
         self.templates = templates
+        self.max_new_tokens = max_new_tokens
         self.max_gap_drafts = min(max_gap_drafts, max_new_tokens)
-        self.reader = (
-            DrafterReader(drafter, max_new_tokens, max_prompt) if needs_drafter(strategy) else None
-        )
+        self.reader: DrafterReader | None = None
+        if memory is not None or needs_drafter(strategy):
+            memory = memory or ReaderMemory.new(drafter, max_new_tokens, max_prompt)
+            self.reader = DrafterReader(drafter, memory)
         free = strategy.gap_mode == "free"
         gap_name = f"{strategy.gap}:free" if free else strategy.gap
         self.gap_adapter = adapters.get(gap_name) if gap_name is not None else None
+        self.coupled: CoupledDrafter | None = None
+        if self.reader is not None and self.gap_adapter is not None and not free:
+            self.coupled = CoupledDrafter(self.reader, self.gap_adapter, tables, max_new_tokens)
         self.head = head
         name = strategy.head
         if head is None and name is not None and name in LEVELS:
@@ -130,10 +138,19 @@ class LocalSpeculator:
         assert self.reader is not None
         if self.strategy.gap_mode == "free":
             return free_tokens(self.reader, self.max_gap_drafts)
-        assert self.gap_adapter is not None
-        return coupled_drafts(
-            self.reader, self.gap_adapter, self.tables, self._projected, self.max_gap_drafts
-        )
+        return self._coupled_tokens()
+
+    def begin_coupled(self) -> CoupledDrafter:
+        """Behind the prompt; the drafter has read it, and visual tokens are here if wanted."""
+        assert self.coupled is not None, "the strategy has no coupled gap"
+        self.coupled.begin(self._projected)
+        return self.coupled
+
+    def _coupled_tokens(self) -> Iterator[int]:
+        coupled = self.begin_coupled()
+        while not coupled.is_done and len(coupled.tokens) < self.max_gap_drafts:
+            coupled.extend(1)
+            yield coupled.tokens[-1]
 
     def finish_gap(self, tokens: list[int]) -> list[int]:
         if self.strategy.gap_mode == "free" and self.gap_adapter is not None:
@@ -151,12 +168,23 @@ class LocalSpeculator:
         return drafts
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        if goes_on(self.strategy):
+            return self._go_on(tokens, gamma)
         if self.head is None:
             return Draft([])
         if not self._head_began:
             self.head.begin(self._question, self._prefilled, self.reader)
             self._head_began = True
         return self.head.propose(tokens, states, gamma)
+
+    @torch.inference_mode()
+    def _go_on(self, tokens: Sequence[int], gamma: int) -> Draft:
+        assert self.coupled is not None, "only a coupled gap goes on"
+        self.coupled.follow(tokens)
+        end = len(tokens) + gamma
+        if len(self.coupled.tokens) < end and not self.coupled.is_done:
+            self.coupled.extend(end - len(self.coupled.tokens))
+        return Draft(self.coupled.tokens[len(tokens) : end])
 
     def finish(self) -> list[Span]:
         return self._spans

@@ -12,6 +12,7 @@ from xsd.decoding.config import (
     BASELINE,
     CONTROL_HEADS,
     GAP_LEVELS,
+    GOING_ON,
     HEAD_LEVELS,
     TREE_HEADS,
     DecodingConfig,
@@ -21,9 +22,10 @@ from xsd.types import Strategy
 
 
 def parse(name: str, gamma: int) -> Strategy:
-    """``L4+VL``, ``L4+VL:free``, ``E3_decode``, ``E3_tree``, ``X1+E3``, ``drafter+VL``,
-    ``template+VL``, ``text``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a position,
-    ``synthetic:0.9,0.7``, or a JSON file of them), or any of them with ``@shuffled_events``.
+    """``L4+VL``, ``L4+VL:free``, ``E3_decode``, ``E3_tree``, ``X1+E3``, ``X1+drafter``,
+    ``drafter+VL``, ``template+VL``, ``text``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a
+    position, ``synthetic:0.9,0.7``, or a JSON file of them), or any of them with
+    ``@shuffled_events``.
 
     Raises:
         XsdError: unknown name; the message lists the known ones.
@@ -70,7 +72,7 @@ def _parse_base(name: str, gamma: int) -> Strategy:
         return Strategy(name, gap=gap)
     if gap in GAP_LEVELS and rest == "VL:free":
         return Strategy(name, gap=gap, gap_mode="free")
-    if gap in GAP_LEVELS and (rest in HEAD_LEVELS or _is_control(rest)):
+    if gap in GAP_LEVELS and (rest in (*HEAD_LEVELS, GOING_ON) or _is_control(rest)):
         return Strategy(name, gap=gap, head=rest, gamma=gamma)
     raise XsdError(
         f"config {name!r} is unknown; known: {', '.join(ALL_CONFIGS)}, any GAP+HEAD, "
@@ -86,6 +88,11 @@ def _is_control(name: str) -> bool:
 def needs_drafter(strategy: Strategy) -> bool:
     """Whether the drafter model runs at all."""
     return strategy.gap not in (None, "template") or strategy.head in ("L5", "L5F", "E2")
+
+
+def goes_on(strategy: Strategy) -> bool:
+    """Whether drafter and gap adapter draft in decode too, behind what the verifier has said."""
+    return strategy.head == GOING_ON
 
 
 def config_of(adapter: str) -> str:

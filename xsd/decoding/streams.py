@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Event, Thread
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
+from xsd.decoding.ahead import Board
 from xsd.decoding.speculator import LocalSpeculator
+from xsd.decoding.strategies import goes_on
 from xsd.pairs.base import Media
 from xsd.types import Span
 
@@ -33,10 +36,13 @@ class StreamSpeculator:
         self.wants_projected = local.wants_projected
         self.wants_prefilled = local.wants_prefilled
         self._thread: Thread | None = None
+        self._goes_on = goes_on(local.strategy)
+        self._board = Board.of_threads(local.max_new_tokens)
 
     def start(self, media: Media, question: str, watch: Stopwatch) -> None:
         self._join()
         self._stop, self._seen = Event(), Event()
+        self._board.begin()
         self._visual: Tensor | None = None
         self._prefilled: Tensor | None = None
         self._found: list[int] = []
@@ -62,6 +68,8 @@ class StreamSpeculator:
 
         Free-running states still have to pass the adapter: that one pass is waited for.
         """
+        if self._goes_on:
+            return self._board.drafts(self._local.max_gap_drafts)
         self._stop.set()
         self._seen.set()
         strategy = self._local.strategy
@@ -74,6 +82,13 @@ class StreamSpeculator:
         return list(self._found)
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        if self._goes_on:
+            self._board.tell(tokens)
+            while not self._board.is_current:
+                time.sleep(0)
+                if self._error is not None:
+                    raise self._error
+            return Draft(self._board.drafts(gamma))
         self._end()
         return self._local.propose(tokens, states, gamma)
 
@@ -97,12 +112,23 @@ class StreamSpeculator:
                 return
             self._local.on_projected(self._visual)
         began_ms = watch.ms()
-        if not self._stop.is_set():
+        if self._goes_on:
+            self._go_on()
+        elif not self._stop.is_set():
             for token in self._local.gap_tokens():
                 self._found.append(token)
                 if self._stop.is_set():
                     break
         self._spans.append(Span("drafter", "draft", began_ms, watch.ms()))
+
+    def _go_on(self) -> None:
+        self._board.draft(
+            self._local.begin_coupled(),
+            first=self._local.max_gap_drafts,
+            ahead=2 * self._local.strategy.gamma + 1,
+            is_over=self._stop.is_set,
+            pause=lambda: time.sleep(0),
+        )
 
     def _end(self) -> None:
         """The gap is over: what the thread has done may be read here."""

@@ -14,15 +14,23 @@ C-contiguous float32 unless said.
 from importlib import import_module
 from typing import Any
 
+LANES = 16
+"""Floats a vector; where a machine has shorter ones, LLVM splits them."""
 PANEL = 64
 """Columns of a weight that lie together in memory."""
 
 _MODULES = {
+    "bicubic": "images",
     "choose": "argmax",
+    "coupled_chain": "drafter",
     "decoder_pass": "decoder",
     "draft_chain": "head",
+    "encode_images": "encoder",
+    "enter_rows": "drafter",
     "head_pass": "head",
+    "normalise_image": "images",
     "pack": "products",
+    "read_pass": "decoder",
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from xsd.kernels import PANEL
-from xsd.kernels.options import exact
+from xsd.kernels.options import exact, inner
 from xsd.kernels.products import add_product
-from xsd.kernels.rows import maximum
+from xsd.kernels.rows import ZERO, maximum
 
 
 @exact
@@ -20,7 +20,19 @@ def choose(states, panels, num_ids, ids):
         num_ids: choose among the first so many.
         ids: [R] int64, overwritten.
     """
-    logits = np.zeros((states.shape[0], panels.shape[0] * PANEL), np.float32)
+    choose_in(
+        states,
+        panels,
+        num_ids,
+        np.empty((states.shape[0], panels.shape[0] * PANEL), np.float32),
+        ids,
+    )
+
+
+@inner
+def choose_in(states, panels, num_ids, logits, ids):
+    """The same in ``logits``: [R, 64 P], overwritten."""
+    logits[:] = ZERO
     add_product(states, panels, logits)
     for r in range(states.shape[0]):
         row = logits[r, :num_ids]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from xsd.kernels import PANEL
-from xsd.kernels.options import exact
+from xsd.kernels.argmax import choose
+from xsd.kernels.attention import attend, place
+from xsd.kernels.options import exact, inner
 from xsd.kernels.products import NARROW, add_product
-from xsd.kernels.rows import ONE, ZERO, attend, normalise, place, silu, turn
+from xsd.kernels.rows import ZERO, copy, gated, normalise, turn
 
 
 @exact
@@ -17,7 +19,8 @@ def decoder_pass(
 ):  # fmt: skip
     """R new rows of each of B answers through a Llama decoder, behind what a cache holds.
 
-    Weights are packed; those behind a norm hold its factors. H query heads, G key heads.
+    Weights are packed; those behind a norm hold its factors, those of queries also
+    ``1 / sqrt(Dh)``. H query heads, G key heads.
 
     Args:
         rows: [B R, D] embeddings.
@@ -37,47 +40,86 @@ def decoder_pass(
         ancestors: [R, R] bool: which of each other the rows see; empty: those before them.
         states: [B R, D], overwritten: after the final norm, or what the next layers take.
     """
-    num_layers, _, kv_heads, head_dim, num_columns = keys.shape
+    num_rows = rows.shape[0]
+    x = np.zeros((num_rows, down.shape[1] * PANEL), np.float32)
+    normed = np.empty((num_rows, rows.shape[1]), np.float32)
+    projected = np.empty((num_rows, qkv.shape[1] * PANEL), np.float32)
+    attended = np.zeros((num_rows, attention_out.shape[2] + NARROW), np.float32)
+    both = np.empty((num_rows, gate_up.shape[1] * PANEL), np.float32)
+    scores = np.empty((num_rows, keys.shape[4] + PANEL), np.float32)
+    factors = np.empty(num_rows, np.float32)
+    _layers(
+        rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
+        hole_start, hole_end, begin, positions, ancestors,
+        x, normed, projected, attended, both, scores, factors, states,
+    )  # fmt: skip
+
+
+@exact
+def read_pass(
+    ids, embedding, lm_head, num_ids, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin,
+    keys, values, hole_start, hole_end, begin, positions, ancestors, states, chosen,
+):  # fmt: skip
+    """A pass from tokens to tokens, for one answer.
+
+    Args:
+        ids: [R] int64.
+        embedding: [V, D].
+        lm_head: [P, D, 64], packed.
+        num_ids: choose among the first so many.
+        chosen: [R] int64, overwritten: the likeliest token of every row.
+
+    The rest as for ``decoder_pass``. Returns whether the embedding knows all ``ids``; if not,
+    nothing is done.
+    """
+    rows = np.empty((ids.shape[0], embedding.shape[1]), np.float32)
+    for r in range(ids.shape[0]):
+        if not 0 <= ids[r] < embedding.shape[0]:
+            return False
+        copy(embedding[ids[r]], rows[r])
+    decoder_pass(
+        rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
+        hole_start, hole_end, begin, positions, ancestors, states,
+    )  # fmt: skip
+    choose(states, lm_head, num_ids, chosen)
+    return True
+
+
+@inner
+def _layers(
+    rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
+    hole_start, hole_end, begin, positions, ancestors,
+    x, normed, projected, attended, both, scores, factors, states,
+):  # fmt: skip
+    num_layers, _, kv_heads, head_dim, _ = keys.shape
     (num_rows, width), batch = rows.shape, begin.shape[0]
     each = num_rows // batch
     num_heads, ffn, half = attention_out.shape[2] // head_dim, down.shape[2], head_dim // 2
     group = num_heads // kv_heads
-    query_scale = ONE / np.sqrt(np.float32(head_dim))
-    room = max(num_columns, 2 * ffn) + PANEL
-    bits = np.empty(room, np.int32)
-    powers = bits.view(np.float32)
-    line = np.empty(room, np.float32)
-    scores = np.empty((num_rows, room), np.float32)
-    x = np.zeros((num_rows, down.shape[1] * PANEL), np.float32)
-    x[:, :width] = rows
-    normed = np.empty((num_rows, width), np.float32)
-    projected = np.empty((num_rows, qkv.shape[1] * PANEL), np.float32)
-    attended = np.zeros((num_rows, num_heads * head_dim + NARROW), np.float32)
-    both = np.empty((num_rows, gate_up.shape[1] * PANEL), np.float32)
+    for r in range(num_rows):
+        copy(rows[r], x[r])
     for layer in range(num_layers):
         for r in range(num_rows):
             normalise(x[r, :width], ZERO, eps, normed[r])
         projected[:] = ZERO
         add_product(normed, qkv[layer], projected)
         for r in range(num_rows):
-            row = projected[r]
-            turn_cos, turn_sin = cos[positions[r]], sin[positions[r]]
+            row, turn_cos, turn_sin = projected[r], cos[positions[r]], sin[positions[r]]
             for h in range(num_heads + kv_heads):
-                factor = query_scale if h < num_heads else ONE
-                turn(row[h * head_dim : (h + 1) * head_dim], half, turn_cos, turn_sin, factor)
-        for entry in range(batch):
-            lo, hi = entry * each, (entry + 1) * each
+                turn(row[h * head_dim : (h + 1) * head_dim], half, turn_cos, turn_sin)
+        for b in range(batch):
+            lo, hi = b * each, (b + 1) * each
             for g in range(kv_heads):
                 place(
                     projected, (num_heads + g) * head_dim, (num_heads + kv_heads + g) * head_dim,
-                    lo, hi, keys[layer, entry, g], values[layer, entry, g], begin[entry],
+                    lo, hi, keys[layer, b, g], values[layer, b, g], begin[b],
                 )  # fmt: skip
             for h in range(num_heads):
                 attend(
                     projected, h * head_dim, lo, hi,
-                    keys[layer, entry, h // group], values[layer, entry, h // group],
-                    hole_start, hole_end[entry], begin[entry], ancestors,
-                    scores, line, bits, powers, attended, h * head_dim,
+                    keys[layer, b, h // group], values[layer, b, h // group],
+                    hole_start, hole_end[b], begin[b], ancestors,
+                    scores, factors, attended, h * head_dim,
                 )  # fmt: skip
         add_product(attended, attention_out[layer], x)
         for r in range(num_rows):
@@ -85,14 +127,12 @@ def decoder_pass(
         both[:] = ZERO
         add_product(normed, gate_up[layer], both)
         for r in range(num_rows):
-            gate, up = both[r, :ffn], both[r, ffn : 2 * ffn]
-            silu(gate, line, bits, powers)
-            for j in range(ffn):
-                gate[j] *= up[j]
+            gated(both[r, :ffn], both[r, ffn : 2 * ffn])
         add_product(both, down[layer], x)
-    states[:] = x[:, :width]
-    if final_norm.shape[0]:
-        for r in range(num_rows):
+    for r in range(num_rows):
+        if final_norm.shape[0]:
             normalise(x[r, :width], ZERO, eps, states[r])
             for j in range(width):
                 states[r, j] *= final_norm[j]
+        else:
+            copy(x[r, :width], states[r])

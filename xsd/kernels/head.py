@@ -6,21 +6,28 @@ import numpy as np
 
 from xsd.kernels import PANEL
 from xsd.kernels.argmax import choose
-from xsd.kernels.options import exact
+from xsd.kernels.attention import attend, place
+from xsd.kernels.options import exact, inner
 from xsd.kernels.products import NARROW, add_product
-from xsd.kernels.rows import attend, centre, gelu, place, silu
+from xsd.kernels.rows import ONE, add, centre, copy, gelu, swish
 
 
-@exact
-def _affine(x, panels, bias, out):
+@inner
+def affine(x, panels, bias, out):
     """``out = x @ w + bias``."""
     for r in range(out.shape[0]):
-        out[r] = bias
+        copy(bias, out[r])
     add_product(x, panels, out)
 
 
-@exact
-def _normalise_all(x, width, eps, out):
+@inner
+def add_to_all(x, bias):
+    for r in range(x.shape[0]):
+        add(bias, x[r])
+
+
+@inner
+def centre_all(x, width, eps, out):
     for r in range(x.shape[0]):
         centre(x[r, :width], eps, out[r])
 
@@ -51,78 +58,100 @@ def head_pass(
         values: [L, B, H, columns, Dh]; written.
         memory_keys: [L, B or 1, H, Dh, >= K + 64]; one may serve all answers.
         memory_values: [L, B or 1, H, >= K + 1, Dh].
-        memory_size: K; 0: the blocks do not look at a memory.
+        memory_size: K; 0: the blocks do not look at a memory; -1: it grows with the rows, and one
+            at column c sees the first c + 2 of it.
         column: [B] int64: of the first row.
         begin: [B] int64: all rows see the columns before it.
         ancestors: [R, n] bool: which columns from ``begin`` on each row sees; of no rows: the rows
             are a chain, and ``begin`` is ``column``.
         out: [B R, D], overwritten.
     """
-    num_layers, batch, num_heads, head_dim, num_columns = keys.shape
     num_rows, width = known.shape
-    each = num_rows // batch
-    room = max(num_columns, memory_keys.shape[4], up.shape[1] * PANEL) + PANEL
-    bits = np.empty(room, np.int32)
-    powers = bits.view(np.float32)
-    line = np.empty(room, np.float32)
-    scores = np.empty((num_rows, room), np.float32)
-    everything = np.zeros((each, 0), np.bool_)
+    room = max(keys.shape[4], memory_keys.shape[4]) + PANEL
     x = np.zeros((num_rows, project.shape[0] * PANEL), np.float32)
-    x[:, :width] = known
     normed = np.empty((num_rows, width), np.float32)
     projected = np.empty((num_rows, qkv.shape[1] * PANEL), np.float32)
     asked = np.empty((num_rows, query.shape[1] * PANEL), np.float32)
     attended = np.zeros((num_rows, width + NARROW), np.float32)
     hidden = np.empty((num_rows, up.shape[1] * PANEL), np.float32)
+    scores = np.empty((num_rows, room), np.float32)
+    factors = np.empty(num_rows, np.float32)
+    everything = np.zeros((num_rows // keys.shape[1], 0), np.bool_)
+    no_rows = np.zeros((0, 0), np.bool_)
+    _blocks(
+        known, states, entrance, qkv, attention_out, query, cross_out, up, down, project,
+        qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias, project_bias,
+        eps, is_gelu, kept, keys, values, memory_keys, memory_values, memory_size, column, begin,
+        ancestors, x, normed, projected, asked, attended, hidden, scores, factors, everything,
+        no_rows, out,
+    )  # fmt: skip
+
+
+@inner
+def _blocks(
+    known, states, entrance, qkv, attention_out, query, cross_out, up, down, project,
+    qkv_bias, attention_out_bias, query_bias, cross_out_bias, up_bias, down_bias, project_bias,
+    eps, is_gelu, kept, keys, values, memory_keys, memory_values, memory_size, column, begin,
+    ancestors, x, normed, projected, asked, attended, hidden, scores, factors, everything,
+    no_rows, out,
+):  # fmt: skip
+    num_layers, batch, num_heads, head_dim, _ = keys.shape
+    num_rows, width = known.shape
+    each = num_rows // batch
     ffn = down.shape[2]
-    _normalise_all(states, width, eps, normed)
+    for r in range(num_rows):
+        copy(known[r], x[r])
+    centre_all(states, width, eps, normed)
     add_product(normed, entrance, x)
     for layer in range(num_layers):
-        _normalise_all(x, width, eps, normed)
-        _affine(normed, qkv[layer], qkv_bias[layer], projected)
-        for entry in range(batch):
-            lo, hi = entry * each, (entry + 1) * each
+        centre_all(x, width, eps, normed)
+        affine(normed, qkv[layer], qkv_bias[layer], projected)
+        for b in range(batch):
+            lo, hi = b * each, (b + 1) * each
             for h in range(num_heads):
-                its_keys, its_values = keys[layer, entry, h], values[layer, entry, h]
+                its_keys, its_values = keys[layer, b, h], values[layer, b, h]
                 start = width + h * head_dim
-                place(projected, start, start + width, lo, hi, its_keys, its_values, column[entry])
+                place(projected, start, start + width, lo, hi, its_keys, its_values, column[b])
                 attend(
-                    projected, h * head_dim, lo, hi, its_keys, its_values, 0, 0, begin[entry],
-                    ancestors, scores, line, bits, powers, attended, h * head_dim,
+                    projected, h * head_dim, lo, hi, its_keys, its_values, 0, 0, begin[b],
+                    ancestors, scores, factors, attended, h * head_dim,
                 )  # fmt: skip
-        x += attention_out_bias[layer]
+        add_to_all(x, attention_out_bias[layer])
         add_product(attended, attention_out[layer], x)
         if memory_size:
-            _normalise_all(x, width, eps, normed)
-            _affine(normed, query[layer], query_bias[layer], asked)
-            for entry in range(batch):
-                lo, hi = entry * each, (entry + 1) * each
-                lender = entry % memory_keys.shape[1]
+            centre_all(x, width, eps, normed)
+            affine(normed, query[layer], query_bias[layer], asked)
+            for b in range(batch):
+                lo, hi = b * each, (b + 1) * each
+                lender = b % memory_keys.shape[1]
+                size, seen = memory_size, everything
+                if memory_size < 0:
+                    size, seen = column[b] + 1, no_rows
                 for h in range(num_heads):
                     attend(
                         asked, h * head_dim, lo, hi, memory_keys[layer, lender, h],
-                        memory_values[layer, lender, h], 0, 0, memory_size, everything,
-                        scores, line, bits, powers, attended, h * head_dim,
+                        memory_values[layer, lender, h], 0, 0, size, seen,
+                        scores, factors, attended, h * head_dim,
                     )  # fmt: skip
-            x += cross_out_bias[layer]
+            add_to_all(x, cross_out_bias[layer])
             add_product(attended, cross_out[layer], x)
-        _normalise_all(x, width, eps, normed)
-        _affine(normed, up[layer], up_bias[layer], hidden)
+        centre_all(x, width, eps, normed)
+        affine(normed, up[layer], up_bias[layer], hidden)
         for r in range(num_rows):
             if is_gelu:
                 gelu(hidden[r, :ffn])
             else:
-                silu(hidden[r, :ffn], line, bits, powers)
-        x += down_bias[layer]
+                swish(hidden[r, :ffn], ONE)
+        add_to_all(x, down_bias[layer])
         add_product(hidden, down[layer], x)
-    _normalise_all(x, width, eps, normed)
-    _affine(normed, project, project_bias, x)
+    centre_all(x, width, eps, normed)
+    affine(normed, project, project_bias, x)
     for r in range(num_rows):
         for j in range(width):
             out[r, j] = x[r, j] + kept * states[r, j]
 
 
-@exact
+@inner
 def _know(table, token, position, known):
     """What is known of a row before its state."""
     for j in range(known.shape[0]):

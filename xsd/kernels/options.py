@@ -41,13 +41,25 @@ def _kept_here() -> Iterator[None]:
         config.CACHE_DIR = before
 
 
+def _compile(function: Callable[..., Any], **options: Any) -> Any:
+    with _kept_here():
+        return njit(**_COMMON, **options)(function)
+
+
 def exact(function: Callable[..., Any]) -> Any:
     """Every sum in the order in which it is written, with fused multiply-adds."""
-    with _kept_here():
-        return njit(fastmath={"contract"}, **_COMMON)(function)
+    return _compile(function, fastmath={"contract"})
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """The same for what kernels call: nothing may be allocated.
+
+    So references to slices of arrays need no counting: its atomic operations cost more than the
+    arithmetic of a row.
+    """
+    return _compile(function, fastmath={"contract"}, _nrt=False)
 
 
 def reorder(function: Callable[..., Any]) -> Any:
     """Sums and maxima of one row, in an order of the compiler's, the same for every row."""
-    with _kept_here():
-        return njit(fastmath={"contract", "reassoc", "nnan", "nsz"}, **_COMMON)(function)
+    return _compile(function, fastmath={"contract", "reassoc", "nnan", "nsz"}, _nrt=False)

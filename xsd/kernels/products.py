@@ -13,11 +13,8 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from xsd.kernels import PANEL
-from xsd.kernels.options import exact
-
-_LANES = 16
-"""Floats a vector; where a machine has shorter ones, LLVM splits them."""
+from xsd.kernels import LANES, PANEL
+from xsd.kernels.options import inner
 
 
 def pack(weight: Float[np.ndarray, "*layers K N"]) -> Float[np.ndarray, "*layers panels K 64"]:
@@ -55,7 +52,7 @@ def _block(num_rows: int, num_vectors: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             real, index = ir.FloatType(), ir.IntType(64)
-            vector = ir.VectorType(real, _LANES)
+            vector = ir.VectorType(real, LANES)
             arrays = {
                 name: context.make_array(signature.args[i])(context, builder, args[i])
                 for i, name in ((0, "x"), (3, "w"), (7, "out"))
@@ -82,15 +79,15 @@ def _block(num_rows: int, num_vectors: int) -> Any:
                 return loaded
 
             fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_LANES}f32"
+                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
             )
             undefined = ir.Constant(vector, ir.Undefined)
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
             rows = [builder.add(row, constant(r)) for r in range(num_rows)]
             sources = [place("x", row=r, column=start) for r in rows]
             at_once = min(num_vectors, _vectors_at_once(num_rows))
             for group in range(0, num_vectors, at_once):
-                lanes = [constant(_LANES * (group + i)) for i in range(at_once)]
+                lanes = [constant(LANES * (group + i)) for i in range(at_once)]
                 outs = [[at(place("out", row=r, column=column), i) for i in lanes] for r in rows]
                 begun = [[load(pointer) for pointer in pointers] for pointers in outs]
                 before = builder.block
@@ -132,11 +129,11 @@ _BLOCK_1, _BLOCK_2, _BLOCK_3, _BLOCK_4, _BLOCK_5, _BLOCK_6 = (_block(r, 4) for r
 _NARROW_1, _NARROW_2, _NARROW_3, _NARROW_4, _NARROW_5, _NARROW_6 = (
     _block(r, 2) for r in range(1, 7)
 )
-NARROW = 2 * _LANES
+NARROW = 2 * LANES
 """Columns of a narrow block."""
 
 
-@exact
+@inner
 def add_panel(x, row, stop, start, w, first, w_column, size, out, column):
     """A block of 64 columns for the rows up to ``stop``, a few at a time."""
     while row < stop:
@@ -161,7 +158,7 @@ def add_panel(x, row, stop, start, w, first, w_column, size, out, column):
             row += 6
 
 
-@exact
+@inner
 def add_narrow(x, row, stop, start, w, first, w_column, size, out, column):
     """A block of 32 columns for the rows up to ``stop``."""
     while row < stop:
@@ -186,7 +183,7 @@ def add_narrow(x, row, stop, start, w, first, w_column, size, out, column):
             row += 6
 
 
-@exact
+@inner
 def add_product(x, panels, out):
     """``out += x @ w``, where ``panels = pack(w)``.
 

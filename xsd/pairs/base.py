@@ -142,9 +142,13 @@ class Decoder(ABC):
 
     def choose(self, hidden: Float[Tensor, "*rows D"]) -> list[int]:
         """The likeliest token of every row, all rows in one list."""
+        return self.chooser(hidden)
+
+    @property
+    def chooser(self) -> Chooser:
         if self._choose is None:
             self._choose = Chooser(self.lm_head)
-        return self._choose(hidden)
+        return self._choose
 
     def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
         """R tokens behind the cache: one pass of decoding, token ids in, choices out.

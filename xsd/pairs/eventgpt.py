@@ -6,6 +6,7 @@ apart. Tensor names, prompt and arithmetic are those of the published 7B release
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from xsd.pairs.base import Media, Prompt
 from xsd.pairs.checkpoint import Placement, load_config, load_weights, staged
 from xsd.pairs.llama import LlamaDecoder
 from xsd.pairs.processing import ImageProcessing, prompt_around
-from xsd.pairs.vision import clip_features
+from xsd.pairs.vision import Features, clip_features, features_of
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -84,16 +85,20 @@ class EventGPT(LlamaForCausalLM):  # type: ignore[misc]
         self.model.feature_adaptor = nn.Linear(width, width) if has_adaptor else nn.Identity()
         self.post_init()
 
+    @property
+    def tower(self) -> Any:
+        return self.model.visual_tower["visual_tower"]
+
     def visual_tokens(
-        self, pixels: Float[Tensor, "*batch T 3 H W"]
+        self, pixels: Float[Tensor, "*batch T 3 H W"], tower_features: Features | None = None
     ) -> Float[Tensor, "*batch visual D"]:
         """T event images to T temporal tokens (means over space), then the spatial ones.
 
         The projector's second map and the adaptor are affine, so they come after the means, on
-        T + 577 rows instead of T x 577.
+        T + 577 rows instead of T x 577. ``tower_features``: None: the tower's modules'.
         """
-        tower = self.model.visual_tower["visual_tower"]
-        features = clip_features(tower, pixels.flatten(0, -4).to(self.dtype), layer=-1)
+        features_of_tower = tower_features or partial(clip_features, self.tower, layer=-1)
+        features = features_of_tower(pixels.flatten(0, -4).to(self.dtype))
         into, activation, out_of = self.model.visual_projector
         features = activation(into(features)).unflatten(0, pixels.shape[:-3])
         pooled = torch.cat([features.mean(-2), features.mean(-3)], dim=-2)
@@ -182,6 +187,7 @@ class EventGPTDecoder(LlamaDecoder):
         super().__init__(model.model, model.lm_head, tokenizer, model.generation_config)
         self.model = model
         self.processing = processing
+        self.features = features_of(model.tower, layer=-1)
         self.max_sequence = model.config.tokenizer_model_max_length or MAX_SEQUENCE
 
     def prompt(self, question: str) -> Prompt:
@@ -199,7 +205,7 @@ class EventGPTDecoder(LlamaDecoder):
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
-        return self.model.visual_tokens(pixels.to(self.stack.device))
+        return self.model.visual_tokens(pixels.to(self.stack.device), self.features)
 
     def embed_prompt(
         self, prompt: Prompt, visual: Float[Tensor, "visual D"]

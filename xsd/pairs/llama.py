@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from xsd.pairs.base import Decoder, Scored
 from xsd.pairs.cache import KVCache
 from xsd.pairs.step import DecoderStack
+from xsd.pairs.vision import CompiledTower, Features
 
 if TYPE_CHECKING:
     from xsd.pairs.graphs import GraphedLayers
@@ -21,6 +23,8 @@ class LlamaDecoder(Decoder):
     """Takes the language model over: its projections are fused."""
 
     stack: DecoderStack
+    features: Features
+    """Of the vision tower."""
 
     def __init__(self, language_model: Any, lm_head: Any, tokenizer: Any, generation: Any) -> None:
         """``language_model``: a transformers ``LlamaModel``, in eval mode and on its device.
@@ -39,8 +43,14 @@ class LlamaDecoder(Decoder):
         )
 
     def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
-        """Where passes are captured, embedding, LM head and choice are part of the capture."""
-        graphs = self.stack.graphs
+        """Where passes are compiled or captured, embedding, LM head and choice are part of it."""
+        compiled, graphs = self.stack.compiled, self.stack.graphs
+        if compiled is not None and self.stack.tap is None and compiled.takes(len(ids), cache):
+            panels = self.chooser.panels
+            if panels is not None:
+                table = self.embedding.numpy()
+                states, chosen = compiled.read(ids, table, panels, self.vocab_size, cache)
+                return Scored(states, chosen.tolist, partial(self.logits, states))
         if graphs is None or not graphs.takes(len(ids), cache):
             return super().read(ids, cache)
         return self._replay(graphs, self.on_device(ids), cache)
@@ -55,8 +65,10 @@ class LlamaDecoder(Decoder):
         return Scored(states.clone(), best.tolist, lambda: logits)
 
     def use_cores(self, num_cores: int) -> None:
-        """Compiled passes share out their layers; PyTorch's threads, which wait for work by
-        spinning, would only keep them from the cores."""
+        """Compiled passes share out their layers and images; PyTorch's threads, which wait for
+        work by spinning, would only keep them from the cores."""
+        if isinstance(self.features, CompiledTower):
+            self.features.num_cores = num_cores
         if self.stack.compiled is None:
             super().use_cores(num_cores)
             return

@@ -6,6 +6,7 @@ runs no layer whose output nobody reads.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from xsd.pairs.base import Media, Prompt
 from xsd.pairs.checkpoint import Placement, load_config, load_weights, staged
 from xsd.pairs.llama import LlamaDecoder
 from xsd.pairs.processing import ImageProcessing, prompt_split
-from xsd.pairs.vision import clip_features
+from xsd.pairs.vision import Features, clip_features, features_of
 
 
 def load(
@@ -83,15 +84,20 @@ def save(
 
 
 def visual_tokens(
-    model: VideoLlavaForConditionalGeneration, pixels: Float[Tensor, "*batch N 3 H W"]
+    model: VideoLlavaForConditionalGeneration,
+    pixels: Float[Tensor, "*batch N 3 H W"],
+    features: Features | None = None,
 ) -> Float[Tensor, "*batch visual D"]:
     """Frames to the projected tokens (CLS among them), frame after frame.
 
     Equal to ``get_video_features``, without the tower's layers above the one that is read.
+
+    Args:
+        features: of the tower; None: its modules'.
     """
     parts, layer = model.model, model.config.vision_feature_layer
-    features = clip_features(parts.video_tower, pixels.flatten(0, -4).to(model.dtype), layer)
-    projected: Tensor = parts.multi_modal_projector(features)
+    features = features or partial(clip_features, parts.video_tower, layer=layer)
+    projected: Tensor = parts.multi_modal_projector(features(pixels.flatten(0, -4).to(model.dtype)))
     return projected.reshape(*pixels.shape[:-4], -1, projected.shape[-1])
 
 
@@ -112,6 +118,7 @@ class VideoLlavaDecoder(LlamaDecoder):
         )
         self.model = model
         self.processing = processing
+        self.features = features_of(model.model.video_tower, model.config.vision_feature_layer)
 
     def prompt(self, question: str) -> Prompt:
         text = f"USER: <video>\n{question} ASSISTANT:"
@@ -122,4 +129,4 @@ class VideoLlavaDecoder(LlamaDecoder):
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
-        return visual_tokens(self.model, pixels.to(self.stack.device))
+        return visual_tokens(self.model, pixels.to(self.stack.device), self.features)

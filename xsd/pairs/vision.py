@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from xsd import kernels
+from xsd.pairs.folded import affine, stack
+
+COMPILED_BYTES = 1 << 28
+"""Larger towers are run as they are: the compiled pass keeps a copy of the weights."""
+
+Features = Callable[[Float[Tensor, "N 3 H W"]], Float[Tensor, "N tokens width"]]
+
+_ACTIVATIONS = {"gelu": 0, "silu": 1, "swish": 1, "quick_gelu": 2}
+"""By the kernel's numbers."""
 
 
 def clip_features(
@@ -15,8 +32,100 @@ def clip_features(
 
     Layers above ``layer`` (-1 is the last one's output, -2 the one's before it) are not run.
     """
-    num_layers = len(tower.encoder.layers)
     hidden: Tensor = tower.pre_layrnorm(tower.embeddings(pixels))
-    for block in tower.encoder.layers[: layer % (num_layers + 1)]:
+    for block in tower.encoder.layers[: _num_run(tower, layer)]:
         hidden = block(hidden, None)
     return hidden
+
+
+def _num_run(tower: Any, layer: int) -> int:
+    return layer % (len(tower.encoder.layers) + 1)
+
+
+def features_of(tower: Any, layer: int) -> Features:
+    """``clip_features`` of one tower and layer, compiled where that can be."""
+    if _num_run(tower, layer) and CompiledTower.takes(tower):
+        return CompiledTower(tower, layer)
+    return partial(clip_features, tower, layer=layer)
+
+
+class CompiledTower:
+    """``clip_features`` in single precision on a CPU. Weights are copied."""
+
+    num_cores = 1
+    """Images are shared out among so many."""
+
+    @staticmethod
+    def takes(tower: Any) -> bool:
+        """It is small, on a CPU in single precision, and nothing but CLIP."""
+        weights = [*tower.parameters()]
+        return (
+            {(w.device.type, w.dtype) for w in weights} == {("cpu", torch.float32)}
+            and sum(w.nbytes for w in weights) <= COMPILED_BYTES
+            and tower.config.hidden_act in _ACTIVATIONS
+            and all(
+                type(linear) is nn.Linear
+                for block in tower.encoder.layers
+                for linear in (*block.self_attn.children(), block.mlp.fc1, block.mlp.fc2)
+            )
+        )
+
+    @torch.no_grad()
+    def __init__(self, tower: Any, layer: int) -> None:
+        """``layer``: as ``clip_features`` takes it; at least one layer is run."""
+        config, begin, norm = tower.config, tower.embeddings, tower.pre_layrnorm
+        self.size = int(config.image_size)
+        blocks = tower.encoder.layers[: _num_run(tower, layer)]
+        begun = begin.position_embedding.weight.clone()
+        begun[0] += begin.class_embedding
+        self._begin = (
+            int(config.patch_size),
+            kernels.pack(begin.patch_embedding.weight.flatten(1).t().numpy()),
+            begun.numpy(),
+            torch.stack([norm.weight, norm.bias]).numpy(),
+        )
+        self._shape = begun.shape
+        self._cores: ThreadPoolExecutor | None = None
+        stacks = [stack([*parts]) for parts in zip(*map(_block, blocks), strict=True)]
+        weights, biases = zip(*stacks, strict=True)
+        activation = _ACTIVATIONS[config.hidden_act]
+        eps = np.float32(config.layer_norm_eps)
+        self._rest = *weights, *biases, eps, activation, int(config.num_attention_heads)
+
+    def __call__(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N tokens width"]:
+        assert pixels.shape[2:] == (self.size, self.size), f"images of {self.size} pixels expected"
+        images = pixels.contiguous().numpy()
+        features = np.empty((len(images), *self._shape), np.float32)
+        num_shares = max(1, min(self.num_cores, len(images)))
+        bounds = [len(images) * i // num_shares for i in range(num_shares + 1)]
+        if num_shares > 1 and self._cores is None:
+            self._cores = ThreadPoolExecutor(self.num_cores, "xsd-images")
+        first, *others = (slice(*ends) for ends in pairwise(bounds))
+        waiting = [
+            self._cores.submit(self._encode, images[share], features[share])
+            for share in others
+            if self._cores is not None
+        ]
+        self._encode(images[first], features[first])
+        for done in waiting:
+            done.result()
+        return torch.from_numpy(features)
+
+    def _encode(self, images: np.ndarray, features: np.ndarray) -> None:
+        kernels.encode_images(images, *self._begin, *self._rest, features)
+
+
+def _block(block: Any) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Queries, keys and values; attention out; up; down: weights [in, out] and biases."""
+    attention, mlp = block.self_attn, block.mlp
+    parts = attention.q_proj, attention.k_proj, attention.v_proj
+    width = attention.q_proj.in_features
+    qkv = nn.Linear(width, 3 * width, device="meta")
+    qkv.weight = nn.Parameter(torch.cat([part.weight for part in parts]))
+    qkv.bias = nn.Parameter(torch.cat([part.bias for part in parts]))
+    return (
+        affine(qkv, block.layer_norm1, width, attention.scale),
+        affine(attention.out_proj),
+        affine(mlp.fc1, block.layer_norm2),
+        affine(mlp.fc2),
+    )
