@@ -19,7 +19,7 @@ from xsd.decoding.config import DecodingConfig
 from xsd.decoding.engine import Engine
 from xsd.decoding.strategies import parse
 from xsd.errors import XsdError
-from xsd.pairs.base import ModelPair
+from xsd.pairs.base import ModelPair, Scored
 from xsd.pairs.cache import KVCache
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
@@ -98,14 +98,13 @@ def test_every_pass_has_the_shape(
     loose = Engine(pair.verifier, MAX_NEW, bench.longest_prompt(pair, items))
     assert loose.plain(media, question).token_ids == said
     shapes: list[tuple[int, int]] = []
-    forward = pair.verifier.stack.forward
+    read = pair.verifier.read
 
-    def spied(x: Float[Tensor, "B R D"], cache: KVCache) -> Tensor:
-        if cache.length:
-            shapes.append((x.shape[1], cache.window(x.shape[1])[0].keys.shape[2]))
-        return forward(x, cache)
+    def spied(ids: Sequence[int], cache: KVCache) -> Scored:
+        shapes.append((len(ids), cache.window(len(ids))[0].keys.shape[2]))
+        return read(ids, cache)
 
-    monkeypatch.setattr(pair.verifier.stack, "forward", spied)
+    monkeypatch.setattr(pair.verifier, "read", spied)
     assert engine.plain(media, question).token_ids == said
     assert len(shapes) == len(said) - 1
     for script in (Scripted(said, 3, 40), Scripted(said, 0, 2), Branching(said, 4, 0)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
 from xsd import kernels
+from xsd.kernels import rows as rows_module
 from xsd.pairs.cache import KVCache, TreeRows
 from xsd.pairs.choose import Chooser
 from xsd.pairs.step import DecoderStack
@@ -143,3 +144,29 @@ def test_a_compiled_tower_sees_what_its_modules_see(layer: int, activation: str)
 def test_a_tower_in_reduced_precision_stays_its_modules() -> None:
     tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=24, num_attention_heads=2)).half()
     assert not isinstance(features_of(tower, -1), CompiledTower)
+
+
+def test_tokens_go_in_and_choices_come_out_as_by_the_parts(stack: DecoderStack) -> None:
+    torch.manual_seed(2)
+    table, head = torch.randn(50, WIDTH), nn.Linear(WIDTH, 70, bias=False)
+    choose, compiled = Chooser(head), stack.compiled
+    assert compiled is not None and choose.panels is not None
+    apart, together = (stack.new_cache(1, MAX_LENGTH) for _ in range(2))
+    for ids in ([3, 49, 0], [7], [1, 2, 3, 4, 5, 6, 7]):
+        expected = stack.forward(table[ids][None], apart)[0]
+        states, chosen = compiled.read(ids, table.numpy(), choose.panels, 70, together)
+        assert torch.equal(states, expected)
+        assert chosen.tolist() == choose(expected)
+    length = together.length
+    for stranger in (50, -1):
+        with pytest.raises(AssertionError, match="none of 50"):
+            compiled.read([0, stranger], table.numpy(), choose.panels, 70, together)
+    assert together.length == length
+
+
+def test_gelu_is_that_of_double_precision() -> None:
+    x = torch.linspace(-12, 12, 5001)
+    found = x.clone()
+    rows_module.gelu(found.numpy())
+    expected = nn.functional.gelu(x.double()).float()
+    torch.testing.assert_close(found, expected, rtol=2e-7, atol=1e-7)

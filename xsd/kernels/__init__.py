@@ -7,6 +7,7 @@ A row's numbers do not depend on how many rows go through together: every sum ru
 the row alone decides. So plain and speculative decoding agree to the last bit, and a branch of a
 draft tree is a chain.
 
+What Python calls is ``exact`` and allocates; what it is made of is ``inner`` and does not.
 Numba compiles a kernel when it is first called and keeps the result on disk. All arrays are
 C-contiguous float32 unless said.
 """

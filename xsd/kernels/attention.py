@@ -12,15 +12,13 @@ from xsd.kernels.rows import ZERO, softmax
 def place(x, key_start, value_start, lo, hi, keys, values, column):
     """Put one head's keys and values, of rows ``lo..hi - 1``, at the columns from ``column`` on."""
     head_dim = keys.shape[0]
-    # Rows innermost: their keys are neighbours.
-    for d in range(head_dim):
-        line = keys[d]
-        for r in range(lo, hi):
-            line[column + r - lo] = x[r, key_start + d]
     for r in range(lo, hi):
-        line = values[column + r - lo]
+        key = x[r, key_start : key_start + head_dim]
+        value = x[r, value_start : value_start + head_dim]
+        row = values[column + r - lo]
         for d in range(head_dim):
-            line[d] = x[r, value_start + d]
+            keys[d, column + r - lo] = key[d]
+            row[d] = value[d]
 
 
 @inner

@@ -104,9 +104,7 @@ def _layers(
         projected[:] = ZERO
         add_product(normed, qkv[layer], projected)
         for r in range(num_rows):
-            row, turn_cos, turn_sin = projected[r], cos[positions[r]], sin[positions[r]]
-            for h in range(num_heads + kv_heads):
-                turn(row[h * head_dim : (h + 1) * head_dim], half, turn_cos, turn_sin)
+            turn(projected[r], num_heads + kv_heads, half, cos[positions[r]], sin[positions[r]])
         for b in range(batch):
             lo, hi = b * each, (b + 1) * each
             for g in range(kv_heads):

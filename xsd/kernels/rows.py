@@ -170,9 +170,11 @@ def gelu(x):
 
 
 @inner
-def turn(x, half, cos, sin):
-    """Rotate the two halves of a head into each other."""
-    a, b = x[:half], x[half : 2 * half]
-    for i in range(half):
-        u, v = a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]
-        a[i], b[i] = u, v
+def turn(x, num_heads, half, cos, sin):
+    """Rotate the two halves of every head into each other."""
+    for h in range(num_heads):
+        start = 2 * half * h
+        a, b = x[start : start + half], x[start + half : start + 2 * half]
+        for i in range(half):
+            u, v = a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]
+            a[i], b[i] = u, v
