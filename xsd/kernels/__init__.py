@@ -20,7 +20,7 @@ PANEL = 64
 _MODULES = {
     "choose": "argmax",
     "decoder_pass": "decoder",
-    "draft_chain": "head",
+    "draft_chain": "chain",
     "head_pass": "head",
     "pack": "products",
 }
