@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xsd.clock import Stopwatch
+from xsd.clock import Stopwatch, interleaved
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_TREE_NODES
+from xsd.decoding.loop import CompiledLoop, begun_head, compiled_layers
 from xsd.decoding.policy import Costs, Policy, row_sizes
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
@@ -84,6 +85,10 @@ class Engine:
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
         verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
+        self._loop: CompiledLoop | None = None
+        """Cycles in compiled calls; None: they are made here, operation by operation."""
+        if sampling is None and strict_rows is None and compiled_layers(verifier) is not None:
+            self._loop = CompiledLoop(verifier, self._cache, max_new_tokens)
 
     @torch.inference_mode()
     def plain(self, media: Media, question: str) -> Decoded:
@@ -105,11 +110,7 @@ class Engine:
             gamma: longest draft of a cycle.
             policy: decides how much of it to make and verify; None: all.
         """
-        policy = policy or Policy()
-        # Without the gap and without a head there is nothing to start a drafter for.
-        if not gamma and not policy.wants_gap():
-            return self._decode(media, question, None, 0, policy)
-        return self._decode(media, question, speculator, gamma, policy)
+        return self._decode(media, question, speculator, gamma, policy or Policy())
 
     @torch.inference_mode()
     def measure(
@@ -129,23 +130,43 @@ class Engine:
         prefill_ms = statistics.median(
             self.plain(media, question).prefill_ms for _ in range(repeats)
         )
-        length = self._cache.length
-        verify_ms: list[float] = []
         max_rows = min(max_rows, self._strict_rows or max_rows)
-        for num_rows in range(1, max_rows + 1):
-            tokens = [0] * num_rows
-            times = []
-            for _ in range(repeats):
-                self._cache.length = length
-                watch = Stopwatch(self._device)
-                self._pass(tokens).choose()
-                times.append(watch.ms())
-            verify_ms.append(statistics.median(times))
+        works = {str(rows): self._timed_pass(rows) for rows in range(1, max_rows + 1)}
+        times = interleaved(works, self._device, repeats, 1, settle=1)
+        verify_ms = [statistics.median(found) for found in times.values()]
         self.verifier.set_row_sizes(row_sizes(verify_ms))
         # More rows never cost less: what says so is noise, or such a pass gets more rows.
         for row in range(max_rows - 1, 0, -1):
             verify_ms[row - 1] = min(verify_ms[row - 1 : row + 1])
         return Costs(tuple(verify_ms), prefill_ms)
+
+    @torch.inference_mode()
+    def measure_drafting(
+        self, media: Media, question: str, speculator: Speculator, repeats: int = 15
+    ) -> tuple[float, float] | None:
+        """Milliseconds of a compiled draft's first level, and of each further one; None: it is
+        timed as it is used."""
+        if self._loop is None:
+            return None
+        self.speculate(media, question, speculator, 1)
+        head = begun_head(speculator)
+        if head is None:
+            return None
+        works = {str(gamma): head.timed_draft(gamma) for gamma in (1, 5)}
+        times = interleaved(works, self._device, repeats, 1, settle=1)
+        one, five = (statistics.median(found) for found in times.values())
+        return one, max(0.0, five - one) / 4
+
+    def _timed_pass(self, num_rows: int) -> Callable[[], object]:
+        if self._loop is not None:
+            return self._loop.timed_pass(num_rows)
+        length = self._cache.length
+
+        def work() -> object:
+            self._cache.length = length
+            return self._pass([0] * num_rows).choose()
+
+        return work
 
     def _decode(
         self,
@@ -165,7 +186,29 @@ class Engine:
         result.prefill_ms = watch.ms()
         if speculator is not None:
             states = self._check_gap(speculator, states, early, result, policy)
-        unseen = [states]
+        head = begun_head(speculator) if self._loop is not None and gamma else None
+        if self._loop is not None and (speculator is None or not gamma or head is not None):
+            result.cycle_drafted, result.cycle_accepted = self._loop.run(
+                tokens, states, head, gamma, policy
+            )
+        else:
+            self._cycles(speculator, states, gamma, policy, result)
+        result.total_ms = watch.ms()
+        result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
+        if speculator is not None:
+            result.timeline.extend(speculator.finish())
+        return result
+
+    def _cycles(
+        self,
+        speculator: Speculator | None,
+        states: Float[Tensor, "m Dv"],
+        gamma: int,
+        policy: Policy,
+        result: Decoded,
+    ) -> None:
+        """Decode to the end, cycle by cycle; ``states`` are those of all tokens said."""
+        tokens, unseen = result.token_ids, [states]
         while not self._finished(tokens):
             # The verifier's own token ends the answer: one draft less than there is room.
             depth = min(gamma, self.max_new_tokens - len(tokens) - 1)
@@ -173,7 +216,8 @@ class Engine:
             drafting_ms = 0.0
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
                 began = time.perf_counter()
-                asked = speculator.propose(tokens, torch.cat(unseen), depth)
+                seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
+                asked = speculator.propose(tokens, seen, depth)
                 drafting_ms = 1e3 * (time.perf_counter() - began)
                 draft, unseen = policy.select(self._useful(asked, tokens)), []
             began = time.perf_counter()
@@ -187,11 +231,6 @@ class Engine:
                 verifying_ms = 1e3 * (time.perf_counter() - began)
                 policy.learn(draft, path, drafting_ms, verifying_ms)
             unseen.append(states)
-        result.total_ms = watch.ms()
-        result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
-        if speculator is not None:
-            result.timeline.extend(speculator.finish())
-        return result
 
     def _prefill(
         self,
@@ -266,9 +305,7 @@ class Engine:
             result.gap_drafted = 1 + len(rest)
         result.gap_accepted += len(path)
         if drafts:
-            policy.learn_gap(
-                0 if is_checked else len(rest), len(path), result.prefill_ms, len(tokens)
-            )
+            policy.learn_gap(0 if is_checked else len(rest), len(path))
         return states
 
     def _judge_early(
@@ -318,6 +355,10 @@ class Engine:
 
     def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
         """One plain step."""
+        if self._loop is not None:
+            _, token, states = self._loop.verify(tokens[-1], NO_DRAFT)
+            tokens.append(token)
+            return states
         scored = self._pass(tokens[-1:])
         tokens.append(self._next(scored))
         return scored.states[:1]
@@ -327,6 +368,11 @@ class Engine:
 
         Returns the states of the tokens added, and which drafted tokens were accepted.
         """
+        if self._loop is not None:
+            path, token, states = self._loop.verify(tokens[-1], draft)
+            said = self._said(draft, path, token)
+            tokens.extend(said)
+            return states[: len(said)], path
         if draft.parents is not None:
             spare = [-1] * self._spare(len(draft) + 1)
             self._cache.tree = tree_rows([*draft.parents, *spare], self._device)

@@ -26,7 +26,7 @@ from xsd.adapters import checkpoint
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.draft import Head, VerifierTables
+from xsd.decoding.draft import Head, HeadDrafter, VerifierTables
 from xsd.decoding.speculator import LocalSpeculator, reads_visual
 from xsd.decoding.strategies import adapter_names
 from xsd.errors import XsdError
@@ -199,9 +199,7 @@ class ProcessSpeculator:
         if self.strategy.head is None:
             return Draft([])
         if self._local_head is not None:
-            if not self._head_began:
-                self._local_head.begin(self._question, self._prefilled, None)
-                self._head_began = True
+            self._begin_head(self._local_head)
             return self._local_head.propose(tokens, states, gamma)
         views, shared = self._views, self._process.shared
         rows = states.shape[0]
@@ -213,6 +211,18 @@ class ProcessSpeculator:
         flags[_ASKED] = asked
         self._process.wait(lambda: flags[_ANSWERED] == asked)
         return Draft(views["drafts"][: int(views["request"][2])].tolist())
+
+    def begun_head(self) -> HeadDrafter | None:
+        """The head, ready for the sample, where its whole cycles can be compiled."""
+        if not isinstance(self._local_head, HeadDrafter):
+            return None
+        self._begin_head(self._local_head)
+        return None if self._local_head.compiled is None else self._local_head
+
+    def _begin_head(self, head: Head) -> None:
+        if not self._head_began:
+            head.begin(self._question, self._prefilled, None)
+            self._head_began = True
 
     def finish(self) -> list[Span]:
         self._views["flags"][_STOP] = self._views["flags"][_FINISH] = 1

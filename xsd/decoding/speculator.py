@@ -20,6 +20,7 @@ from xsd.decoding.accept import Draft
 from xsd.decoding.draft import (
     DrafterReader,
     Head,
+    HeadDrafter,
     VerifierTables,
     adapt_free,
     coupled_drafts,
@@ -153,10 +154,20 @@ class LocalSpeculator:
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         if self.head is None:
             return Draft([])
-        if not self._head_began:
-            self.head.begin(self._question, self._prefilled, self.reader)
-            self._head_began = True
+        self._begin_head(self.head)
         return self.head.propose(tokens, states, gamma)
+
+    def begun_head(self) -> HeadDrafter | None:
+        """The head, ready for the sample, where its whole cycles can be compiled."""
+        if not isinstance(self.head, HeadDrafter) or self.head.reads_drafter:
+            return None
+        self._begin_head(self.head)
+        return None if self.head.compiled is None else self.head
+
+    def _begin_head(self, head: Head) -> None:
+        if not self._head_began:
+            head.begin(self._question, self._prefilled, self.reader)
+            self._head_began = True
 
     def finish(self) -> list[Span]:
         return self._spans

@@ -20,9 +20,11 @@ PANEL = 64
 _MODULES = {
     "choose": "argmax",
     "decoder_pass": "decoder",
-    "draft_chain": "chain",
+    "draft": "draft",
     "head_pass": "head",
     "pack": "products",
+    "speak": "answer",
+    "verify": "answer",
 }
 
 

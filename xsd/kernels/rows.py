@@ -81,7 +81,7 @@ def _end_exp(x, powers):
 
 
 @exact
-def _softmax(x, size, bits, powers):
+def softmax(x, size, bits, powers):
     """Over the first ``size`` of x, in place, but for the factor that is returned.
 
     x has room for whole vectors, which become zero.
@@ -170,13 +170,13 @@ def attend(
         if is_chain and not hole_start:
             first = min(hole_end, begin + i) - origin
             stop = begin + i + 1 - origin
-            factors[i] = _softmax(row[first:], stop - first, bits, powers)
+            factors[i] = softmax(row[first:], stop - first, bits, powers)
             row[:first] = ZERO
             row[stop:end] = ZERO
         else:
             # What is seen is brought together: any row is a chain to the last bit.
             size = _gather(row, origin, hole_start, hole_end, begin, ancestors, i, line)
-            factors[i] = _softmax(line, size, bits, powers)
+            factors[i] = softmax(line, size, bits, powers)
             row[:end] = ZERO
             _scatter(line, origin, hole_start, hole_end, begin, ancestors, i, row)
         out[lo + i, column : column + head_dim] = ZERO
