@@ -30,8 +30,9 @@ from xsd.adapters.config import AdapterConfig
 from xsd.clock import interleaved
 from xsd.decoding.config import DecodingConfig
 from xsd.decoding.controls import Known, OracleHead
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import VerifierTables
-from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.speculator import LocalSpeculator, Speculator

@@ -30,8 +30,9 @@ from xsd.decoding.controls import (
     acceptance_rates,
     commonest_answers,
 )
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import Head, HeadOptions, VerifierTables
-from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
@@ -171,22 +172,22 @@ class Bench:
     def _prepare(self, costs: Costs | None) -> None:
         """Every strategy's policy and drafting party; without costs nothing can be decided."""
         self.policies = {
-            s.name: Policy() if costs is None else Adaptive(costs) for s in self.strategies
+            s.name: Policy()
+            if costs is None
+            else Adaptive(costs, is_timed=s.gap is not None or needs_drafter(s))
+            for s in self.strategies
         }
         self.speculators = {s.name: self._speculator(s) for s in self.strategies}
         self._ways = {s.name: self._ways_of(s) for s in self.strategies}
 
     def _ways_of(self, strategy: Strategy) -> dict[Way, Speculator | None]:
         """Who drafts where a policy makes use of nothing of a strategy, a part, or all of it."""
-        party = self.speculators[strategy.name]
         ways: dict[Way, Speculator | None] = {"plain": None}
-        if (
-            strategy.gap is not None
-            and strategy.head is not None
-            and not needs_drafter(head_alone := replace(strategy, gap=None))
-        ):
-            ways["head"] = self._speculator(head_alone)
-        return {**ways, "all": party}
+        if strategy.gap is not None and strategy.head is not None:
+            head_alone = replace(strategy, gap=None)
+            if not needs_drafter(head_alone):
+                ways = {"head": self._speculator(head_alone)}
+        return {**ways, "all": self.speculators[strategy.name]}
 
     def _speculator(self, strategy: Strategy) -> Speculator | None:
         if strategy.gap is None and strategy.head is None:
@@ -265,7 +266,7 @@ class Bench:
             decoded = self.engine.plain(media, question)
         else:
             decoded = self.engine.speculate(media, question, party, strategy.gamma, policy)
-        policy.learn_answer(way, len(decoded.token_ids), decoded.total_ms)
+        policy.learn_answer(way, decoded)
         return decoded
 
     def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:

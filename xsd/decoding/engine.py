@@ -7,10 +7,8 @@ Where tokens are drawn, the same holds for their distribution.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -19,6 +17,7 @@ from torch import Tensor
 from xsd.clock import Stopwatch, interleaved
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_TREE_NODES
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.loop import CompiledLoop, begun_head, compiled_layers
 from xsd.decoding.policy import Costs, Policy, row_sizes
 from xsd.decoding.speculator import Speculator
@@ -29,26 +28,6 @@ from xsd.pairs.device import to_device
 from xsd.types import Span
 
 NO_DRAFT = Draft([])
-
-
-@dataclass
-class Decoded:
-    """One answer with its clock readings (milliseconds) and draft counts."""
-
-    token_ids: list[int] = field(default_factory=list)
-    prefill_ms: float = 0.0
-    total_ms: float = 0.0
-    num_free: int = 0
-    """Drafts that were ready when the prefill ended."""
-    gap_drafted: int = 0
-    gap_accepted: int = 0
-    cycle_drafted: list[int] = field(default_factory=list)
-    cycle_accepted: list[int] = field(default_factory=list)
-    timeline: list[Span] = field(default_factory=list)
-
-    @property
-    def decode_ms(self) -> float:
-        return self.total_ms - self.prefill_ms
 
 
 class Engine:
@@ -114,9 +93,10 @@ class Engine:
 
     @torch.inference_mode()
     def measure(
-        self, media: Media, question: str, max_rows: int | None = None, repeats: int = 7
+        self, media: Media, question: str, max_rows: int | None = None, repeats: int = 15
     ) -> Costs:
-        """What the verifier's passes cost here and now: medians behind a real prompt.
+        """What the verifier's passes cost here, behind a real prompt: the least of some timings,
+        for whatever else a machine does only adds to them.
 
         From here on passes have as many rows as is best for their cost.
 
@@ -127,13 +107,11 @@ class Engine:
             max_rows = 24 if self._device.type == "cpu" else 1 + MAX_TREE_NODES
         self._cache.reset()
         self.verifier.set_row_sizes(())
-        prefill_ms = statistics.median(
-            self.plain(media, question).prefill_ms for _ in range(repeats)
-        )
+        prefill_ms = min(self.plain(media, question).prefill_ms for _ in range(repeats))
         max_rows = min(max_rows, self._strict_rows or max_rows)
         works = {str(rows): self._timed_pass(rows) for rows in range(1, max_rows + 1)}
         times = interleaved(works, self._device, repeats, 1, settle=1)
-        verify_ms = [statistics.median(found) for found in times.values()]
+        verify_ms = [min(found) for found in times.values()]
         self.verifier.set_row_sizes(row_sizes(verify_ms))
         # More rows never cost less: what says so is noise, or such a pass gets more rows.
         for row in range(max_rows - 1, 0, -1):
@@ -154,7 +132,7 @@ class Engine:
             return None
         works = {str(gamma): head.timed_draft(gamma) for gamma in (1, 5)}
         times = interleaved(works, self._device, repeats, 1, settle=1)
-        one, five = (statistics.median(found) for found in times.values())
+        one, five = (min(found) for found in times.values())
         return one, max(0.0, five - one) / 4
 
     def _timed_pass(self, num_rows: int) -> Callable[[], object]:
@@ -188,9 +166,8 @@ class Engine:
             states = self._check_gap(speculator, states, early, result, policy)
         head = begun_head(speculator) if self._loop is not None and gamma else None
         if self._loop is not None and (speculator is None or not gamma or head is not None):
-            result.cycle_drafted, result.cycle_accepted = self._loop.run(
-                tokens, states, head, gamma, policy
-            )
+            done = self._loop.run(tokens, states, head, gamma, policy)
+            result.cycle_drafted, result.cycle_accepted = done.drafted, done.accepted
         else:
             self._cycles(speculator, states, gamma, policy, result)
         result.total_ms = watch.ms()
@@ -226,7 +203,9 @@ class Engine:
                 result.cycle_drafted.append(len(draft))
                 result.cycle_accepted.append(len(path))
             else:
-                states, path = self._step(tokens), []
+                # Where no draft is wanted for a while, nobody needs to be asked.
+                num_rests = policy.rest() if not drafting_ms else 0
+                states, path = self._steps(tokens, 1 + num_rests), []
             if drafting_ms:
                 verifying_ms = 1e3 * (time.perf_counter() - began)
                 policy.learn(draft, path, drafting_ms, verifying_ms)
@@ -353,15 +332,16 @@ class Engine:
         """Rows that fill a pass up to the strict shape; nobody looks at them."""
         return 0 if self._strict_rows is None else self._strict_rows - num_rows
 
-    def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
-        """One plain step."""
+    def _steps(self, tokens: list[int], count: int) -> Float[Tensor, "n Dv"]:
+        """So many plain steps, or fewer where the answer ends."""
         if self._loop is not None:
-            _, token, states = self._loop.verify(tokens[-1], NO_DRAFT)
-            tokens.append(token)
-            return states
-        scored = self._pass(tokens[-1:])
-        tokens.append(self._next(scored))
-        return scored.states[:1]
+            return self._loop.run(tokens, num_calls=count).states
+        found: list[Tensor] = []
+        while len(found) < count and not self._finished(tokens):
+            scored = self._pass(tokens[-1:])
+            tokens.append(self._next(scored))
+            found.append(scored.states[:1])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:
         """Check a draft in one pass and say what holds, plus the verifier's own next token.

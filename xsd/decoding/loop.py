@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -14,14 +15,12 @@ from torch import Tensor
 from xsd import kernels
 from xsd.decoding.accept import Draft
 from xsd.decoding.draft import HeadDrafter
-from xsd.decoding.policy import Policy, Rule
+from xsd.decoding.policy import Policy
 from xsd.kernels import PANEL
 from xsd.pairs.base import Decoder
 from xsd.pairs.cache import KVCache
 from xsd.pairs.choose import Chooser
 from xsd.pairs.compiled import CompiledLayers
-
-_WHOLE_ANSWER = 1 << 30
 
 
 @runtime_checkable
@@ -35,6 +34,17 @@ class DraftsHere(Protocol):
 def begun_head(party: object) -> HeadDrafter | None:
     """The party's head, where cycles with it can be compiled."""
     return party.begun_head() if isinstance(party, DraftsHere) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Cycles:
+    """What became of some cycles."""
+
+    drafted: list[int]
+    """Of every one that had drafts, how many were verified."""
+    accepted: list[int]
+    states: Float[Tensor, "n Dv"]
+    """That predicted the tokens said."""
 
 
 class CompiledLoop:
@@ -57,43 +67,43 @@ class CompiledLoop:
     def run(
         self,
         tokens: list[int],
-        states: Float[Tensor, "m Dv"],
-        head: HeadDrafter | None,
-        gamma: int,
-        policy: Policy,
-    ) -> tuple[list[int], list[int]]:
-        """Decode on to the end; ``tokens`` grow.
+        states: Float[Tensor, "m Dv"] | None = None,
+        head: HeadDrafter | None = None,
+        gamma: int = 0,
+        policy: Policy | None = None,
+        num_calls: int = 1 << 30,
+    ) -> Cycles:
+        """Decode on to the end, or for so many passes; ``tokens`` grow.
 
         Args:
-            states: that predicted the tokens said; without a head nobody looks at them.
-
-        Returns:
-            What was drafted in every cycle that had drafts, and what of it held.
+            states: that predicted the tokens said; only a head looks at them.
+            policy: that a head's drafts follow; None: the fixed one.
         """
         num_said, limit = len(tokens), len(self._tokens)
-        seen = np.empty((limit + 1, states.shape[1]), np.float32)
+        seen = np.empty((limit + 1, self._embedding.shape[1]), np.float32)
         self._tokens[:num_said] = tokens
         at = np.array([num_said, self._cache.length, 0, 0, 0])
+        rule = Policy.rule if policy is None else policy.rule
         if head is None:
             party, panels, shape = self._no_head, self._panels, (0, 1, 0, True)
-            rule: Rule = Policy.rule
         else:
+            assert states is not None
             seen[:num_said] = states.numpy()
             past, vocabulary = head.compiled, head.vocabulary
             assert past is not None and vocabulary is not None and len(states) == num_said
             party = past.head.arguments, past.past, past.words(vocabulary)
             # One copy of the LM head in the caches, not two.
             panels = vocabulary.panels
-            shape, rule = head.shape(gamma).arguments, policy.rule
+            shape = head.shape(gamma).arguments
         kernels.speak(
             self._verifier, *self._cache.arrays, self._embedding, panels, self._num_ids,
-            self._eos, *party, rule, *shape, _WHOLE_ANSWER, self._tokens, seen, at,
+            self._eos, *party, rule, *shape, num_calls, self._tokens, seen, at,
             *self._counts,
         )  # fmt: skip
         end, self._cache.length, _, num_cycles, _ = at.tolist()
         tokens[num_said:] = self._tokens[num_said:end].tolist()
         drafted, accepted = self._counts[:, :num_cycles].tolist()
-        return drafted, accepted
+        return Cycles(drafted, accepted, torch.from_numpy(seen[num_said:end]))
 
     def verify(self, last: int, draft: Draft) -> tuple[list[int], int, Float[Tensor, "n Dv"]]:
         """One pass over the last token and a draft behind it.

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from xsd.decoding.accept import Draft
+from xsd.decoding.decoded import Decoded
 from xsd.kernels import rule as rules
 
 _NOISE = 0.05
@@ -32,6 +33,8 @@ _RECENT = 9
 """Answers in a way that are remembered."""
 _SHORTEST_REST, _LONGEST_REST = 8, 128
 """Answers between two trials of a way that has lost."""
+_LONG = 32
+"""Cycles of rest that make up for an answer, in which then nobody need draft."""
 
 Way = Literal["plain", "head", "all"]
 """What of a strategy an answer makes use of: nothing, its head alone, all of it."""
@@ -85,7 +88,7 @@ class Policy:
         """Which of the ways to answer the next one in; the last has all the strategy's parts."""
         return ways[-1]
 
-    def learn_answer(self, way: Way, num_tokens: int, total_ms: float) -> None:
+    def learn_answer(self, way: Way, answer: Decoded) -> None:
         """What an answer took in that way."""
 
     def gap_size(self, size: int) -> int:
@@ -101,6 +104,10 @@ class Policy:
     def depth(self, limit: int) -> int:
         """Drafts to ask for in this cycle, 0 for none."""
         return limit
+
+    def rest(self) -> int:
+        """How many cycles after one without drafts go without them too."""
+        return 0
 
     def chance(self, confidence: float) -> float:
         """That a draft holds whose drafter is so sure of it."""
@@ -126,8 +133,10 @@ class Adaptive(Policy):
 
     asks_confidence = True
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+    def __init__(self, costs: Costs, *, is_timed: bool = False) -> None:
+        """``is_timed``: drafting slows what these costs know nothing of, such as a prefill that a
+        drafter runs beside: judge it by what whole answers take."""
+        self.costs, self._is_timed = costs, is_timed
         pace = np.zeros(7)
         pace[rules.TOKEN_MS], pace[rules.MEAN] = costs.step, 0.7
         pace[[rules.FIRST_MS, rules.LEVEL_MS]] = 0.2 * costs.step
@@ -143,20 +152,40 @@ class Adaptive(Policy):
         """Of the gap's drafts by position: verified, and held with all before (of late)."""
 
     def way(self, ways: Sequence[Way]) -> Way:
+        if ways[0] == "plain" and self.rule[3][rules.LEFT] >= _LONG:
+            return "plain"
+        if not self._is_timed:
+            return ways[-1]
         for way in ways:
             self._ways.setdefault(way, _Tried())
         tried = {way: self._ways[way] for way in ways}
-        untried = [way for way in reversed(ways) if len(tried[way].times) < _TRIALS]
-        if untried:
-            # In turn, the whole strategy first.
-            return min(untried, key=lambda way: len(tried[way].times))
+        # In turn at first, the whole strategy before its parts.
+        found = min(reversed(ways), key=lambda way: min(_TRIALS, len(tried[way].times)))
+        if len(tried[found].times) < _TRIALS:
+            return found
         best = min(ways, key=lambda way: tried[way].middle)
         tried[best].is_best()
         return next((way for way in ways if way != best and tried[way].is_due()), best)
 
-    def learn_answer(self, way: Way, num_tokens: int, total_ms: float) -> None:
+    def learn_answer(self, way: Way, answer: Decoded) -> None:
+        pace = self.rule[3]
+        num_tokens, drafted = len(answer.token_ids), answer.cycle_drafted
+        if way == "plain":
+            pace[rules.LEFT] = max(0.0, pace[rules.LEFT] - num_tokens + 1)
+        if not self._is_timed or num_tokens < 2:
+            return
+        # Whatever slows the machine at the moment slows decoding too, whose passes are known.
+        verify, num_gap = self.costs.verify, max(0, answer.gap_drafted - 1)
+        expected_ms = sum(
+            verify(n + 1) + pace[rules.FIRST_MS] + (n - 1) * pace[rules.LEVEL_MS] for n in drafted
+        )
+        expected_ms += verify(num_gap + 1) if num_gap else 0.0
+        num_early = 1 + (answer.gap_accepted if num_gap else 0)
+        num_steps = num_tokens - num_early - len(drafted) - sum(answer.cycle_accepted)
+        expected_ms += max(0, num_steps) * self.costs.step
+        load = answer.decode_ms / expected_ms if expected_ms else 1.0
         tried = self._ways.setdefault(way, _Tried())
-        tried.times.append(total_ms / self.costs.plain_ms(num_tokens))
+        tried.times.append(answer.total_ms / (load * self.costs.plain_ms(num_tokens)))
 
     def gap_size(self, size: int) -> int:
         # Positions that were never tried are thought as good as the last that was.
@@ -178,6 +207,13 @@ class Adaptive(Policy):
 
     def depth(self, limit: int) -> int:
         return limit if rules.may_draft(self.rule) else 0
+
+    def rest(self) -> int:
+        pace = self.rule[3]
+        # The cycle that begins when none is left may draft again.
+        left = max(0, int(pace[rules.LEFT]) - 1)
+        pace[rules.LEFT] -= left
+        return left
 
     def chance(self, confidence: float) -> float:
         return float(rules.chance(self.rule, confidence))

@@ -20,7 +20,7 @@ PANEL = 64
 _MODULES = {
     "choose": "argmax",
     "decoder_pass": "decoder",
-    "draft": "draft",
+    "draft": "drafting",
     "head_pass": "head",
     "pack": "products",
     "speak": "answer",

@@ -6,7 +6,7 @@ import numpy as np
 
 from xsd.kernels.argmax import choose
 from xsd.kernels.decoder import decoder_pass
-from xsd.kernels.draft import draft, is_among
+from xsd.kernels.drafting import draft, is_among
 from xsd.kernels.options import exact
 from xsd.kernels.rule import best_size, learn, may_draft
 

@@ -28,7 +28,7 @@ PRIOR = 4.0
 """So many drafts is the drafter's own word worth against what was seen."""
 MEMORY = 0.1
 """Weight of the newest value in a running mean."""
-SHORTEST_REST, LONGEST_REST = 2.0, 64.0
+SHORTEST_REST, LONGEST_REST = 2.0, 128.0
 
 
 @exact
