@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,7 @@ class Draft:
     other. None: the tokens were not drawn but chosen."""
     confidence: list[float] | None = None
     """How probable each token is to follow its parent, as whoever drafted it believes."""
-    num_levels: int = 0
+    num_levels: int = field(default=0, compare=False)
     """How deep was drafted, where that was deeper than these tokens reach."""
 
     def __len__(self) -> int:

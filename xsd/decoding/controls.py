@@ -14,6 +14,8 @@ from xsd.errors import XsdError
 from xsd.files import read_json
 
 Ids = tuple[int, ...]
+_COPIED = 0.97
+"""What a copied token is taken for, apart from all that a table finds."""
 
 
 def commonest_answers(answers: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Ids]:
@@ -68,15 +70,21 @@ class NGramTable:
 
     def draft(self, ids: Sequence[int], length: int) -> list[int]:
         """``length`` tokens after ``ids``, each from the longest context that was seen."""
+        return self.look_up(ids, length)[0]
+
+    def look_up(self, ids: Sequence[int], length: int) -> tuple[list[int], list[int]]:
+        """``draft``, and how long each token's context was."""
         drafted = list(ids[-(self.order - 1) :])
         start = len(drafted)
+        sizes: list[int] = []
         for _ in range(length):
             for size in range(min(self.order - 1, len(drafted)), -1, -1):
                 token = self._best[size].get(tuple(drafted[len(drafted) - size :]))
                 if token is not None:
                     drafted.append(token)
+                    sizes.append(size)
                     break
-        return drafted[start:]
+        return drafted[start:], sizes
 
 
 def template_prefix(
@@ -133,7 +141,12 @@ class NGramHead:
 
     def propose(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Draft:
         said = [*self._context, *tokens]
-        return Draft((looked_up(said, gamma) or self._table.draft(said, gamma))[:gamma])
+        if found := looked_up(said, gamma):
+            return Draft(found, confidence=[_COPIED] * len(found))
+        # What follows a longer context is likelier; how much so is for the policy to learn.
+        found, sizes = self._table.look_up(said, gamma)
+        order = self._table.order
+        return Draft(found, confidence=[(size + 0.5) / (order + 1) for size in sizes])
 
 
 def looked_up(ids: Sequence[int], length: int, order: int = 4) -> list[int]:
