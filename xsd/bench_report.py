@@ -110,7 +110,8 @@ def metrics(summary: pd.DataFrame) -> dict[str, float]:
     """``measured.<config>.<quantity>``; MLflow refuses some characters of config names."""
     kept = ("speedup", "decode_speedup", "speedup_alone", "tokens_per_s", "ratio_mean",
             "ratio_p5", "ratio_p95", "time_p95", "share_slower", "share_drafting",
-            "prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free", "num_different", "num_near_ties")  # fmt: skip
+            "prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau",
+            "num_free", "num_different", "num_near_ties")  # fmt: skip
     found: dict[str, float] = {}
     for _, row in summary.iterrows():
         name = re.sub(r"[^\w.-]+", "_", str(row["strategy"]))
