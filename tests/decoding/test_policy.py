@@ -234,7 +234,9 @@ def test_whoever_drafts_in_vain_rests_for_whole_answers() -> None:
     policy.rule[3][rules.LEFT] = 100.0
     assert policy.way(["plain", "all"]) == "plain"
     policy.learn_answer("plain", Decoded(list(range(61))))
-    assert policy.rest() == 39 and policy.depth(4) == 4
+    assert policy.rest() == 39
+    policy.rested(39)
+    assert policy.depth(4) == 4
 
 
 def test_passes_get_the_rows_that_cost_least() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -236,17 +237,28 @@ class CompiledCache:
     ) -> Drafted:
         """What may follow ``said``, the new tokens of the one answer, whose states these are:
         steps, choices and all in one call. ``rule``: see ``kernels.rule``."""
+        tokens, parents = np.empty((2, shape.num_guesses), np.int64)
+        confidence, joint = np.empty((2, shape.num_guesses))
+        arrays = tokens, parents, confidence, joint
+        count, num_levels = self.drafting(said, states, vocabulary, shape, rule, arrays)()
+        return Drafted(tokens[:count], parents[:count], confidence[:count], num_levels)
+
+    def drafting(
+        self,
+        said: Sequence[int],
+        states: Float[Tensor, "m Dv"],
+        vocabulary: Vocabulary,
+        shape: Shape,
+        rule: tuple[np.ndarray, ...],
+        arrays: tuple[np.ndarray, ...],
+    ) -> Callable[[], tuple[int, int]]:
+        """The call alone, into ``arrays``."""
         num_rows = len(said) + (shape.gamma - 1) * shape.width
         assert self.length + num_rows <= self.max_length, "the cache is full"
-        room = shape.num_guesses
-        tokens, parents = np.empty((2, room), np.int64)
-        confidence, joint = np.empty((2, room))
-        count, num_levels = kernels.draft(
-            np.array(said), states.contiguous().numpy(), self.length, self.head.arguments,
-            self.past, self.words(vocabulary), rule, *shape.arguments, tokens, parents, confidence,
-            joint,
+        return partial(
+            kernels.draft, np.array(said), states.contiguous().numpy(), self.length,
+            self.head.arguments, self.past, self.words(vocabulary), rule, *shape.arguments, *arrays,
         )  # fmt: skip
-        return Drafted(tokens[:count], parents[:count], confidence[:count], num_levels)
 
     @property
     def past(self) -> tuple[np.ndarray | int, ...]:

@@ -14,6 +14,8 @@ class Decoded:
     token_ids: list[int] = field(default_factory=list)
     prefill_ms: float = 0.0
     total_ms: float = 0.0
+    drafting_ms: float = 0.0
+    """Of decode, waiting for drafts; 0 where drafting and verifying are one compiled call."""
     num_free: int = 0
     """Drafts that were ready when the prefill ended."""
     gap_drafted: int = 0

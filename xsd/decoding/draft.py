@@ -388,7 +388,9 @@ class HeadDrafter:
         shape = replace(self.shape(gamma), is_sure=False)
         states = torch.zeros(num_new, cache.head.width)
         cache.length = 0
-        return partial(cache.draft, [0] * num_new, states, endless, shape, Policy.rule)
+        ids, shares = np.empty((2, shape.num_guesses), np.int64), np.empty((2, shape.num_guesses))
+        arrays = (*ids, *shares)
+        return cache.drafting([0] * num_new, states, endless, shape, Policy.rule, arrays)
 
     @property
     def _cache(self) -> AdapterCache | CompiledCache:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sam
 from xsd.decoding.config import MAX_TREE_NODES
 from xsd.decoding.decoded import Decoded
 from xsd.decoding.loop import CompiledLoop, begun_head, compiled_layers
-from xsd.decoding.policy import Costs, Policy, row_sizes
+from xsd.decoding.policy import Adaptive, Costs, Policy, row_sizes
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Scored
@@ -107,7 +108,8 @@ class Engine:
             max_rows = 24 if self._device.type == "cpu" else 1 + MAX_TREE_NODES
         self._cache.reset()
         self.verifier.set_row_sizes(())
-        prefill_ms = min(self.plain(media, question).prefill_ms for _ in range(repeats))
+        plain = [self.plain(media, question) for _ in range(repeats)]
+        prefill_ms = min(decoded.prefill_ms for decoded in plain)
         max_rows = min(max_rows, self._strict_rows or max_rows)
         works = {str(rows): self._timed_pass(rows) for rows in range(1, max_rows + 1)}
         times = interleaved(works, self._device, repeats, 1, settle=1)
@@ -116,7 +118,26 @@ class Engine:
         # More rows never cost less: what says so is noise, or such a pass gets more rows.
         for row in range(max_rows - 1, 0, -1):
             verify_ms[row - 1] = min(verify_ms[row - 1 : row + 1])
-        return Costs(tuple(verify_ms), prefill_ms)
+        num_steps = len(plain[0].token_ids) - 1
+        if self._loop is not None and num_steps:
+            # A call of its own is more than a cycle among many.
+            step_ms = min(decoded.decode_ms for decoded in plain) / num_steps
+            call_ms = max(0.0, verify_ms[0] - step_ms)
+            verify_ms = [ms - call_ms for ms in verify_ms]
+        costs = Costs(tuple(verify_ms), prefill_ms)
+        return replace(costs, cycle_ms=self._cycle_ms(media, question, costs, repeats))
+
+    def _cycle_ms(self, media: Media, question: str, costs: Costs, repeats: int) -> float:
+        """What the loop itself takes a cycle where it is made here and plain steps are not."""
+        if self._loop is None:
+            return 0.0
+        found = []
+        for _ in range(repeats):
+            policy = _Eager(Costs((costs.step,), costs.prefill_ms))
+            decoded = self.speculate(media, question, _Rote(), 1, policy)
+            if passes := len(decoded.cycle_drafted):
+                found.append(decoded.decode_ms / passes - costs.verify(2))
+        return max(0.0, min(found, default=0.0))
 
     @torch.inference_mode()
     def measure_drafting(
@@ -206,7 +227,9 @@ class Engine:
                 # Where no draft is wanted for a while, nobody needs to be asked.
                 num_rests = policy.rest() if not drafting_ms else 0
                 states, path = self._steps(tokens, 1 + num_rests), []
+                policy.rested(len(states) - 1)
             if drafting_ms:
+                result.drafting_ms += drafting_ms
                 verifying_ms = 1e3 * (time.perf_counter() - began)
                 policy.learn(draft, path, drafting_ms, verifying_ms)
             unseen.append(states)
@@ -391,6 +414,32 @@ class Engine:
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids
+
+
+class _Eager(Adaptive):
+    """Decides as others do, but never rests, and thinks that rows are free."""
+
+    def depth(self, limit: int) -> int:
+        return limit
+
+
+class _Rote:
+    """Drafts one token, whatever was said: a cycle without a drafter."""
+
+    wants_projected = wants_prefilled = False
+
+    def start(self, media: Media, question: str, watch: Stopwatch) -> None: ...
+    def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None: ...
+    def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None: ...
+
+    def gap_drafts(self) -> list[int]:
+        return []
+
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        return Draft([0])
+
+    def finish(self) -> list[Span]:
+        return []
 
 
 def tree_rows(parents: Sequence[int], device: torch.device) -> TreeRows:

@@ -50,6 +50,8 @@ class Costs:
     """Of passes of 1, 2, ... rows behind a prompt; never falling."""
     prefill_ms: float
     """Plain decoding's, clock start to first token."""
+    cycle_ms: float = 0.0
+    """What a cycle takes beside drafting and its pass, where it is one of many calls."""
 
     def verify(self, num_rows: int) -> float:
         return self.verify_ms[min(num_rows, len(self.verify_ms)) - 1]
@@ -108,6 +110,9 @@ class Policy:
     def rest(self) -> int:
         """How many cycles after one without drafts go without them too."""
         return 0
+
+    def rested(self, num_cycles: int) -> None:
+        """So many of those went by."""
 
     def chance(self, confidence: float) -> float:
         """That a draft holds whose drafter is so sure of it."""
@@ -168,24 +173,26 @@ class Adaptive(Policy):
         return next((way for way in ways if way != best and tried[way].is_due()), best)
 
     def learn_answer(self, way: Way, answer: Decoded) -> None:
-        pace = self.rule[3]
         num_tokens, drafted = len(answer.token_ids), answer.cycle_drafted
         if way == "plain":
-            pace[rules.LEFT] = max(0.0, pace[rules.LEFT] - num_tokens + 1)
+            self.rested(num_tokens - 1)
         if not self._is_timed or num_tokens < 2:
             return
-        # Whatever slows the machine at the moment slows decoding too, whose passes are known.
-        verify, num_gap = self.costs.verify, max(0, answer.gap_drafted - 1)
-        expected_ms = sum(
-            verify(n + 1) + pace[rules.FIRST_MS] + (n - 1) * pace[rules.LEVEL_MS] for n in drafted
-        )
-        expected_ms += verify(num_gap + 1) if num_gap else 0.0
+        # Whatever slows the machine at the moment slows the passes too, whose costs are known.
+        costs, pace, num_gap = self.costs, self.rule[3], max(0, answer.gap_drafted - 1)
+        expected_ms = sum(costs.verify(size + 1) for size in drafted)
+        if answer.drafting_ms:
+            expected_ms += len(drafted) * costs.cycle_ms
+        else:
+            levels = sum(size - 1 for size in drafted)
+            expected_ms += len(drafted) * pace[rules.FIRST_MS] + levels * pace[rules.LEVEL_MS]
+        expected_ms += costs.verify(num_gap + 1) if num_gap else 0.0
         num_early = 1 + (answer.gap_accepted if num_gap else 0)
         num_steps = num_tokens - num_early - len(drafted) - sum(answer.cycle_accepted)
-        expected_ms += max(0, num_steps) * self.costs.step
-        load = answer.decode_ms / expected_ms if expected_ms else 1.0
+        expected_ms += max(0, num_steps) * costs.step
+        load = (answer.decode_ms - answer.drafting_ms) / expected_ms if expected_ms else 1.0
         tried = self._ways.setdefault(way, _Tried())
-        tried.times.append(answer.total_ms / (load * self.costs.plain_ms(num_tokens)))
+        tried.times.append(answer.total_ms / (load * costs.plain_ms(num_tokens)))
 
     def gap_size(self, size: int) -> int:
         # Positions that were never tried are thought as good as the last that was.
@@ -209,11 +216,12 @@ class Adaptive(Policy):
         return limit if rules.may_draft(self.rule) else 0
 
     def rest(self) -> int:
-        pace = self.rule[3]
         # The cycle that begins when none is left may draft again.
-        left = max(0, int(pace[rules.LEFT]) - 1)
-        pace[rules.LEFT] -= left
-        return left
+        return max(0, int(self.rule[3][rules.LEFT]) - 1)
+
+    def rested(self, num_cycles: int) -> None:
+        pace = self.rule[3]
+        pace[rules.LEFT] = max(0.0, pace[rules.LEFT] - num_cycles)
 
     def chance(self, confidence: float) -> float:
         return float(rules.chance(self.rule, confidence))
@@ -236,7 +244,7 @@ class Adaptive(Policy):
         num_levels = max(1, draft.depth)
         is_slower = drafting_ms / (num_levels * self._load) > pace[rules.LEVEL_MS]
         pace[rules.LEVEL_MS] *= 1.05 if is_slower else 0.95
-        pace[rules.FIRST_MS] = pace[rules.LEVEL_MS]
+        pace[rules.FIRST_MS] = pace[rules.LEVEL_MS] + self.costs.cycle_ms
         parents = draft.parents or range(-1, len(draft) - 1)
         rules.learn(
             self.rule,
