@@ -111,7 +111,8 @@ class Engine:
         plain = [self.plain(media, question) for _ in range(repeats)]
         prefill_ms = min(decoded.prefill_ms for decoded in plain)
         max_rows = min(max_rows, self._strict_rows or max_rows)
-        works = {str(rows): self._timed_pass(rows) for rows in range(1, max_rows + 1)}
+        length = self._cache.length
+        works = {str(rows): self.timed_pass(rows, length) for rows in range(1, max_rows + 1)}
         times = interleaved(works, self._device, repeats, 1, settle=1)
         verify_ms = [min(found) for found in times.values()]
         self.verifier.set_row_sizes(row_sizes(verify_ms))
@@ -156,11 +157,14 @@ class Engine:
         one, five = (min(found) for found in times.values())
         return one, max(0.0, five - one) / 4
 
-    def _timed_pass(self, num_rows: int) -> Callable[[], object]:
+    def timed_pass(self, num_rows: int, length: int) -> Callable[[], object]:
+        """A pass of so many rows behind ``length`` positions, from ids to choices, to be timed;
+        what lies there is old rows, as long to read as new ones."""
+        self._cache.length = length
         if self._loop is not None:
             return self._loop.timed_pass(num_rows)
-        length = self._cache.length
 
+        @torch.inference_mode()
         def work() -> object:
             self._cache.length = length
             return self._pass([0] * num_rows).choose()
