@@ -19,8 +19,9 @@ from xsd.clock import Stopwatch, interleaved
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_TREE_NODES
 from xsd.decoding.decoded import Decoded
-from xsd.decoding.loop import CompiledLoop, begun_head, compiled_layers
-from xsd.decoding.policy import Adaptive, Costs, Policy, row_sizes
+from xsd.decoding.loop import CompiledLoop, begun_head
+from xsd.decoding.policy import Costs, Policy, row_sizes
+from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Scored
@@ -67,8 +68,8 @@ class Engine:
         verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
         self._loop: CompiledLoop | None = None
         """Cycles in compiled calls; None: they are made here, operation by operation."""
-        if sampling is None and strict_rows is None and compiled_layers(verifier) is not None:
-            self._loop = CompiledLoop(verifier, self._cache, max_new_tokens)
+        if sampling is None and strict_rows is None:
+            self._loop = CompiledLoop.of(verifier, self._cache, max_new_tokens)
 
     @torch.inference_mode()
     def plain(self, media: Media, question: str) -> Decoded:
@@ -134,8 +135,8 @@ class Engine:
             return 0.0
         found = []
         for _ in range(repeats):
-            policy = _Eager(Costs((costs.step,), costs.prefill_ms))
-            decoded = self.speculate(media, question, _Rote(), 1, policy)
+            policy = Eager(Costs((costs.step,), costs.prefill_ms))
+            decoded = self.speculate(media, question, Rote(), 1, policy)
             if passes := len(decoded.cycle_drafted):
                 found.append(decoded.decode_ms / passes - costs.verify(2))
         return max(0.0, min(found, default=0.0))
@@ -418,32 +419,6 @@ class Engine:
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids
-
-
-class _Eager(Adaptive):
-    """Decides as others do, but never rests, and thinks that rows are free."""
-
-    def depth(self, limit: int) -> int:
-        return limit
-
-
-class _Rote:
-    """Drafts one token, whatever was said: a cycle without a drafter."""
-
-    wants_projected = wants_prefilled = False
-
-    def start(self, media: Media, question: str, watch: Stopwatch) -> None: ...
-    def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None: ...
-    def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None: ...
-
-    def gap_drafts(self) -> list[int]:
-        return []
-
-    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
-        return Draft([0])
-
-    def finish(self) -> list[Span]:
-        return []
 
 
 def tree_rows(parents: Sequence[int], device: torch.device) -> TreeRows:

@@ -50,14 +50,26 @@ class Cycles:
 class CompiledLoop:
     """The verifier's part of a cycle, and a head's, as kernels take them."""
 
-    def __init__(self, verifier: Decoder, cache: KVCache, max_new_tokens: int) -> None:
-        layers = compiled_layers(verifier)
-        assert layers is not None, "this verifier's passes are not compiled"
-        self._verifier = (*layers.weights, layers.final_norm, layers.eps, layers.cos, layers.sin)
-        self._layers, self._cache = layers, cache
-        self._embedding = verifier.embedding.numpy()
+    @classmethod
+    def of(cls, verifier: Decoder, cache: KVCache, max_new_tokens: int) -> CompiledLoop | None:
+        """None: the verifier's passes are not compiled, from token ids to choices."""
+        layers: CompiledLayers | None = getattr(verifier.stack, "compiled", None)
+        if layers is None or verifier.embedding.dtype != torch.float32:
+            return None
         panels = Chooser(verifier.lm_head).panels
-        assert panels is not None
+        return None if panels is None else cls(verifier, layers, panels, cache, max_new_tokens)
+
+    def __init__(
+        self,
+        verifier: Decoder,
+        layers: CompiledLayers,
+        panels: np.ndarray,
+        cache: KVCache,
+        max_new_tokens: int,
+    ) -> None:
+        self._verifier = (*layers.weights, layers.final_norm, layers.eps, layers.cos, layers.sin)
+        self._cache = cache
+        self._embedding = verifier.embedding.contiguous().numpy()
         self._panels, self._num_ids = panels, verifier.vocab_size
         self._eos = np.array(sorted(verifier.eos_ids), np.int64)
         self._tokens = np.zeros(max_new_tokens, np.int64)
@@ -134,17 +146,6 @@ class CompiledLoop:
             self._num_ids, last, np.array(draft.tokens, np.int64), np.array(parents, np.int64),
             start, states, np.empty(size + 1, np.int64), path,
         )  # fmt: skip
-
-
-def compiled_layers(verifier: Decoder) -> CompiledLayers | None:
-    """The verifier's layers, where its greedy passes are compiled from token ids to choices."""
-    stack = verifier.stack
-    layers: CompiledLayers | None = getattr(stack, "compiled", None)
-    table = verifier.embedding
-    plain = table.dtype == torch.float32 and table.is_contiguous() and table.device.type == "cpu"
-    if layers is None or not plain or Chooser(verifier.lm_head).panels is None:
-        return None
-    return layers
 
 
 def _no_head(width: int) -> tuple[tuple[object, ...], ...]:
