@@ -54,7 +54,8 @@ class CompiledLoop:
     def of(cls, verifier: Decoder, cache: KVCache, max_new_tokens: int) -> CompiledLoop | None:
         """None: the verifier's passes are not compiled, from token ids to choices."""
         layers: CompiledLayers | None = getattr(verifier.stack, "compiled", None)
-        if layers is None or verifier.embedding.dtype != torch.float32:
+        table = verifier.embedding
+        if layers is None or table.dtype != torch.float32 or not table.is_contiguous():
             return None
         panels = Chooser(verifier.lm_head).panels
         return None if panels is None else cls(verifier, layers, panels, cache, max_new_tokens)
@@ -69,7 +70,8 @@ class CompiledLoop:
     ) -> None:
         self._verifier = (*layers.weights, layers.final_norm, layers.eps, layers.cos, layers.sin)
         self._cache = cache
-        self._embedding = verifier.embedding.contiguous().numpy()
+        # A tensor, not an array: it may move, to where a drafter's process sees it.
+        self._table, self._width = verifier.embedding, verifier.width
         self._panels, self._num_ids = panels, verifier.vocab_size
         self._eos = np.array(sorted(verifier.eos_ids), np.int64)
         self._tokens = np.zeros(max_new_tokens, np.int64)
@@ -92,7 +94,7 @@ class CompiledLoop:
             policy: that a head's drafts follow; None: the fixed one.
         """
         num_said, limit = len(tokens), len(self._tokens)
-        seen = np.empty((limit + 1, self._embedding.shape[1]), np.float32)
+        seen = np.empty((limit + 1, self._width), np.float32)
         self._tokens[:num_said] = tokens
         at = np.array([num_said, self._cache.length, 0, 0, 0])
         rule = Policy.rule if policy is None else policy.rule
@@ -108,7 +110,7 @@ class CompiledLoop:
             panels = vocabulary.panels
             shape = head.shape(gamma).arguments
         kernels.speak(
-            self._verifier, *self._cache.arrays, self._embedding, panels, self._num_ids,
+            self._verifier, *self._cache.arrays, self._table.numpy(), panels, self._num_ids,
             self._eos, *party, rule, *shape, num_calls, self._tokens, seen, at,
             *self._counts,
         )  # fmt: skip
@@ -124,7 +126,7 @@ class CompiledLoop:
         predicted those and it.
         """
         size = len(draft)
-        states = np.empty((size + 1, self._embedding.shape[1]), np.float32)
+        states = np.empty((size + 1, self._width), np.float32)
         path = np.empty(size, np.int64)
         held, token = self._pass(last, draft, states, path)()
         self._cache.length += 1 + held
@@ -132,7 +134,7 @@ class CompiledLoop:
 
     def timed_pass(self, num_rows: int) -> Callable[[], object]:
         """A pass of so many rows behind the cache, to be timed; the cache stays as it is."""
-        states = np.empty((num_rows, self._embedding.shape[1]), np.float32)
+        states = np.empty((num_rows, self._width), np.float32)
         return self._pass(0, Draft([0] * (num_rows - 1)), states, np.empty(num_rows - 1, np.int64))
 
     def _pass(
@@ -142,7 +144,7 @@ class CompiledLoop:
         self._cache.check_room(size + 1)
         parents = draft.parents if draft.parents is not None else range(-1, size - 1)
         return partial(
-            kernels.verify, self._verifier, *self._cache.arrays, self._embedding, self._panels,
+            kernels.verify, self._verifier, *self._cache.arrays, self._table.numpy(), self._panels,
             self._num_ids, last, np.array(draft.tokens, np.int64), np.array(parents, np.int64),
             start, states, np.empty(size + 1, np.int64), path,
         )  # fmt: skip
