@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from xsd.decoding.accept import Draft, accepted_prefix_length
+from xsd.decoding.policy import Policy
 from xsd.errors import XsdError
 from xsd.files import read_json
 
@@ -70,21 +71,25 @@ class NGramTable:
 
     def draft(self, ids: Sequence[int], length: int) -> list[int]:
         """``length`` tokens after ``ids``, each from the longest context that was seen."""
-        return self.look_up(ids, length)[0]
-
-    def look_up(self, ids: Sequence[int], length: int) -> tuple[list[int], list[int]]:
-        """``draft``, and how long each token's context was."""
         drafted = list(ids[-(self.order - 1) :])
         start = len(drafted)
-        sizes: list[int] = []
         for _ in range(length):
-            for size in range(min(self.order - 1, len(drafted)), -1, -1):
-                token = self._best[size].get(tuple(drafted[len(drafted) - size :]))
-                if token is not None:
-                    drafted.append(token)
-                    sizes.append(size)
-                    break
-        return drafted[start:], sizes
+            if (found := self.following(drafted)) is None:
+                break
+            drafted.append(found[0])
+        return drafted[start:]
+
+    def following(self, ids: Sequence[int]) -> tuple[int, int] | None:
+        """The token after ``ids``, and how long its context was; None: nothing was ever seen."""
+        context = tuple(ids[-(self.order - 1) :])
+        for start in range(len(context) + 1):
+            size = len(context) - start
+            if (
+                size < len(self._best)
+                and (token := self._best[size].get(context[start:])) is not None
+            ):
+                return token, size
+        return None
 
 
 def template_prefix(
@@ -126,12 +131,15 @@ class NGramHead:
         prompt: Callable[[str], Sequence[int]],
         answers: Iterable[tuple[str, Sequence[int]]],
         order: int = 5,
+        policy: Policy | None = None,
     ) -> None:
         """
         Args:
             prompt: a question's prompt ids, without the visual tokens.
             answers: ``(question, ids)`` of a training set.
+            policy: says when to stop; None: never before gamma.
         """
+        self._policy = policy or Policy()
         self._prompt = prompt
         self._table = NGramTable(order).fit((prompt(question), ids) for question, ids in answers)
         self._context: list[int] = []
@@ -144,9 +152,18 @@ class NGramHead:
         if found := looked_up(said, gamma):
             return Draft(found, confidence=[_COPIED] * len(found))
         # What follows a longer context is likelier; how much so is for the policy to learn.
-        found, sizes = self._table.look_up(said, gamma)
-        order = self._table.order
-        return Draft(found, confidence=[(size + 0.5) / (order + 1) for size in sizes])
+        drafted: list[int] = []
+        confidence: list[float] = []
+        joint = 1.0
+        while len(drafted) < gamma and (next_ := self._table.following(said)) is not None:
+            token, size = next_
+            said.append(token)
+            drafted.append(token)
+            confidence.append((size + 0.5) / (self._table.order + 1))
+            joint *= self._policy.chance(confidence[-1])
+            if not self._policy.go_on(joint, len(drafted)):
+                break
+        return Draft(drafted, confidence=confidence)
 
 
 def looked_up(ids: Sequence[int], length: int, order: int = 4) -> list[int]:
