@@ -30,8 +30,9 @@ from xsd.adapters.config import AdapterConfig
 from xsd.clock import interleaved
 from xsd.decoding.config import DecodingConfig
 from xsd.decoding.controls import Known, OracleHead
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import VerifierTables
-from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.speculator import LocalSpeculator, Speculator
@@ -115,6 +116,8 @@ class Bench:
         """One pass of the engine's: tokens in, tokens out."""
         decoder, cache = self.halves[role], self.caches[role]
         length = self.middle(role)
+        if role == "verifier":
+            return self.engine.timed_pass(num_rows, length)
         ids = list(range(5, 5 + num_rows))
 
         @torch.inference_mode()
@@ -261,6 +264,9 @@ class Bench:
         works = {str(r): self.verify("verifier", r) for r in range(1, max(GAMMAS) + 2)}
         pass_ms: Times = {rows: [] for rows in works}
         plain_ms: list[float] = []
+        always = OracleHead(known, [1.0], self.verifier.vocab_size, 0)
+        sure = self.party(Strategy("oracle", head="oracle", gamma=max(GAMMAS)), always)
+        oracle: list[Decoded] = []
         decoded: dict[tuple[float, int], list[Decoded]] = {point: [] for point in grid}
         for _ in range(self.options.formula_repeats):
             for rows, times in interleaved(works, self.device, 5, 1, settle=1).items():
@@ -270,21 +276,29 @@ class Bench:
                     plain = self.engine.plain(*asked)
                     known.answer = plain.token_ids
                     plain_ms.append(plain.decode_ms)
+                    oracle.append(self.engine.speculate(*asked, sure, max(GAMMAS)))
                 head = OracleHead(known, [alpha], self.verifier.vocab_size, 100 * index + gamma)
                 party = self.party(Strategy("synthetic", head="synthetic:", gamma=gamma), head)
                 decoded[alpha, gamma].append(self.engine.speculate(*asked, party, gamma))
         medians = {int(rows): statistics.median(times) for rows, times in pass_ms.items()}
-        costs = Costs(medians[1], 0.0, 0.0, 1.0, 0.0, medians)
+        num_said = len(oracle[0].token_ids) - 1
+        # Plain steps that are made in one call are cheaper than passes in calls of their own.
+        step_ms = min(medians[1], statistics.median(plain_ms) / num_said)
+        costs = Costs(step_ms, 0.0, 0.0, 1.0, 0.0, {**medians, 1: step_ms})
+        # What cycles take beside their passes, where drafts come for nothing.
+        drafted = oracle[0].cycle_drafted
+        passes_ms = costs.cycles_ms(drafted, 0)
+        loop_ms = statistics.median(answer.decode_ms for answer in oracle) - passes_ms
+        cycle_ms = max(0.0, loop_ms / max(1, len(drafted)))
         found = {}
         for point, answers in decoded.items():
             drafted, accepted = answers[0].cycle_drafted, answers[0].cycle_accepted
-            num_said = len(answers[0].token_ids) - 1
             num_steps = max(0, num_said - sum(accepted) - len(accepted))
             found[point] = {
                 "plain_ms": statistics.median(plain_ms),
                 "spent_ms": statistics.median(answer.decode_ms for answer in answers),
                 "steps_ms": num_said * costs.step_ms,
-                "cycles_ms": costs.cycles_ms(drafted, num_steps),
+                "cycles_ms": costs.cycles_ms(drafted, num_steps) + len(drafted) * cycle_ms,
                 "said": num_said,
                 "calls": len(drafted) + num_steps,
             }

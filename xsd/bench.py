@@ -30,12 +30,13 @@ from xsd.decoding.controls import (
     acceptance_rates,
     commonest_answers,
 )
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import Head, HeadOptions, VerifierTables
-from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
-from xsd.decoding.policy import Adaptive, Costs, Policy
+from xsd.decoding.policy import Adaptive, Costs, Policy, Way
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import adapter_names, goes_on, needs_drafter, strict_rows
 from xsd.decoding.streams import StreamSpeculator
@@ -174,9 +175,22 @@ class Bench:
     def _prepare(self, costs: Costs | None) -> None:
         """Every strategy's policy and drafting party; without costs nothing can be decided."""
         self.policies = {
-            s.name: Policy() if costs is None else Adaptive(costs) for s in self.strategies
+            s.name: Policy()
+            if costs is None
+            else Adaptive(costs, is_timed=s.gap is not None or needs_drafter(s))
+            for s in self.strategies
         }
         self.speculators = {s.name: self._speculator(s) for s in self.strategies}
+        self._ways = {s.name: self._ways_of(s) for s in self.strategies}
+
+    def _ways_of(self, strategy: Strategy) -> dict[Way, Speculator | None]:
+        """Who drafts where a policy makes use of nothing of a strategy, a part, or all of it."""
+        ways: dict[Way, Speculator | None] = {"plain": None}
+        if strategy.gap is not None and strategy.head is not None:
+            head_alone = replace(strategy, gap=None)
+            if not needs_drafter(head_alone):
+                ways = {"head": self._speculator(head_alone)}
+        return {**ways, "all": self.speculators[strategy.name]}
 
     def _speculator(self, strategy: Strategy) -> Speculator | None:
         if strategy.gap is None and strategy.head is None:
@@ -204,7 +218,8 @@ class Bench:
             return None
         kind, _, rates = strategy.head.partition(":")
         if kind == "ngram":
-            return NGramHead(self._prompt_ids, self._answers)
+            policy = self.policies[strategy.name]
+            return NGramHead(self._prompt_ids, self._answers, policy=policy)
         if kind in ("oracle", "synthetic"):
             chances = acceptance_rates(rates or "1")
             seed, vocab = self.config.seed, self.pair.verifier.vocab_size
@@ -226,7 +241,11 @@ class Bench:
         """Let policies decide by what the verifier's passes cost at this moment."""
         if self.config.policy == "adaptive":
             item = self.items[0]
-            self._prepare(self.engine.measure(item.media, item.sample.question))
+            asked = item.media, item.sample.question
+            self._prepare(self.engine.measure(*asked))
+            for name, party in self.speculators.items():
+                if party is not None and (found := self.engine.measure_drafting(*asked, party)):
+                    self.policies[name].learn_drafting(*found)
 
     def choose_cores(self) -> str:
         """``fastest_cores`` for plain answers."""
@@ -244,8 +263,14 @@ class Bench:
             self._known.answer = plain.token_ids
             return plain
         media = item.other_events if strategy.shuffled_events else item.media
-        policy = self.policies[strategy.name]
-        return self.engine.speculate(media, question, speculator, strategy.gamma, policy)
+        policy, ways = self.policies[strategy.name], self._ways[strategy.name]
+        way = policy.way(list(ways))
+        if (party := ways[way]) is None:
+            decoded = self.engine.plain(media, question)
+        else:
+            decoded = self.engine.speculate(media, question, party, strategy.gamma, policy)
+        policy.learn_answer(way, decoded)
+        return decoded
 
     def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:
         """Every strategy on one item; what the first one says is what the others are held to.

@@ -24,8 +24,8 @@ from xsd.bench import (
 from xsd.bench_config import BenchConfig
 from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, SeparateRows
 from xsd.decoding.controls import Known, NGramHead, OracleHead, acceptance_rates
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import Head, VerifierTables
-from xsd.decoding.engine import Decoded
 from xsd.decoding.near_tie import is_near_tie
 from xsd.errors import XsdError
 from xsd.pairs.base import ModelPair

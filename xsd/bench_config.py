@@ -51,7 +51,6 @@ class BenchConfig(DecodingConfig):
             f"temperature={self.temperature}": self.temperature > 0,
             f"last_chunk={self.last_chunk}": self.last_chunk > 0,
             "strict": self.strict,
-            f"policy={self.policy}": self.policy != "fixed",
         }
         refused = [name for name, is_set in alone.items() if is_set]
         if self.batch_size > 1 and refused:

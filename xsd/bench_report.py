@@ -109,8 +109,9 @@ def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair
 def metrics(summary: pd.DataFrame) -> dict[str, float]:
     """``measured.<config>.<quantity>``; MLflow refuses some characters of config names."""
     kept = ("speedup", "decode_speedup", "speedup_alone", "tokens_per_s", "ratio_mean",
-            "ratio_p5", "ratio_p95", "share_slower", "prefill_ms", "decode_ms", "total_ms",
-            "tokens_accepted", "tau", "num_free", "num_different", "num_near_ties")  # fmt: skip
+            "ratio_p5", "ratio_p95", "time_p95", "share_slower", "share_drafting",
+            "prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau",
+            "num_free", "num_different", "num_near_ties")  # fmt: skip
     found: dict[str, float] = {}
     for _, row in summary.iterrows():
         name = re.sub(r"[^\w.-]+", "_", str(row["strategy"]))
@@ -133,7 +134,7 @@ def table(
     """
     header: tuple[str, ...] = (
         "Config", "Prefill", "Decode", "Total", "Accept", "Accepted", "Tau", "Speedup",
-        "Per sample (mean ± sd)", "Slower", "Free Tokens", "Lossless",
+        "Per sample (mean ± sd)", "Time p95", "Slower", "Drafting", "Free Tokens", "Lossless",
     )  # fmt: skip
     size = max(trace.batch_size for trace in traces)
     if size > 1:
@@ -149,7 +150,9 @@ def table(
             _or_dash(row["tau"], "{:.2f}"),
             f"{row['speedup']:.2f}x",
             f"{row['ratio_mean']:.2f} ± {row['ratio_std']:.2f}",
+            f"{row['time_p95']:.2f}",
             f"{row['share_slower']:.0%}",
+            f"{row['share_drafting']:.0%}",
             f"{row['num_free']:.1f}" if row["num_free"] else "-",
             "in distribution" if is_drawn else _verdict(row),
             *((f"{row['tokens_per_s']:.0f}", f"{row['speedup_alone']:.2f}x") if size > 1 else ()),
@@ -161,7 +164,9 @@ def table(
     note = (
         f"{len(items)} samples, median of {1 + max(t.repeat for t in traces)} interleaved repeats; "
         f"speedup pooled (sum over sum). The clock starts with decoded media; decoding the files "
-        f"takes {media_ms:.1f} ms more, the same for every config."
+        f"takes {media_ms:.1f} ms more, the same for every config. Time p95: 95th percentile of a "
+        "sample's time over plain decoding's; drafting: share of answers in which the policy let "
+        "any draft be verified."
     )
     if strict_rows is not None:
         note += (

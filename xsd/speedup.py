@@ -45,6 +45,7 @@ _COUNTS = [
     "accepted",
     "num_early",
     "num_calls",
+    "has_drafts",
 ]
 
 
@@ -55,7 +56,8 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
     batch_size, times (of the batch; median over shared repeats), ``baseline_`` times, alone_ms
     (plain decoding of this sample alone; NaN where it was not decoded in a batch), ratio
     (> 1: faster than plain decoding), counts (mean over repeats; ``accepted`` adds gap and decode,
-    ``num_early`` tokens stood before decode began, ``num_calls`` verifier calls said the others),
+    ``num_early`` tokens stood before decode began, ``num_calls`` verifier calls said the others,
+    ``has_drafts``: any were verified at all),
     differs and excused (by a near tie).
 
     Raises:
@@ -92,8 +94,10 @@ def measured(
     without batches),
     num_tokens, tokens_accepted and gap_accepted (a sample), accept_rate (of what was drafted),
     tau (tokens a verifier call of decode), num_free, speedup and decode_speedup (pooled),
-    ratio_mean, ratio_std, ratio_p5, ratio_p95, share_slower, lossless, num_different,
-    num_near_ties. What a strategy does not have (drafts, decode calls) is NaN.
+    ratio_mean, ratio_std, ratio_p5, ratio_p95, time_p95 (95th percentile of a sample's time over
+    plain decoding's), share_slower, share_drafting (of answers in which any draft was verified: a
+    policy may leave it off), lossless, num_different, num_near_ties. What a strategy does not have
+    (drafts, decode calls) is NaN.
     """
     kept = list(traces)
     rows = per_sample(kept, baseline)
@@ -133,6 +137,7 @@ def _row(trace: Trace) -> dict[str, object]:
         "num_tokens": len(trace.token_ids),
         "num_free": trace.num_free,
         "drafted": trace.gap_drafted + sum(trace.cycle_drafted),
+        "has_drafts": bool(trace.gap_drafted or trace.cycle_drafted),
         "gap_accepted": trace.gap_accepted,
         "accepted": trace.gap_accepted + sum(trace.cycle_accepted),
         "num_early": num_early,
@@ -170,7 +175,9 @@ def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, o
         "ratio_std": ratio.std(ddof=0),
         "ratio_p5": ratio.quantile(0.05),
         "ratio_p95": ratio.quantile(0.95),
+        "time_p95": (1 / ratio).quantile(0.95),
         "share_slower": (ratio < 1).mean(),
+        "share_drafting": mean["has_drafts"],
         "lossless": num_different == num_excused,
         "num_different": num_different,
         "num_near_ties": num_excused,

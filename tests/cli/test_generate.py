@@ -128,7 +128,17 @@ class TestCommand:
     def test_one_row_shape(
         self, scenes: Path, head: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        more = ("--strategy", "E1_decode", "--adapter", head, "--strict", "--quant", "bf16")
+        more = (
+            "--strategy",
+            "E1_decode",
+            "--adapter",
+            head,
+            "--strict",
+            "--gamma",
+            4,
+            "--quant",
+            "bf16",
+        )
         assert main(words(scenes, *more)) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "strict: every pass of decoding has 5 rows"

@@ -54,6 +54,21 @@ class Scripted:
         return []
 
 
+class Branching(Scripted):
+    """Drafts trees: at every depth something wrong, the verifier's own token, and wrong again."""
+
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        drafts: list[int] = []
+        parents: list[int] = []
+        parent = -1
+        for depth in range(gamma):
+            right = self._draft(len(tokens) + depth)
+            drafts += [(right + 3) % 1024, right, (right + 5) % 1024]
+            parents += [parent] * 3
+            parent = len(drafts) - 2
+        return Draft(drafts, parents)
+
+
 @pytest.fixture(scope="module")
 def engine(pair: ModelPair, items: list[BenchItem]) -> Engine:
     return Engine(pair.verifier, MAX_NEW, bench.longest_prompt(pair, items))
@@ -77,6 +92,46 @@ def test_any_drafts_give_the_plain_answer(
             assert len(decoded.cycle_drafted) < len(plain.token_ids)
         if period == 1:
             assert decoded.gap_accepted == 0 and not any(decoded.cycle_accepted)
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("period", [0, 3], ids=["always", "mostly"])
+def test_rows_of_a_branch_move_together(
+    engine: Engine, items: list[BenchItem], period: int, gamma: int
+) -> None:
+    for item in items:
+        question = item.sample.question
+        plain = engine.plain(item.media, question)
+        decoded = engine.speculate(
+            item.media, question, Branching(plain.token_ids, period, 0), gamma
+        )
+        assert decoded.token_ids == plain.token_ids
+        assert sum(decoded.cycle_accepted) > 0
+        if period == 0:
+            assert max(decoded.cycle_accepted) == gamma
+
+
+@pytest.mark.parametrize("name", ["E1_decode", "E3_decode", "B1_decode", "text", "E1_tree"])
+def test_whole_answers_in_one_call_are_those_of_cycles(
+    name: str, pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    """The same drafts are verified, and the same of them hold."""
+    config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline", gamma=5)
+    strategies = [parse(BASELINE, 0), parse(name, 5)]
+    with ExitStack() as stack:
+        party = bench.Bench(
+            stack, pair, PairConfig(device="cpu"), items, strategies, adapters, {}, config
+        )
+        for item in items:
+            loop, party.engine._loop = party.engine._loop, None
+            apart = [party.decode(item, strategy) for strategy in strategies]
+            party.engine._loop = loop
+            assert loop is not None
+            for strategy, other in zip(strategies, apart, strict=True):
+                whole = party.decode(item, strategy)
+                assert whole.token_ids == other.token_ids
+                assert whole.cycle_drafted == other.cycle_drafted
+                assert whole.cycle_accepted == other.cycle_accepted
 
 
 def test_plain_decoding_is_what_generate_says(

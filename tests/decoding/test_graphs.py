@@ -16,7 +16,7 @@ from xsd.bench import BenchItem
 from xsd.decoding import graphs
 from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.engine import Engine
-from xsd.decoding.policy import Adaptive, Costs, Policy
+from xsd.decoding.policy import Adaptive, Costs
 from xsd.pairs.base import ModelPair
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
@@ -58,7 +58,9 @@ def test_captured_chains_are_the_heads_own(
     verifier = on(device, pair).verifier
     head = checkpoint.load(adapters[level])[0].to(device).eval()
     tables = VerifierTables.of(verifier)
-    plain = HeadDrafter(head, tables, MAX_NEW)
+    policy = Adaptive(Costs((1.0,) * 24, 1.0))
+    policy.learn_drafting(0.0, 0.0)
+    plain = HeadDrafter(head, tables, MAX_NEW, None, policy)
     captured = graphs.CapturedHead(head, tables, MAX_NEW)
     draw = torch.Generator().manual_seed(0)
     for sample, num_visual in enumerate((9, 9, 5)):
@@ -70,25 +72,26 @@ def test_captured_chains_are_the_heads_own(
         for fresh, gamma in ((19, 4), (4, 4), (1, 4), (4, 2)):
             tokens += torch.randint(3, 200, (fresh,), generator=draw).tolist()
             states = torch.randn(fresh, verifier.width, generator=draw).to(device)
-            expected = plain.propose(tokens, states, gamma).tokens
-            found = captured.propose(tokens, states, gamma).tokens
+            own = plain.propose(tokens, states, gamma)
+            found = captured.propose(tokens, states, gamma)
             # Where a chain says the end, what it drafts beyond is not looked at.
-            assert found[: len(expected)] == expected and len(found) == gamma, sample
+            size = len(own)
+            assert found.tokens[:size] == own.tokens and len(found) == gamma, sample
+            assert found.confidence is not None
+            assert found.confidence[:size] == pytest.approx(own.confidence, rel=1e-3)
     if device.type == "cpu":
         # (4, 4), (1, 4), (4, 2); again for visual vectors of another number.
         assert Replayed.made == (6 if level == "E3" else 3)
 
 
-def test_what_reads_the_drafter_or_asks_on_its_way_is_not_captured(
+def test_what_reads_the_drafter_or_branches_is_not_captured(
     adapters: dict[str, Path],
 ) -> None:
     heads = {level: checkpoint.load(adapters[level])[0] for level in ("E1", "E2", "L5", "L4")}
-    plain = HeadOptions(), Policy()
-    assert [graphs.fits_captures(head, *plain) for head in heads.values()] == [
+    assert [graphs.fits_captures(head, HeadOptions()) for head in heads.values()] == [
         True, False, False, False,
     ]  # fmt: skip
-    assert not graphs.fits_captures(heads["E1"], HeadOptions(tree_width=2), Policy())
-    assert not graphs.fits_captures(heads["E1"], HeadOptions(), Adaptive(Costs((1.0,), 1.0)))
+    assert not graphs.fits_captures(heads["E1"], HeadOptions(tree_width=2))
 
 
 @needs_gpu

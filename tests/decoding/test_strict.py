@@ -43,8 +43,8 @@ class Recorded(Engine):
             decoded = self.speculate(media, question, script, gamma)
         return decoded.token_ids, torch.cat(self.kept)
 
-    def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
-        self.kept.append(super()._step(tokens))
+    def _steps(self, tokens: list[int], count: int) -> Float[Tensor, "n Dv"]:
+        self.kept.append(super()._steps(tokens, count))
         return self.kept[-1]
 
     def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:

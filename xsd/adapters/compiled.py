@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +81,8 @@ class CompiledHead:
         project, project_bias = stack([affine(head.project, head.norm_out, width, share)])
         self.weights = [self.entrance, *(w for w, _ in stacks), project[0]]
         self.biases = [*(b for _, b in stacks), project_bias[0]]
+        self.arguments = (*self.weights, *self.biases, *self.options)
+        """From ``entrance`` to ``kept``, as the kernels take them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,40 @@ class ReadAlong:
     prompt_length: int
     num_read: int
     """Tokens of the answer that it has read, and of which its cache and states hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How large a draft may grow."""
+
+    gamma: int
+    """Levels."""
+    width: int = 1
+    """Branches of a node, and nodes of a level that branch; 1: a chain."""
+    num_nodes: int = 1 << 16
+    """Tokens that are kept."""
+    is_sure: bool = False
+    """Nobody asks for the confidences of a chain."""
+
+    @property
+    def num_guesses(self) -> int:
+        return self.gamma * self.width**2
+
+    @property
+    def arguments(self) -> tuple[int, int, int, bool]:
+        return self.gamma, self.width, self.num_nodes, self.is_sure
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """The likeliest tokens first, parents before what follows them."""
+
+    tokens: Int[np.ndarray, " n"]
+    parents: Int[np.ndarray, " n"]
+    """-1: the last token said."""
+    confidence: Float[np.ndarray, " n"]
+    num_levels: int
+    """How deep was drafted, kept or not."""
 
 
 class CompiledCache:
@@ -191,21 +228,49 @@ class CompiledCache:
         self,
         said: Sequence[int],
         states: Float[Tensor, "m Dv"],
-        gamma: int,
         vocabulary: Vocabulary,
-    ) -> list[int]:
-        """At most ``gamma`` tokens behind ``said``, the new tokens of the one answer, whose states
-        these are: steps, choices and all in one call."""
-        assert self.length + len(said) + gamma - 1 <= self.max_length, "the cache is full"
-        drafts = np.empty(gamma, np.int64)
-        count = kernels.draft_chain(
-            np.array(said), states.contiguous().numpy(), vocabulary.table, self._positions,
-            self.length, vocabulary.eos, vocabulary.panels, vocabulary.num_ids,
-            *self.head.weights, *self.head.biases, *self.head.options,
-            self._keys, self._values, *self._memory, drafts,
+        shape: Shape,
+        rule: tuple[np.ndarray, ...],
+    ) -> Drafted:
+        """What may follow ``said``, the new tokens of the one answer, whose states these are:
+        steps, choices and all in one call. ``rule``: see ``kernels.rule``."""
+        tokens, parents = np.empty((2, shape.num_guesses), np.int64)
+        confidence, joint = np.empty((2, shape.num_guesses))
+        arrays = tokens, parents, confidence, joint
+        count, num_levels = self.drafting(said, states, vocabulary, shape, rule, arrays)()
+        return Drafted(tokens[:count], parents[:count], confidence[:count], num_levels)
+
+    def drafting(
+        self,
+        said: Sequence[int],
+        states: Float[Tensor, "m Dv"],
+        vocabulary: Vocabulary,
+        shape: Shape,
+        rule: tuple[np.ndarray, ...],
+        arrays: tuple[np.ndarray, ...],
+    ) -> Callable[[], tuple[int, int]]:
+        """The call alone, into ``arrays``."""
+        num_rows = len(said) + (shape.gamma - 1) * shape.width
+        assert self.length + num_rows <= self.max_length, "the cache is full"
+        return partial(
+            kernels.draft, np.array(said), states.contiguous().numpy(), self.length,
+            self.head.arguments, self.past, self.words(vocabulary), rule, *shape.arguments, *arrays,
         )  # fmt: skip
-        found: list[int] = drafts[:count].tolist()
-        return found
+
+    @property
+    def past(self) -> tuple[np.ndarray | int, ...]:
+        """What the kernels look back on, as they take it."""
+        return (self._keys, self._values, *self._memory)
+
+    def words(self, vocabulary: Vocabulary) -> tuple[np.ndarray | int, ...]:
+        """What the kernels read of tokens and positions, as they take it."""
+        return (
+            vocabulary.table,
+            self._positions,
+            vocabulary.panels,
+            vocabulary.num_ids,
+            vocabulary.eos,
+        )
 
     def draft_coupled(
         self,

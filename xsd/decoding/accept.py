@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,8 @@ class Draft:
     other. None: the tokens were not drawn but chosen."""
     confidence: list[float] | None = None
     """How probable each token is to follow its parent, as whoever drafted it believes."""
+    num_levels: int = field(default=0, compare=False)
+    """How deep was drafted, where that was deeper than these tokens reach."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,7 +43,18 @@ class Draft:
             None if self.parents is None else self.parents[:size],
             None if self.q is None else self.q[:size],
             None if self.confidence is None else self.confidence[:size],
+            self.depth,
         )
+
+    @property
+    def depth(self) -> int:
+        """How deep was drafted."""
+        if self.parents is None:
+            return max(self.num_levels, len(self.tokens))
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == -1 else depths[parent] + 1)
+        return max([self.num_levels, *depths])
 
 
 @dataclass(frozen=True, slots=True)

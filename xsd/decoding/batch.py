@@ -20,8 +20,9 @@ from xsd.adapters.rows import Ragged, StepInputs
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, verify_greedy
 from xsd.decoding.config import MAX_GAMMA
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import Head, VerifierTables
-from xsd.decoding.engine import Decoded, Engine
+from xsd.decoding.engine import Engine
 from xsd.errors import XsdError
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Prompt

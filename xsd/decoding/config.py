@@ -39,11 +39,11 @@ class DecodingConfig:
 
     max_new_tokens: int = 50
     """Longest answer."""
-    gamma: int = 4
+    gamma: int = 8
     """Drafts per verifier call in decode, at most (the seed's benchmark: 1)."""
-    policy: Literal["adaptive", "fixed"] = "fixed"
+    policy: Literal["adaptive", "fixed"] = "adaptive"
     """adaptive: draft and verify only what pays by measured costs and the drafter's confidence, and
-    where a chain costs less a token than a tree, a chain; fixed: gamma drafts, always."""
+    leave off a drafter that does not; fixed: gamma drafts, always (as batches do)."""
     tree_width: int = 3
     """Branches a node, and nodes that branch a level, in draft trees."""
     tree_nodes: int = 10

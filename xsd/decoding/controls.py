@@ -10,10 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from xsd.decoding.accept import Draft, accepted_prefix_length
+from xsd.decoding.policy import Policy
 from xsd.errors import XsdError
 from xsd.files import read_json
 
 Ids = tuple[int, ...]
+_COPIED = 0.97
+"""What a copied token is taken for, apart from all that a table finds."""
 
 
 def commonest_answers(answers: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Ids]:
@@ -71,12 +74,22 @@ class NGramTable:
         drafted = list(ids[-(self.order - 1) :])
         start = len(drafted)
         for _ in range(length):
-            for size in range(min(self.order - 1, len(drafted)), -1, -1):
-                token = self._best[size].get(tuple(drafted[len(drafted) - size :]))
-                if token is not None:
-                    drafted.append(token)
-                    break
+            if (found := self.following(drafted)) is None:
+                break
+            drafted.append(found[0])
         return drafted[start:]
+
+    def following(self, ids: Sequence[int]) -> tuple[int, int] | None:
+        """The token after ``ids``, and how long its context was; None: nothing was ever seen."""
+        context = tuple(ids[-(self.order - 1) :])
+        for start in range(len(context) + 1):
+            size = len(context) - start
+            if (
+                size < len(self._best)
+                and (token := self._best[size].get(context[start:])) is not None
+            ):
+                return token, size
+        return None
 
 
 def template_prefix(
@@ -118,12 +131,15 @@ class NGramHead:
         prompt: Callable[[str], Sequence[int]],
         answers: Iterable[tuple[str, Sequence[int]]],
         order: int = 5,
+        policy: Policy | None = None,
     ) -> None:
         """
         Args:
             prompt: a question's prompt ids, without the visual tokens.
             answers: ``(question, ids)`` of a training set.
+            policy: says when to stop; None: never before gamma.
         """
+        self._policy = policy or Policy()
         self._prompt = prompt
         self._table = NGramTable(order).fit((prompt(question), ids) for question, ids in answers)
         self._context: list[int] = []
@@ -133,7 +149,21 @@ class NGramHead:
 
     def propose(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Draft:
         said = [*self._context, *tokens]
-        return Draft((looked_up(said, gamma) or self._table.draft(said, gamma))[:gamma])
+        if found := looked_up(said, gamma):
+            return Draft(found, confidence=[_COPIED] * len(found))
+        # What follows a longer context is likelier; how much so is for the policy to learn.
+        drafted: list[int] = []
+        confidence: list[float] = []
+        joint = 1.0
+        while len(drafted) < gamma and (next_ := self._table.following(said)) is not None:
+            token, size = next_
+            said.append(token)
+            drafted.append(token)
+            confidence.append((size + 0.5) / (self._table.order + 1))
+            joint *= self._policy.chance(confidence[-1])
+            if not self._policy.go_on(joint, len(drafted)):
+                break
+        return Draft(drafted, confidence=confidence)
 
 
 def looked_up(ids: Sequence[int], length: int, order: int = 4) -> list[int]:

@@ -10,9 +10,10 @@ cut to the verifier's own rows before every cycle.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from xsd.adapters.base import Adapter
 from xsd.adapters.cache import AdapterCache
-from xsd.adapters.compiled import CompiledCache, ReadAlong, Vocabulary
+from xsd.adapters.compiled import CompiledCache, ReadAlong, Shape, Vocabulary
 from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
+from xsd.decoding.config import MAX_GAMMA
 from xsd.decoding.policy import Policy
 from xsd.pairs.base import Decoder, Media
 from xsd.pairs.cache import KVCache
@@ -273,7 +275,7 @@ class HeadDrafter:
         self.tables = tables
         self.options = options or HeadOptions()
         self.policy = policy or Policy()
-        self.max_length = max_new_tokens + 16 + 8 * self.options.tree_width
+        self.max_length = max_new_tokens + MAX_GAMMA * max(1, self.options.tree_width)
         row = head.row
         self._reads_verifier = "verifier" in row.streams
         self._reads_token = "token" in row.streams
@@ -314,20 +316,41 @@ class HeadDrafter:
         sequence = list(tokens)
         start = len(sequence) - states.shape[0]
         self._cache.length = start
-        if self._vocabulary is not None and isinstance(self._cache, CompiledCache):
-            states = states if self._reads_verifier else torch.zeros_like(states)
+        if self.vocabulary is not None and isinstance(self._cache, CompiledCache):
             if not self.reads_drafter:
-                return Draft(self._cache.draft(sequence[start:], states, gamma, self._vocabulary))
+                return self._compiled(self._cache, sequence[start:], states, gamma)
             reader = self._reader
-            if reader is not None and reader.is_compiled:
+            if reader is not None and reader.is_compiled and not self.options.tree_width:
+                states = states if self._reads_verifier else torch.zeros_like(states)
+                depth = self.policy.blind_depth(gamma)
                 found = reader.draft_coupled(
-                    self._cache, sequence, start, states, gamma, self._vocabulary, shift=1
+                    self._cache, sequence, start, states, depth, self.vocabulary, shift=1
                 )
                 return Draft(found)
         out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
-        if self.options.tree_width and self.policy.branches():
+        if self.options.tree_width:
             return self._grow_tree(len(sequence), out, gamma)
         return self._extend_chain(sequence, out, gamma)
+
+    def shape(self, gamma: int) -> Shape:
+        """How large a draft of so many levels may be."""
+        options, asks = self.options, self.policy.asks_confidence
+        if options.tree_width:
+            return Shape(gamma, options.tree_width, options.tree_nodes)
+        return Shape(gamma, is_sure=not asks)
+
+    def _compiled(self, cache: CompiledCache, said: list[int], states: Tensor, gamma: int) -> Draft:
+        assert self.vocabulary is not None
+        shape = self.shape(gamma)
+        states = states if self._reads_verifier else torch.zeros_like(states)
+        found = cache.draft(said, states, self.vocabulary, shape, self.policy.rule)
+        return Draft(
+            found.tokens.tolist(),
+            found.parents.tolist() if shape.width > 1 else None,
+            None,
+            None if shape.is_sure else found.confidence.tolist(),
+            found.num_levels,
+        )
 
     def _extend_chain(self, sequence: list[int], out: Tensor, gamma: int) -> Draft:
         end = len(sequence)
@@ -378,8 +401,7 @@ class HeadDrafter:
             new = tree.branch(frontier, best.tolist(), ids.tolist(), policy)
             open_ = [i for i in new if tree.tokens[i] not in self.tables.eos_ids]
             rows = tree.best(open_, width)
-            size = min(len(tree.tokens), self.options.tree_nodes)
-            rows = [i for i in rows if policy.go_on(tree.joint[i], size)]
+            rows = list(takewhile(partial(tree.goes_on, policy), rows))
             if depth == gamma or not rows:
                 break
             states = out[:, [frontier.index(tree.parents[i]) for i in rows]]
@@ -391,7 +413,7 @@ class HeadDrafter:
             visible = tree.visible(rows, self._cache.length).to(states.device)
             out = self.head.step(inputs, self._cache, Siblings(base + depth - 1, visible))
             frontier = rows
-        return tree.draft(self.options.tree_nodes)
+        return tree.draft(self.options.tree_nodes, depth)
 
     def _step(
         self, sequence: list[int], start: int, stop: int, states: Float[Tensor, "1 m Dv"]
@@ -407,13 +429,31 @@ class HeadDrafter:
         return self.head.step(StepInputs(drafter, verifier, token), self._cache)
 
     @cached_property
-    def _vocabulary(self) -> Vocabulary | None:
-        """For chains whose every step is sure to be wanted, and taken as it comes."""
-        chooses = not self.options.tree_width and self.options.sampling is None
+    def vocabulary(self) -> Vocabulary | None:
+        """For drafts that are compiled; None: they cannot be, or are drawn."""
         knows = self._is_read or not self._reads_token
-        if not knows or not chooses or self.policy.asks_confidence:
+        if not knows or self.options.sampling is not None:
             return None
         return self.tables.vocabulary(self._tokens if self._is_read else None)
+
+    @property
+    def compiled(self) -> CompiledCache | None:
+        """The rows of the sample that has begun, where whole cycles can be compiled."""
+        can = self.vocabulary is not None and not self.reads_drafter
+        return self._cache if can and isinstance(self._cache, CompiledCache) else None
+
+    def timed_draft(self, gamma: int, num_new: int = 4) -> Callable[[], object]:
+        """A draft of all of ``gamma`` levels behind so many new tokens, to be timed; a sample must
+        have begun, and its next cycle does not see it."""
+        cache, vocabulary = self.compiled, self.vocabulary
+        assert cache is not None and vocabulary is not None
+        endless = replace(vocabulary, eos=vocabulary.eos[:0])
+        shape = replace(self.shape(gamma), is_sure=False)
+        states = torch.zeros(num_new, cache.head.width)
+        cache.length = 0
+        ids, shares = np.empty((2, shape.num_guesses), np.int64), np.empty((2, shape.num_guesses))
+        arrays = (*ids, *shares)
+        return cache.drafting([0] * num_new, states, endless, shape, Policy.rule, arrays)
 
     @property
     def _cache(self) -> AdapterCache | CompiledCache:
@@ -460,6 +500,11 @@ class _Tree:
     def best(self, nodes: list[int], size: int) -> list[int]:
         return sorted(nodes, key=lambda i: -self.joint[i])[:size]
 
+    def goes_on(self, policy: Policy, node: int) -> bool:
+        # What is likelier is verified first.
+        rank = sum(joint >= self.joint[node] for joint in self.joint)
+        return policy.go_on(self.joint[node], rank)
+
     def visible(self, rows: list[int], length: int) -> Bool[Tensor, "R end"]:
         """Cached rows that each of ``rows`` follows, appended to ``length`` others."""
         for slot, node in enumerate(rows, start=length):
@@ -472,7 +517,7 @@ class _Tree:
                 node = self.parents[node]
         return visible
 
-    def draft(self, size: int) -> Draft:
+    def draft(self, size: int, num_levels: int) -> Draft:
         """The likeliest ``size`` nodes; a node is no likelier than its parent, so they connect."""
         kept = self.best(list(range(len(self.tokens))), size)
         number = {-1: -1} | {node: i for i, node in enumerate(kept)}
@@ -481,4 +526,5 @@ class _Tree:
             [number[self.parents[node]] for node in kept],
             None,
             [self.confidence[node] for node in kept],
+            num_levels,
         )

@@ -7,19 +7,21 @@ Where tokens are drawn, the same holds for their distribution.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xsd.clock import Stopwatch
+from xsd.clock import Stopwatch, interleaved
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_TREE_NODES
+from xsd.decoding.decoded import Decoded
+from xsd.decoding.loop import CompiledLoop, begun_head
 from xsd.decoding.policy import Costs, Policy, row_sizes
+from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Scored
@@ -28,26 +30,6 @@ from xsd.pairs.device import to_device
 from xsd.types import Span
 
 NO_DRAFT = Draft([])
-
-
-@dataclass
-class Decoded:
-    """One answer with its clock readings (milliseconds) and draft counts."""
-
-    token_ids: list[int] = field(default_factory=list)
-    prefill_ms: float = 0.0
-    total_ms: float = 0.0
-    num_free: int = 0
-    """Drafts that were ready when the prefill ended."""
-    gap_drafted: int = 0
-    gap_accepted: int = 0
-    cycle_drafted: list[int] = field(default_factory=list)
-    cycle_accepted: list[int] = field(default_factory=list)
-    timeline: list[Span] = field(default_factory=list)
-
-    @property
-    def decode_ms(self) -> float:
-        return self.total_ms - self.prefill_ms
 
 
 class Engine:
@@ -84,6 +66,10 @@ class Engine:
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
         verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
+        self._loop: CompiledLoop | None = None
+        """Cycles in compiled calls; None: they are made here, operation by operation."""
+        if sampling is None and strict_rows is None:
+            self._loop = CompiledLoop.of(verifier, self._cache, max_new_tokens)
 
     @torch.inference_mode()
     def plain(self, media: Media, question: str) -> Decoded:
@@ -105,17 +91,14 @@ class Engine:
             gamma: longest draft of a cycle.
             policy: decides how much of it to make and verify; None: all.
         """
-        policy = policy or Policy()
-        # Without the gap and without a head there is nothing to start a drafter for.
-        if not gamma and not policy.wants_gap():
-            return self._decode(media, question, None, 0, policy)
-        return self._decode(media, question, speculator, gamma, policy)
+        return self._decode(media, question, speculator, gamma, policy or Policy())
 
     @torch.inference_mode()
     def measure(
-        self, media: Media, question: str, max_rows: int | None = None, repeats: int = 7
+        self, media: Media, question: str, max_rows: int | None = None, repeats: int = 15
     ) -> Costs:
-        """What the verifier's passes cost here and now: medians behind a real prompt.
+        """What the verifier's passes cost here, behind a real prompt: the least of some timings,
+        for whatever else a machine does only adds to them.
 
         From here on passes have as many rows as is best for their cost.
 
@@ -126,26 +109,68 @@ class Engine:
             max_rows = 24 if self._device.type == "cpu" else 1 + MAX_TREE_NODES
         self._cache.reset()
         self.verifier.set_row_sizes(())
-        prefill_ms = statistics.median(
-            self.plain(media, question).prefill_ms for _ in range(repeats)
-        )
-        length = self._cache.length
-        verify_ms: list[float] = []
+        plain = [self.plain(media, question) for _ in range(repeats)]
+        prefill_ms = min(decoded.prefill_ms for decoded in plain)
         max_rows = min(max_rows, self._strict_rows or max_rows)
-        for num_rows in range(1, max_rows + 1):
-            tokens = [0] * num_rows
-            times = []
-            for _ in range(repeats):
-                self._cache.length = length
-                watch = Stopwatch(self._device)
-                self._pass(tokens).choose()
-                times.append(watch.ms())
-            verify_ms.append(statistics.median(times))
+        length = self._cache.length
+        works = {str(rows): self.timed_pass(rows, length) for rows in range(1, max_rows + 1)}
+        times = interleaved(works, self._device, repeats, 1, settle=1)
+        verify_ms = [min(found) for found in times.values()]
         self.verifier.set_row_sizes(row_sizes(verify_ms))
         # More rows never cost less: what says so is noise, or such a pass gets more rows.
         for row in range(max_rows - 1, 0, -1):
             verify_ms[row - 1] = min(verify_ms[row - 1 : row + 1])
-        return Costs(tuple(verify_ms), prefill_ms)
+        num_steps = len(plain[0].token_ids) - 1
+        if self._loop is not None and num_steps:
+            # A call of its own is more than a cycle among many.
+            step_ms = min(decoded.decode_ms for decoded in plain) / num_steps
+            call_ms = max(0.0, verify_ms[0] - step_ms)
+            verify_ms = [ms - call_ms for ms in verify_ms]
+        costs = Costs(tuple(verify_ms), prefill_ms)
+        return replace(costs, cycle_ms=self._cycle_ms(media, question, costs, repeats))
+
+    def _cycle_ms(self, media: Media, question: str, costs: Costs, repeats: int) -> float:
+        """What the loop itself takes a cycle where it is made here and plain steps are not."""
+        if self._loop is None:
+            return 0.0
+        found = []
+        for _ in range(repeats):
+            policy = Eager(Costs((costs.step,), costs.prefill_ms))
+            decoded = self.speculate(media, question, Rote(), 1, policy)
+            if passes := len(decoded.cycle_drafted):
+                found.append(decoded.decode_ms / passes - costs.verify(2))
+        return max(0.0, min(found, default=0.0))
+
+    @torch.inference_mode()
+    def measure_drafting(
+        self, media: Media, question: str, speculator: Speculator, repeats: int = 15
+    ) -> tuple[float, float] | None:
+        """Milliseconds of a compiled draft's first level, and of each further one; None: it is
+        timed as it is used."""
+        if self._loop is None:
+            return None
+        self.speculate(media, question, speculator, 1)
+        head = begun_head(speculator)
+        if head is None:
+            return None
+        works = {str(gamma): head.timed_draft(gamma) for gamma in (1, 5)}
+        times = interleaved(works, self._device, repeats, 1, settle=1)
+        one, five = (min(found) for found in times.values())
+        return one, max(0.0, five - one) / 4
+
+    def timed_pass(self, num_rows: int, length: int) -> Callable[[], object]:
+        """A pass of so many rows behind ``length`` positions, from ids to choices, to be timed;
+        what lies there is old rows, as long to read as new ones."""
+        self._cache.length = length
+        if self._loop is not None:
+            return self._loop.timed_pass(num_rows)
+
+        @torch.inference_mode()
+        def work() -> object:
+            self._cache.length = length
+            return self._pass([0] * num_rows).choose()
+
+        return work
 
     def _decode(
         self,
@@ -165,7 +190,28 @@ class Engine:
         result.prefill_ms = watch.ms()
         if speculator is not None:
             states = self._check_gap(speculator, states, early, result, policy)
-        unseen = [states]
+        head = begun_head(speculator) if self._loop is not None and gamma else None
+        if self._loop is not None and (speculator is None or not gamma or head is not None):
+            done = self._loop.run(tokens, states, head, gamma, policy)
+            result.cycle_drafted, result.cycle_accepted = done.drafted, done.accepted
+        else:
+            self._cycles(speculator, states, gamma, policy, result)
+        result.total_ms = watch.ms()
+        result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
+        if speculator is not None:
+            result.timeline.extend(speculator.finish())
+        return result
+
+    def _cycles(
+        self,
+        speculator: Speculator | None,
+        states: Float[Tensor, "m Dv"],
+        gamma: int,
+        policy: Policy,
+        result: Decoded,
+    ) -> None:
+        """Decode to the end, cycle by cycle; ``states`` are those of all tokens said."""
+        tokens, unseen = result.token_ids, [states]
         while not self._finished(tokens):
             # The verifier's own token ends the answer: one draft less than there is room.
             depth = min(gamma, self.max_new_tokens - len(tokens) - 1)
@@ -173,7 +219,8 @@ class Engine:
             drafting_ms = 0.0
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
                 began = time.perf_counter()
-                asked = speculator.propose(tokens, torch.cat(unseen), depth)
+                seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
+                asked = speculator.propose(tokens, seen, depth)
                 drafting_ms = 1e3 * (time.perf_counter() - began)
                 draft, unseen = policy.select(self._useful(asked, tokens)), []
             began = time.perf_counter()
@@ -182,16 +229,15 @@ class Engine:
                 result.cycle_drafted.append(len(draft))
                 result.cycle_accepted.append(len(path))
             else:
-                states, path = self._step(tokens), []
+                # Where no draft is wanted for a while, nobody needs to be asked.
+                num_rests = policy.rest() if not drafting_ms else 0
+                states, path = self._steps(tokens, 1 + num_rests), []
+                policy.rested(len(states) - 1)
             if drafting_ms:
+                result.drafting_ms += drafting_ms
                 verifying_ms = 1e3 * (time.perf_counter() - began)
                 policy.learn(draft, path, drafting_ms, verifying_ms)
             unseen.append(states)
-        result.total_ms = watch.ms()
-        result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
-        if speculator is not None:
-            result.timeline.extend(speculator.finish())
-        return result
 
     def _prefill(
         self,
@@ -266,9 +312,7 @@ class Engine:
             result.gap_drafted = 1 + len(rest)
         result.gap_accepted += len(path)
         if drafts:
-            policy.learn_gap(
-                0 if is_checked else len(rest), len(path), result.prefill_ms, len(tokens)
-            )
+            policy.learn_gap(0 if is_checked else len(rest), len(path))
         return states
 
     def _judge_early(
@@ -316,17 +360,27 @@ class Engine:
         """Rows that fill a pass up to the strict shape; nobody looks at them."""
         return 0 if self._strict_rows is None else self._strict_rows - num_rows
 
-    def _step(self, tokens: list[int]) -> Float[Tensor, "1 Dv"]:
-        """One plain step."""
-        scored = self._pass(tokens[-1:])
-        tokens.append(self._next(scored))
-        return scored.states[:1]
+    def _steps(self, tokens: list[int], count: int) -> Float[Tensor, "n Dv"]:
+        """So many plain steps, or fewer where the answer ends."""
+        if self._loop is not None:
+            return self._loop.run(tokens, num_calls=count).states
+        found: list[Tensor] = []
+        while len(found) < count and not self._finished(tokens):
+            scored = self._pass(tokens[-1:])
+            tokens.append(self._next(scored))
+            found.append(scored.states[:1])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _verify(self, tokens: list[int], draft: Draft) -> tuple[Float[Tensor, "m Dv"], list[int]]:
         """Check a draft in one pass and say what holds, plus the verifier's own next token.
 
         Returns the states of the tokens added, and which drafted tokens were accepted.
         """
+        if self._loop is not None:
+            path, token, states = self._loop.verify(tokens[-1], draft)
+            said = self._said(draft, path, token)
+            tokens.extend(said)
+            return states[: len(said)], path
         if draft.parents is not None:
             spare = [-1] * self._spare(len(draft) + 1)
             self._cache.tree = tree_rows([*draft.parents, *spare], self._device)

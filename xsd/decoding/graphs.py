@@ -71,7 +71,7 @@ class CapturedChains:
         states: Float[Tensor, "m Dv"],
         start: int,
         gamma: int,
-    ) -> Int[Tensor, " gamma"]:
+    ) -> Float[Tensor, "2 gamma"]:
         """What follows, on the device; nothing waits for it. Rows from ``start`` on are replaced.
 
         Args:
@@ -79,7 +79,8 @@ class CapturedChains:
             start: answer position of the first of them.
 
         Returns:
-            The drafted ids; the next chain of this shape overwrites them.
+            The drafted ids, and how probable each is, in double precision, so that both can be
+            read at once; the next chain of this shape overwrites them.
         """
         num_rows = len(states)
         assert start + num_rows + gamma - 1 <= self._rows.length, "the head's cache is full"
@@ -99,18 +100,19 @@ class CapturedChains:
 
     def _chain(
         self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> Int[Tensor, " gamma"]:
+    ) -> Float[Tensor, "2 gamma"]:
         at = self._start + torch.arange(len(ids), device=self._device)
         out = self._step(ids, states[None], at)[:, -1:]
-        drafted = [self._likeliest(out)]
-        for _ in range(gamma - 1):
-            at = at[-1:] + 1
-            out = self._step(drafted[-1], out, at)
-            drafted.append(self._likeliest(out))
-        return torch.cat(drafted)
-
-    def _likeliest(self, out: Float[Tensor, "1 1 Dv"]) -> Int[Tensor, " 1"]:
-        return self._tables.score(out)[0].argmax(-1)
+        drafted: list[Tensor] = []
+        sure: list[Tensor] = []
+        for step in range(gamma):
+            if step:
+                at = at[-1:] + 1
+                out = self._step(drafted[-1], out, at)
+            logits = self._tables.score(out)[0]
+            drafted.append(logits.argmax(-1))
+            sure.append(torch.softmax(logits.float(), -1).amax(-1))
+        return torch.stack([torch.cat(drafted).double(), torch.cat(sure).double()])
 
     def _step(
         self, ids: Int[Tensor, " R"], states: Float[Tensor, "1 R Dv"], at: Int[Tensor, " R"]
@@ -125,8 +127,8 @@ class CapturedChains:
 
 
 class CapturedHead(HeadDrafter):
-    """``HeadDrafter`` whose chains are captured; for chains that are chosen, not drawn, all of
-    which are wanted."""
+    """``HeadDrafter`` whose chains are captured; for chains that are chosen, not drawn. They are
+    drafted in full, for a device is no sooner done with less, and verified as far as it pays."""
 
     def __init__(
         self,
@@ -137,7 +139,7 @@ class CapturedHead(HeadDrafter):
         policy: Policy | None = None,
     ) -> None:
         super().__init__(head, tables, max_new_tokens, options, policy)
-        assert fits_captures(head, self.options, self.policy)
+        assert fits_captures(head, self.options)
         self._captured = CapturedChains(head, tables, self.max_length)
 
     def begin(
@@ -147,8 +149,8 @@ class CapturedHead(HeadDrafter):
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         start = len(tokens) - len(states)
-        drafted: list[int] = self._captured.draft(tokens[start:], states, start, gamma).tolist()
-        return Draft(drafted)
+        ids, confidence = self._captured.draft(tokens[start:], states, start, gamma).tolist()
+        return Draft([int(token) for token in ids], confidence=confidence)
 
 
 def head_drafter(
@@ -160,7 +162,7 @@ def head_drafter(
 ) -> HeadDrafter:
     """Who drafts with a head: on a GPU by captured chains, where they are of that kind."""
     on_gpu = tables.embedding.device.type == "cuda"
-    fits = fits_captures(head, options or HeadOptions(), policy or Policy())
+    fits = fits_captures(head, options or HeadOptions())
     kind = CapturedHead if on_gpu and fits else HeadDrafter
     return kind(head, tables, max_new_tokens, options, policy)
 
@@ -170,10 +172,10 @@ def can_capture(head: Adapter) -> bool:
     return head.row.feedback and head.deployable and "drafter" not in head.row.streams
 
 
-def fits_captures(head: Adapter, options: HeadOptions, policy: Policy) -> bool:
+def fits_captures(head: Adapter, options: HeadOptions) -> bool:
     """Whether its chains are of the kind that ``CapturedHead`` drafts."""
     is_chain = options.tree_width == 0 and options.sampling is None
-    return can_capture(head) and is_chain and not policy.asks_confidence
+    return can_capture(head) and is_chain
 
 
 @dataclass(frozen=True)

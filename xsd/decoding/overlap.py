@@ -27,7 +27,13 @@ from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
 from xsd.decoding.ahead import NUM_WORDS, Board
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.draft import DrafterReader, Head, ReaderMemory, VerifierTables
+from xsd.decoding.draft import (
+    DrafterReader,
+    Head,
+    HeadDrafter,
+    ReaderMemory,
+    VerifierTables,
+)
 from xsd.decoding.speculator import LocalSpeculator, reads_visual
 from xsd.decoding.strategies import adapter_names, goes_on
 from xsd.errors import XsdError
@@ -234,11 +240,21 @@ class ProcessSpeculator:
             return Draft(self._board.drafts(gamma))
         if self._head is None:
             return Draft([])
-        if not self._head_began:
-            reader = self._take_over() if self._head.reads_drafter else None
-            self._head.begin(self._question, self._prefilled, reader)
-            self._head_began = True
+        self._begin_head(self._head)
         return self._head.propose(tokens, states, gamma)
+
+    def begun_head(self) -> HeadDrafter | None:
+        """The head, ready for the sample, where its whole cycles can be compiled."""
+        if not isinstance(self._head, HeadDrafter) or self._head.reads_drafter:
+            return None
+        self._begin_head(self._head)
+        return None if self._head.compiled is None else self._head
+
+    def _begin_head(self, head: Head) -> None:
+        if not self._head_began:
+            reader = self._take_over() if head.reads_drafter else None
+            head.begin(self._question, self._prefilled, reader)
+            self._head_began = True
 
     def finish(self) -> list[Span]:
         self._views["flags"][_STOP] = self._views["flags"][_FINISH] = 1

@@ -2,8 +2,10 @@
 
 A draft that holds saves the time of a token; drafting and verifying it cost time whether it holds
 or not. The costs are measured once (``Engine.measure``); the chances come from the drafter's own
-confidence, which is set right by what became of earlier drafts. A policy belongs to one strategy
-and learns on from sample to sample. None of this can change what is said.
+confidence, which is set right by what became of earlier drafts. What a cycle does follows from
+numbers (``kernels.rule``) that Python and compiled cycles share. Whether to draft in an answer at
+all follows from what answers took with drafts and without. A policy belongs to one strategy and
+learns on from sample to sample. None of this can change what is said.
 
 Whoever draws drafts at random must ask before each draw, never afterwards: dropping a token
 because of what it turned out to be would change the distribution of what is said.
@@ -11,22 +13,33 @@ because of what it turned out to be would change the distribution of what is sai
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
 
 from xsd.decoding.accept import Draft
+from xsd.decoding.decoded import Decoded
+from xsd.kernels import rule as rules
 
-_BINS = 10
-_PRIOR = 4.0
-"""So many drafts is the drafter's own word worth against what was seen."""
-_MEMORY = 0.1
-"""Weight of the newest value in a running mean."""
-_LONGEST_REST = 64
 _NOISE = 0.05
 """Share of a pass's time by which two measurements of it may differ."""
-_TURNS = 16
-"""So many chains and as many trees are drafted in turn at first; later, one draft in so many is a
-chain in any case."""
+_TRIALS = 3
+"""Answers in a way before it is judged."""
+_RECENT = 9
+"""Answers in a way that are remembered."""
+_SHORTEST_REST, _LONGEST_REST = 8, 128
+"""Answers between two trials of a way that has lost."""
+_LONG = 32
+"""Cycles of rest that make up for an answer, in which then nobody need draft."""
+
+Way = Literal["plain", "head", "all"]
+"""What of a strategy an answer makes use of: nothing, its head alone, all of it."""
+Rule = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""See ``kernels.rule``."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,8 @@ class Costs:
     """Of passes of 1, 2, ... rows behind a prompt; never falling."""
     prefill_ms: float
     """Plain decoding's, clock start to first token."""
+    cycle_ms: float = 0.0
+    """What a cycle takes beside drafting and its pass, where it is one of many calls."""
 
     def verify(self, num_rows: int) -> float:
         return self.verify_ms[min(num_rows, len(self.verify_ms)) - 1]
@@ -44,6 +59,9 @@ class Costs:
     @property
     def step(self) -> float:
         return self.verify_ms[0]
+
+    def plain_ms(self, num_tokens: int) -> float:
+        return self.prefill_ms + (num_tokens - 1) * self.step
 
 
 def row_sizes(verify_ms: Sequence[float]) -> tuple[int, ...]:
@@ -65,33 +83,49 @@ class Policy:
 
     asks_confidence = False
     """Whether drafts should say how probable they are."""
+    rule: Rule = (np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0))
+    """What compiled cycles go by."""
 
-    def wants_gap(self) -> bool:
-        """Whether the drafter should work during this prefill at all."""
-        return True
+    def way(self, ways: Sequence[Way]) -> Way:
+        """Which of the ways to answer the next one in; the last has all the strategy's parts."""
+        return ways[-1]
+
+    def learn_answer(self, way: Way, answer: Decoded) -> None:
+        """What an answer took in that way."""
 
     def gap_size(self, size: int) -> int:
         """How many of ``size`` drafts to verify after the prefill has confirmed one more."""
         return size
 
-    def learn_gap(self, verified: int, accepted: int, prefill_ms: float, early: int) -> None:
-        """What became of it; ``early`` tokens stood before decode began."""
+    def learn_gap(self, verified: int, accepted: int) -> None:
+        """How many of the gap's drafts were verified, and held."""
+
+    def learn_drafting(self, first_ms: float, level_ms: float) -> None:
+        """What drafting costs: a cycle's first level, and each further one."""
 
     def depth(self, limit: int) -> int:
         """Drafts to ask for in this cycle, 0 for none."""
         return limit
 
-    def branches(self) -> bool:
-        """Whether the head should grow a tree in this cycle; asked of those that can."""
-        return True
+    def rest(self) -> int:
+        """How many cycles after one without drafts go without them too."""
+        return 0
+
+    def rested(self, num_cycles: int) -> None:
+        """So many of those went by."""
 
     def chance(self, confidence: float) -> float:
         """That a draft holds whose drafter is so sure of it."""
         return confidence
 
-    def go_on(self, joint: float, num_drafted: int) -> bool:
-        """Whether to draft behind a token that holds, with all before it, with chance ``joint``."""
+    def go_on(self, joint: float, size: int) -> bool:
+        """Whether to draft behind a token that holds, with all before it, with chance ``joint``;
+        so many drafts are as likely or likelier."""
         return True
+
+    def blind_depth(self, limit: int) -> int:
+        """How many of ``limit`` drafts to make where nothing is said of their chances."""
+        return limit
 
     def select(self, draft: Draft) -> Draft:
         """What of it to verify."""
@@ -108,27 +142,61 @@ class Adaptive(Policy):
 
     asks_confidence = True
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
-        self._tried = [0.0] * (_BINS + 1)
-        self._held = [0.0] * (_BINS + 1)
-        self._mean = 0.7
-        self._draft_ms = {False: 0.2 * costs.step, True: 0.2 * costs.step}
-        """Of a level, of a chain or (true) of a tree."""
-        self._grows_tree = False
-        self._num_choices = 0
-        self._branching = _Rest()
-        self._token_ms = costs.step
+    def __init__(self, costs: Costs, *, is_timed: bool = False) -> None:
+        """``is_timed``: drafting slows what these costs know nothing of, such as a prefill that a
+        drafter runs beside: judge it by what whole answers take."""
+        self.costs, self._is_timed = costs, is_timed
+        pace = np.zeros(7)
+        pace[rules.TOKEN_MS], pace[rules.MEAN] = costs.step, 0.7
+        pace[[rules.FIRST_MS, rules.LEVEL_MS]] = 0.2 * costs.step
+        pace[rules.LENGTH] = rules.SHORTEST_REST
+        seen = np.zeros((2, rules.NUM_BUCKETS))
+        self.rule = (seen[0].copy(), seen[1].copy(), np.array(costs.verify_ms, float), pace)
         self._load = 1.0
         """How much slower the machine is now than when the costs were measured; the times above
         are those of then, so that they can be compared."""
-        self._cycles, self._gaps = _Rest(), _Rest()
+        self._ways: dict[Way, _Tried] = {}
         self._gap_tried: list[float] = []
         self._gap_held: list[float] = []
         """Of the gap's drafts by position: verified, and held with all before (of late)."""
 
-    def wants_gap(self) -> bool:
-        return self._gaps.over()
+    def way(self, ways: Sequence[Way]) -> Way:
+        if ways[0] == "plain" and self.rule[3][rules.LEFT] >= _LONG:
+            return "plain"
+        if not self._is_timed:
+            return ways[-1]
+        for way in ways:
+            self._ways.setdefault(way, _Tried())
+        tried = {way: self._ways[way] for way in ways}
+        # In turn at first, the whole strategy before its parts.
+        found = min(reversed(ways), key=lambda way: min(_TRIALS, len(tried[way].times)))
+        if len(tried[found].times) < _TRIALS:
+            return found
+        best = min(ways, key=lambda way: tried[way].middle)
+        tried[best].is_best()
+        return next((way for way in ways if way != best and tried[way].is_due()), best)
+
+    def learn_answer(self, way: Way, answer: Decoded) -> None:
+        num_tokens, drafted = len(answer.token_ids), answer.cycle_drafted
+        if way == "plain":
+            self.rested(num_tokens - 1)
+        if not self._is_timed or num_tokens < 2:
+            return
+        # Whatever slows the machine at the moment slows the passes too, whose costs are known.
+        costs, pace, num_gap = self.costs, self.rule[3], max(0, answer.gap_drafted - 1)
+        expected_ms = sum(costs.verify(size + 1) for size in drafted)
+        if answer.drafting_ms:
+            expected_ms += len(drafted) * costs.cycle_ms
+        else:
+            levels = sum(size - 1 for size in drafted)
+            expected_ms += len(drafted) * pace[rules.FIRST_MS] + levels * pace[rules.LEVEL_MS]
+        expected_ms += costs.verify(num_gap + 1) if num_gap else 0.0
+        num_early = 1 + (answer.gap_accepted if num_gap else 0)
+        num_steps = num_tokens - num_early - len(drafted) - sum(answer.cycle_accepted)
+        expected_ms += max(0, num_steps) * costs.step
+        load = (answer.decode_ms - answer.drafting_ms) / expected_ms if expected_ms else 1.0
+        tried = self._ways.setdefault(way, _Tried())
+        tried.times.append(answer.total_ms / (load * costs.plain_ms(num_tokens)))
 
     def gap_size(self, size: int) -> int:
         # Positions that were never tried are thought as good as the last that was.
@@ -137,117 +205,98 @@ class Adaptive(Policy):
         chances += (chances[-1:] or [0.5]) * (size - len(chances))
         return self._best_size(chances[:size])
 
-    def learn_gap(self, verified: int, accepted: int, prefill_ms: float, early: int) -> None:
+    def learn_gap(self, verified: int, accepted: int) -> None:
         self._gap_tried += [0.0] * (verified - len(self._gap_tried))
         self._gap_held += [0.0] * (verified - len(self._gap_held))
         for k in range(verified):
             self._gap_tried[k] = 0.9 * self._gap_tried[k] + 1.0
             self._gap_held[k] = 0.9 * self._gap_held[k] + (k < accepted)
-        spent = max(0.0, prefill_ms / self._load - self.costs.prefill_ms)
-        spent += self.costs.verify(verified + 1) if verified else 0.0
-        self._gaps.learn((early - 1) * self.costs.step - spent)
+
+    def learn_drafting(self, first_ms: float, level_ms: float) -> None:
+        pace = self.rule[3]
+        pace[rules.FIRST_MS], pace[rules.LEVEL_MS] = first_ms, level_ms
 
     def depth(self, limit: int) -> int:
-        return limit if self._cycles.over() else 0
+        return limit if rules.may_draft(self.rule) else 0
 
-    def branches(self) -> bool:
-        # What a level of either costs must be known, and must not grow old.
-        self._num_choices += 1
-        in_turn, is_chain = self._num_choices <= 2 * _TURNS, self._num_choices % _TURNS == 0
-        if in_turn:
-            self._grows_tree = self._num_choices % 2 == 0
-        else:
-            self._grows_tree = not is_chain and self._branching.over()
-        return self._grows_tree
+    def rest(self) -> int:
+        # The cycle that begins when none is left may draft again.
+        return max(0, int(self.rule[3][rules.LEFT]) - 1)
+
+    def rested(self, num_cycles: int) -> None:
+        pace = self.rule[3]
+        pace[rules.LEFT] = max(0.0, pace[rules.LEFT] - num_cycles)
 
     def chance(self, confidence: float) -> float:
-        bin_ = int(confidence * _BINS)
-        return (self._held[bin_] + _PRIOR * confidence) / (self._tried[bin_] + _PRIOR)
+        return float(rules.chance(self.rule, confidence))
 
-    def go_on(self, joint: float, num_drafted: int) -> bool:
-        costs = self.costs
-        row_ms = costs.verify(num_drafted + 2) - costs.verify(num_drafted + 1)
-        return joint * self._mean * self._token_ms > self._draft_ms[self._grows_tree] + row_ms
+    def go_on(self, joint: float, size: int) -> bool:
+        return bool(rules.goes_on(self.rule, joint, size))
+
+    def blind_depth(self, limit: int) -> int:
+        mean = float(self.rule[3][rules.MEAN])
+        depth = 1
+        while depth < limit and self.go_on(mean**depth, depth):
+            depth += 1
+        return depth
 
     def select(self, draft: Draft) -> Draft:
-        if draft.confidence is None or draft.q is not None:
+        if draft.q is not None:
             return draft
-        return draft.cut(self._best_size(joint_chances(draft, self)))
+        return draft.cut(self._best_size(joint_chances(self._told(draft), self)))
 
     def learn(
         self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
     ) -> None:
         expected_ms = self._load * self.costs.verify(len(draft) + 1)
         self._load *= 1.05 if verifying_ms > expected_ms else 0.95
-        if not draft.tokens:
-            self._cycles.learn(-self._draft_ms[self._grows_tree])
-            return
-        for node, parent in enumerate(draft.parents or range(-1, len(draft) - 1)):
-            if draft.confidence is None or not (parent == -1 or parent in path):
-                continue
-            bin_ = int(draft.confidence[node] * _BINS)
-            self._tried[bin_] += 1.0
-            self._held[bin_] += node in path
-        depth = _depth(draft)
         # Follows the median: a machine that was busy for a moment is no slower for that.
-        drafting_ms /= depth * self._load
-        level_ms = self._draft_ms[self._grows_tree]
-        self._draft_ms[self._grows_tree] = level_ms * (1.05 if drafting_ms > level_ms else 0.95)
-        num_asked = len(path) + (len(path) < depth)
-        self._mean += _MEMORY * (len(path) / num_asked - self._mean)
-        spent = depth * self._draft_ms[self._grows_tree] + self.costs.verify(len(draft) + 1)
-        said = len(path) + 1
-        self._cycles.learn(said * self.costs.step - spent)
-        token_ms = self._token_ms + _MEMORY * (spent / said - self._token_ms)
-        self._token_ms = min(self.costs.step, token_ms)
-        if self._grows_tree and draft.confidence is not None:
-            self._branching.learn(self._gain_of_branching(draft, depth))
+        pace = self.rule[3]
+        num_levels = max(1, draft.depth)
+        is_slower = drafting_ms / (num_levels * self._load) > pace[rules.LEVEL_MS]
+        pace[rules.LEVEL_MS] *= 1.05 if is_slower else 0.95
+        pace[rules.FIRST_MS] = pace[rules.LEVEL_MS] + self.costs.cycle_ms
+        parents = draft.parents or range(-1, len(draft) - 1)
+        rules.learn(
+            self.rule,
+            np.array(parents, np.int64),
+            np.array(self._told(draft).confidence, float),
+            np.array(path, np.int64),
+            num_levels,
+        )
 
-    def _gain_of_branching(self, draft: Draft, depth: int) -> float:
-        """Milliseconds that a tree is worth more than its trunk, the chain of likeliest tokens."""
-        joint = joint_chances(draft, self)
-        trunk: list[float] = []
-        node = -1
-        while after := list(draft.children(node)):
-            node = max(after, key=lambda i: joint[i])
-            trunk.append(joint[node])
-        rows_ms = self.costs.verify(len(draft) + 1) - self.costs.verify(len(trunk) + 1)
-        levels_ms = depth * (self._draft_ms[True] - self._draft_ms[False])
-        return (sum(joint) - sum(trunk)) * self._token_ms - rows_ms - levels_ms
+    def _told(self, draft: Draft) -> Draft:
+        """A draft whose drafter says nothing of its chances is as good as its others were."""
+        if draft.confidence is not None:
+            return draft
+        return replace(draft, confidence=[float(self.rule[3][rules.MEAN])] * len(draft))
 
     def _best_size(self, chances: Sequence[float]) -> int:
-        """The number of drafts, likeliest first, whose tokens are worth the most more than their
-        rows cost."""
-        best, best_gain, worth = 0, 0.0, 0.0
-        step = self.costs.step
-        for size, chance in enumerate(chances, start=1):
-            worth += chance * self._token_ms
-            gain = worth - (self.costs.verify(size + 1) - step)
-            if gain > best_gain:
-                best, best_gain = size, gain
-        return best
+        return int(rules.best_size(self.rule, np.array(chances, float)))
 
 
-class _Rest:
-    """Leaves off what has not paid of late, and tries it again after ever longer rests."""
+class _Tried:
+    """A way to answer: what it took of late, over what plain decoding is expected to take."""
 
     def __init__(self) -> None:
-        self._gain = 0.0
-        self._left = 0
-        self._length = 2
+        self.times: deque[float] = deque(maxlen=_RECENT)
+        self._left = self._length = _SHORTEST_REST
 
-    def over(self) -> bool:
-        self._left -= self._left > 0
-        return self._left == 0
+    @property
+    def middle(self) -> float:
+        """The median: a machine that was busy for a moment is no slower for that."""
+        return statistics.median(self.times)
 
-    def learn(self, gain_ms: float) -> None:
-        self._gain += 2 * _MEMORY * (gain_ms - self._gain)
-        if self._gain < 0:
-            self._left = self._length
-            self._length = min(_LONGEST_REST, 2 * self._length)
-            self._gain = min(0.0, gain_ms) / 2
-        elif gain_ms > 0:
-            self._length = 2
+    def is_best(self) -> None:
+        self._left = self._length = _SHORTEST_REST
+
+    def is_due(self) -> bool:
+        """Whether to try it again, after ever longer rests."""
+        self._left -= 1
+        if self._left:
+            return False
+        self._left = self._length = min(_LONGEST_REST, 2 * self._length)
+        return True
 
 
 def joint_chances(draft: Draft, policy: Policy) -> list[float]:
@@ -259,12 +308,3 @@ def joint_chances(draft: Draft, policy: Policy) -> list[float]:
         before = 1.0 if parent == -1 else joint[parent]
         joint.append(before * policy.chance(confidence))
     return joint
-
-
-def _depth(draft: Draft) -> int:
-    if draft.parents is None:
-        return len(draft)
-    depths: list[int] = []
-    for parent in draft.parents:
-        depths.append(1 if parent == -1 else depths[parent] + 1)
-    return max(depths)

@@ -21,6 +21,7 @@ from xsd.decoding.ahead import CoupledDrafter
 from xsd.decoding.draft import (
     DrafterReader,
     Head,
+    HeadDrafter,
     ReaderMemory,
     VerifierTables,
     adapt_free,
@@ -172,9 +173,7 @@ class LocalSpeculator:
             return self._go_on(tokens, gamma)
         if self.head is None:
             return Draft([])
-        if not self._head_began:
-            self.head.begin(self._question, self._prefilled, self.reader)
-            self._head_began = True
+        self._begin_head(self.head)
         return self.head.propose(tokens, states, gamma)
 
     @torch.inference_mode()
@@ -185,6 +184,18 @@ class LocalSpeculator:
         if len(self.coupled.tokens) < end and not self.coupled.is_done:
             self.coupled.extend(end - len(self.coupled.tokens))
         return Draft(self.coupled.tokens[len(tokens) : end])
+
+    def begun_head(self) -> HeadDrafter | None:
+        """The head, ready for the sample, where its whole cycles can be compiled."""
+        if not isinstance(self.head, HeadDrafter) or self.head.reads_drafter:
+            return None
+        self._begin_head(self.head)
+        return None if self.head.compiled is None else self.head
+
+    def _begin_head(self, head: Head) -> None:
+        if not self._head_began:
+            head.begin(self._question, self._prefilled, self.reader)
+            self._head_began = True
 
     def finish(self) -> list[Span]:
         return self._spans

@@ -25,13 +25,15 @@ _MODULES = {
     "choose": "argmax",
     "coupled_chain": "drafter",
     "decoder_pass": "decoder",
-    "draft_chain": "head",
+    "draft": "drafting",
     "encode_images": "encoder",
     "enter_rows": "drafter",
     "head_pass": "head",
     "normalise_image": "images",
     "pack": "products",
     "read_pass": "decoder",
+    "speak": "answer",
+    "verify": "answer",
 }
 
 

@@ -151,7 +151,7 @@ def coupled_chain(
         shift: 1: a row predicts what follows its position's token; 0: that token.
         states: [m, D]: the verifier's from position ``first`` on; not read by adapters of the
             drafter alone.
-        table, at_positions, eos, lm_head, num_ids: as for ``draft_chain``.
+        table, at_positions, eos, lm_head, num_ids: as in ``draft``'s vocabulary.
         entry: as for ``enter_rows``.
         weights: of ``head_pass``, entrance to bias of the projection. The rest as for it.
 
