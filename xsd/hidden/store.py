@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,7 +31,6 @@ from xsd.hidden.index import (
 )
 from xsd.types import ClipVisual, HiddenSample, Split
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _UNPACKED_BYTES = 4 << 30
 """Chunks of the published format are unpacked into memory; so much is kept of them."""
 
