@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,18 +81,24 @@ def perform(config: Config, processes: Processes | None = None) -> Product:
 
 def _measured(half: Half, totals: Sequence[Totals]) -> dict[str, float]:
     """Of what this run did itself: of an interrupted extraction that is the rest."""
+    from xsd.commands.extract_half import Totals
+
     num_answers = sum(done.num_answers for done in totals)
     if not num_answers:
         return {}
-    seconds: Counter[str] = sum((done.seconds for done in totals), Counter())
+    together = Totals()
+    for done in totals:
+        together.add_seconds(done.seconds)
     slowest = max(done.seconds["all"] for done in totals)
     found = {
         f"measured.{half}.pairs_per_second": num_answers / slowest,
         f"{half}.num_processes": len(totals),
         f"{half}.num_halvings": sum(done.num_halvings for done in totals),
     }
-    names = {name: name.replace(" ", "_") for name in seconds}
-    return found | {f"measured.{half}.{names[name]}_s": seconds[name] for name in sorted(names)}
+    return found | {
+        f"measured.{half}.{name.replace(' ', '_')}_s": seconds
+        for name, seconds in together.seconds.items()
+    }
 
 
 def _twin(config: Config, inputs: Mapping[str, Product]) -> Product | None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,10 @@ from xsd.hidden.store import HiddenStore
 from xsd.hidden.writer import HiddenWriter
 from xsd.pairs.base import ModelPair
 from xsd.scenes.dsec import load_index
+
+_ToDo = tuple[tuple[int, ...], tuple[Failure, ...]]
+"""Batches that are missing, and what has failed so far."""
+_UNKNOWN: _ToDo = ((), ())
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,17 @@ class Totals:
 
     num_answers: int = 0
     num_halvings: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     """By part of the work; "all" is the wall clock."""
 
     def add(self, extracted: Extracted) -> None:
         self.num_answers += len(extracted.samples)
         self.num_halvings += extracted.num_halvings
-        self.seconds.update(extracted.seconds)
+        self.add_seconds(extracted.seconds)
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        for name, number in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + number
 
 
 def extract_half(
@@ -97,14 +104,13 @@ def extract_half(
 
     if not processes.is_main:
         parts = Parts(task.folder, top)
-        missing, failures = processes.tell(((), ()))
-        return processes.gather(answer(missing, failures, parts.write))
+        return processes.gather(answer(*processes.tell(_UNKNOWN), parts.write))
     with HiddenWriter.open(task.folder, top, batches) as writer:
-        missing, failures = processes.tell((writer.missing, writer.failures))
-        found = processes.gather(answer(missing, failures, writer.add))
+        to_do = processes.tell((writer.missing, writer.failures))
+        found = processes.gather(answer(*to_do, writer.add))
         writer.finish()
         _refuse_too_many(writer.index.failures, total, config.max_failures)
-        found[0].seconds.update(writer.times.seconds)
+        found[0].add_seconds(writer.times.seconds)
         return found
 
 

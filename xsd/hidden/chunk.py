@@ -88,10 +88,9 @@ class Chunk:
     def cat(cls, chunks: Sequence[Chunk]) -> Chunk:
         """One behind the other, as they are stored; all of one precision."""
         held = [chunk.tensors() for chunk in chunks]
-        offsets = {f"{side}_offsets" for side in ("drafter", "verifier")}
-        joined = {
-            name: torch.cat([tensors[name] for tensors in held]) for name in held[0].keys() - offsets
-        }
+        offsets = {"drafter_offsets", "verifier_offsets"}
+        names = held[0].keys() - offsets
+        joined = {name: torch.cat([tensors[name] for tensors in held]) for name in names}
         for name in offsets:
             lengths = torch.cat([tensors[name].diff() for tensors in held])
             joined[name] = _offsets(lengths.tolist())
@@ -155,7 +154,7 @@ class Chunk:
 
 def _decoded(
     states: Tensor, scale: Tensor | None, start: int, end: int
-) -> Float[Tensor, "rows *width"]:
+) -> Float[Tensor, "rows *size D"]:
     return decode(states[start:end], None if scale is None else scale[start:end])
 
 

@@ -17,9 +17,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 )
 """What a position's states are stored in."""
-VISUAL_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {**DTYPES, "fp8": torch.bfloat16}
-)
+VISUAL_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({**DTYPES, "fp8": torch.bfloat16})
 """What a clip's visual states are stored in: they are few, so they are never rounded to fp8."""
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 

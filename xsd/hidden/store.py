@@ -133,6 +133,11 @@ class HiddenStore:
         return sum(path.stat().st_size for path in self._files)
 
     @property
+    def num_visual_bytes(self) -> int:
+        """Of the visual states, which the questions of a clip share."""
+        return sum(entry.num_bytes for entry in self._index.visual)
+
+    @property
     def digest(self) -> str:
         """Equal for equal content, whatever interrupted its making."""
         chunks = [

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -30,7 +29,6 @@ from xsd.hidden.index import (
     INDEX,
     VISUAL,
     ChunkEntry,
-    Failure,
     Header,
     Index,
     SampleEntry,
@@ -127,12 +125,8 @@ class HiddenWriter:
     def _commit_full(self) -> None:
         """Chunks come in the order of the plan, so the index depends on nothing else."""
         while not self.index.complete:
-            first = self.index.num_batches
-            chunk = self._plan[first].chunk
-            numbers = [
-                first + offset
-                for offset, _ in enumerate(takewhile(lambda b: b.chunk == chunk, self._plan[first:]))
-            ]
+            chunk = self._plan[self.index.num_batches].chunk
+            numbers = [n for n, batch in enumerate(self._plan) if batch.chunk == chunk]
             if not all(self.parts.path(number).is_file() for number in numbers):
                 return
             self._commit(chunk, numbers)

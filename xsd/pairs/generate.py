@@ -74,9 +74,8 @@ def _by_answer(said: Sequence[tuple[list[int], Tensor, Tensor]], num_answers: in
     whose = torch.tensor([answer for active, _, _ in said for answer in active])
     order = whose.argsort(stable=True)
     lengths = whose.bincount(minlength=num_answers).tolist()
-    ids, hidden = (
-        torch.cat([step[part] for step in said])[order].split(lengths) for part in (1, 2)
-    )
+    ids = torch.cat([tokens for _, tokens, _ in said])[order].split(lengths)
+    hidden = torch.cat([states for _, _, states in said])[order].split(lengths)
     return [Answer(*pair) for pair in zip(ids, hidden, strict=True)]
 
 
