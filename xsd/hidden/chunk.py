@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +66,16 @@ class Chunk:
     def of(cls, samples: Sequence[HiddenSample], dtype: str) -> Chunk:
         """At least one answer, in order; states rounded to ``dtype`` (``precision.DTYPES``)."""
         layers = [s.verifier_layers for s in samples if s.verifier_layers is not None]
-        drafter, drafter_scale = encode(torch.cat([s.drafter_hidden for s in samples]), dtype)
-        verifier, verifier_scale = encode(torch.cat([s.verifier_hidden for s in samples]), dtype)
-        kept, layers_scale = None, None
-        if len(layers) == len(samples):
-            kept, layers_scale = encode(torch.cat(layers), dtype)
-        return cls(
-            drafter,
-            verifier,
+        exact = cls(
+            torch.cat([s.drafter_hidden for s in samples]),
+            torch.cat([s.verifier_hidden for s in samples]),
             torch.cat([s.drafter_ids for s in samples]).int(),
             torch.cat([s.verifier_ids for s in samples]).int(),
             _offsets([len(s.drafter_ids) for s in samples]),
             _offsets([len(s.verifier_ids) for s in samples]),
-            kept,
-            drafter_scale,
-            verifier_scale,
-            layers_scale,
+            torch.cat(layers) if len(layers) == len(samples) else None,
         )
+        return exact.recoded(dtype)
 
     @classmethod
     def cat(cls, chunks: Sequence[Chunk]) -> Chunk:
@@ -96,10 +89,22 @@ class Chunk:
             joined[name] = _offsets(lengths.tolist())
         return cls(**joined)
 
-    @property
-    def num_pair_bytes(self) -> int:
-        """Of states, factors and ids of both sides."""
-        return sum(x.nbytes for name, x in self.tensors().items() if not name.endswith("offsets"))
+    def recoded(self, dtype: str) -> Chunk:
+        """The same answers, states rounded to another precision."""
+        drafter, drafter_scale = encode(decode(self.drafter_hidden, self.drafter_scale), dtype)
+        verifier, verifier_scale = encode(decode(self.verifier_hidden, self.verifier_scale), dtype)
+        layers, layers_scale = self.verifier_layers, self.layers_scale
+        if layers is not None:
+            layers, layers_scale = encode(decode(layers, layers_scale), dtype)
+        return replace(
+            self,
+            drafter_hidden=drafter,
+            verifier_hidden=verifier,
+            verifier_layers=layers,
+            drafter_scale=drafter_scale,
+            verifier_scale=verifier_scale,
+            layers_scale=layers_scale,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         held = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -149,7 +154,8 @@ class Chunk:
         real = torch.arange(shape[1]) < lengths[:, None]
         offsets = _offsets(lengths.tolist())
         ids = torch.full((int(offsets[-1]),), UNKNOWN_ID, dtype=torch.int32)
-        return cls(drafter[real], verifier[real], ids, ids, offsets, offsets)
+        # Files hold no tensor twice.
+        return cls(drafter[real], verifier[real], ids, ids.clone(), offsets, offsets.clone())
 
 
 def _decoded(

@@ -18,6 +18,7 @@ from xsd.files import inside, sha256_file, sha256_json
 from xsd.hidden.chunk import Chunk, read_chunk
 from xsd.hidden.index import (
     CHUNKS,
+    HAS_IDS,
     INDEX,
     SEED_QUESTIONS,
     VISUAL,
@@ -122,7 +123,7 @@ class HiddenStore:
 
     @property
     def has_ids(self) -> bool:
-        return self.header.chunk_format != "pt"
+        return self.header.chunk_format != "pt" and self.header.config.get(HAS_IDS, True)
 
     @property
     def has_visual(self) -> bool:
