@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xsd.cli import COMMANDS, seed_flags
+from xsd.cli import COMMANDS, spelled
 from xsd.config import parse
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ COMMANDS_SHOWN = [line for line in LINES if line and not line.startswith("#")]
 
 
 def _parses(command: str, words: list[str]) -> None:
-    words, _ = seed_flags.translate(command, words)
+    words, _ = spelled(command, words)
     parse(importlib.import_module(COMMANDS[command]).Config, words, prog=f"xsd {command}")
 
 

@@ -14,20 +14,28 @@ from xsd.errors import XsdError
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; on success fsync it and rename it into place.
 
-    An error inside the block leaves ``path`` as it was and removes the temporary file.
+    An error inside the block leaves ``path`` as it was and removes the temporary file. Without
+    ``durable`` nobody waits for the disk: that survives the death of the process, not of the
+    machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        if durable:
+            sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -69,8 +69,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         batches = plan_batches(scenes, half, settings, 2)
         top = header(pair, batches, half, settings, "data")
         with HiddenWriter.open(root / "data" / folder_name(half, "fp32"), top, batches) as writer:
-            for extracted in extract(pair, batches, settings):
-                writer.add(extracted)
+            for number, extracted in enumerate(extract(pair, batches, settings)):
+                writer.add(number, extracted)
     verifier = Path(str(config.verifier))
     head = root / "head/lm_head.safetensors"
     lm_head.save(lm_head.read_tensors(verifier), head, pair.provenance["verifier"])

@@ -33,7 +33,7 @@ def assert_same(one: HiddenSample, other: HiddenSample) -> None:
 
 def test_ragged_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "chunks" / "chunk_000000.safetensors"
-    write_chunk(Chunk.of(SAMPLES, torch.float32), path)
+    write_chunk(Chunk.of(SAMPLES, "fp32"), path)
     chunk = read_chunk(path)
     assert len(chunk) == 3
     for row, expected in enumerate(SAMPLES):
@@ -41,14 +41,14 @@ def test_ragged_round_trip(tmp_path: Path) -> None:
 
 
 def test_bf16_rounds_states_only() -> None:
-    chunk = Chunk.of(SAMPLES, torch.bfloat16)
+    chunk = Chunk.of(SAMPLES, "bf16")
     assert chunk.verifier_hidden.dtype == torch.bfloat16
     assert torch.equal(chunk.sample(1, "").verifier_ids, SAMPLES[1].verifier_ids.int())
 
 
 def test_padded_round_trip_cuts_pairs_to_the_shorter(tmp_path: Path) -> None:
     path = tmp_path / "chunk_000000.pt"
-    write_chunk(Chunk.of(SAMPLES, torch.float32), path)
+    write_chunk(Chunk.of(SAMPLES, "fp32"), path)
     content = torch.load(path, weights_only=True)
     assert {k: (tuple(v.shape), v.dtype) for k, v in content.items()} == {
         "egpt_hidden": ((3, 3, 3), torch.float32),
@@ -68,7 +68,7 @@ def test_the_same_answers_make_the_same_bytes(tmp_path: Path) -> None:
     for suffix in ("safetensors", "pt"):
         paths = [tmp_path / folder / f"chunk.{suffix}" for folder in "ab"]
         for path in paths:
-            write_chunk(Chunk.of(SAMPLES, torch.float32), path)
+            write_chunk(Chunk.of(SAMPLES, "fp32"), path)
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -122,7 +122,7 @@ def test_no_pickled_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_malformed_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "chunk.safetensors"
-    tensors = Chunk.of(SAMPLES, torch.float32).tensors()
+    tensors = Chunk.of(SAMPLES, "fp32").tensors()
     path.write_bytes(b"")
     with pytest.raises(XsdError, match="not a chunk"):
         read_chunk(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 from tests.hidden.test_store import CONFIG, run
 from xsd.errors import XsdError
-from xsd.hidden import writer as writer_module
+from xsd.hidden import answer as answer_module
 from xsd.hidden.config import ExtractConfig
 from xsd.hidden.extract import clips_together, extract, header
 from xsd.hidden.media import read_media
@@ -20,17 +19,9 @@ from xsd.hidden.plan import plan_batches
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.visual import pool_visual
 from xsd.hidden.writer import HiddenWriter
-from xsd.pairs.base import ModelPair
-from xsd.pairs.generate import generate, prefill, teacher_force
+from xsd.pairs.base import Decoder, ModelPair
+from xsd.pairs.generate import Answer, generate, prefill, teacher_force
 from xsd.types import Scene
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 @pytest.mark.parametrize("conditioning", ["teacher_forced", "free_running"])
@@ -73,8 +64,8 @@ def test_the_verifiers_side_may_come_from_the_other_conditioning(
     batches = plan_batches(scenes, "train", config, 2)
     top = header(pair, batches, "train", config, "data")
     with HiddenWriter.open(tmp_path / "lent", top, batches) as writer:
-        for extracted in extract(pair, batches, config, said):
-            writer.add(extracted)
+        for number, extracted in enumerate(extract(pair, batches, config, said)):
+            writer.add(number, extracted)
     assert HiddenStore.open(tmp_path / "lent").digest == alone.digest
 
 
@@ -111,81 +102,6 @@ def test_plan_is_whole_clips(scenes: list[Scene]) -> None:
 def test_batch_size_follows_the_cache(pair: ModelPair) -> None:
     assert clips_together(pair, ExtractConfig()) == 16
     assert clips_together(pair, ExtractConfig(batch_clips=3)) == 3
-
-
-class Killed(BaseException):
-    pass
-
-
-def dying_write(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
-    """Let the n-th call of a function of the writer's module end the process, before or after."""
-    original: Callable[..., object] = getattr(writer_module, name)
-    calls = []
-
-    def dying(*args: object, **kwargs: object) -> object:
-        calls.append(name)
-        if len(calls) == after:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(writer_module, name, dying)
-
-
-@pytest.mark.parametrize(
-    ("name", "after"),
-    [
-        ("save_file", 1),  # a part
-        ("save_file", 2),
-        ("write_chunk", 1),
-        ("save_file", 3),  # visual states, after the chunk
-        ("_size_and_digest", 4),
-        ("save_file", 7),
-    ],
-)
-def test_a_kill_at_any_moment_leaves_no_trace(
-    pair: ModelPair, scenes: list[Scene], tmp_path: Path, name: str, after: int
-) -> None:
-    config = replace(CONFIG, batch_clips=1)
-    expected = files(run(pair, scenes, tmp_path / "whole", config))
-    with pytest.MonkeyPatch.context() as patch:
-        dying_write(patch, name, after)
-        with pytest.raises(Killed):
-            run(pair, scenes, tmp_path / "killed", config)
-    # What a process that had no time to clean up leaves.
-    (tmp_path / "killed/chunks").mkdir(exist_ok=True)
-    (tmp_path / "killed/chunks/.chunk_000000.safetensors.1.tmp.safetensors").write_bytes(b"half")
-    with pytest.raises(XsdError, match="was interrupted"):
-        HiddenStore.open(tmp_path / "killed")
-    assert files(run(pair, scenes, tmp_path / "killed", config)) == expected
-
-
-def test_only_what_is_missing_is_answered_again(
-    pair: ModelPair, scenes: list[Scene], tmp_path: Path
-) -> None:
-    config = replace(CONFIG, batch_clips=1)
-    batches = plan_batches(scenes, "train", config, 1)
-    top = header(pair, batches, "train", config, "data")
-    for already in (0, 1, 2, 3, 5, 6):
-        with HiddenWriter.open(tmp_path, top, batches) as writer:
-            assert writer.num_stored == already
-            step = {3: 2}.get(already, 1)
-            for extracted in extract(pair, batches[already : already + step], config):
-                writer.add(extracted)
-    with HiddenWriter.open(tmp_path, top, batches) as writer:
-        assert writer.num_stored == len(batches) == 6 and writer.index.complete
-    assert not (tmp_path / ".parts").exists()
-
-
-def test_a_damaged_part_is_made_again(pair: ModelPair, scenes: list[Scene], tmp_path: Path) -> None:
-    config = replace(CONFIG, batch_clips=1)
-    batches = plan_batches(scenes, "train", config, 1)
-    top = header(pair, batches, "train", config, "data")
-    with HiddenWriter.open(tmp_path, top, batches) as writer:
-        writer.add(next(extract(pair, batches, config)))
-    [part] = (tmp_path / ".parts").iterdir()
-    part.write_bytes(part.read_bytes()[:20])
-    with HiddenWriter.open(tmp_path, top, batches) as writer:
-        assert writer.num_stored == 0
 
 
 def test_another_configuration_is_refused(
@@ -232,17 +148,71 @@ def test_failures_are_counted_with_their_reason(
     ]
 
 
+@pytest.mark.parametrize("room", [6, 3, 1])
+def test_what_does_not_fit_into_memory_is_halved_and_counted(
+    pair: ModelPair, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """A batch of two clips with three questions; memory has room for so many answers."""
+    batches = plan_batches(scenes[:2], "train", CONFIG, 2)
+    expected = list(extract(pair, batches, CONFIG))
+
+    def small(decoder: Decoder, prompts: list[torch.Tensor], num_new: int) -> list[Answer]:
+        if len(prompts) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return generate(decoder, prompts, num_new)
+
+    monkeypatch.setattr(answer_module, "generate", small)
+    found = list(extract(pair, batches, CONFIG))
+    # 6 into 3 and 3, those into 1 and 2, those into 1 and 1.
+    assert [x.num_halvings for x in found] == [{6: 0, 3: 1, 1: 5}[room]]
+    for one, other in zip(found, expected, strict=True):
+        assert one.batch == other.batch and not one.failures
+        assert [x.key for x in one.samples] == [x.key for x in other.samples]
+        assert [x.scene_key for x in one.visuals] == [x.scene_key for x in other.visuals]
+        for a, b in zip(one.samples, other.samples, strict=True):
+            assert torch.equal(a.verifier_ids, b.verifier_ids)
+            torch.testing.assert_close(a.drafter_hidden, b.drafter_hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_an_answer_that_does_not_fit_alone(
+    pair: ModelPair, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> list[Answer]:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: tried 9 GB")
+
+    monkeypatch.setattr(answer_module, "generate", none)
+    with pytest.raises(XsdError, match="train_0000/000000/q0: memory does not suffice for one"):
+        next(extract(pair, plan_batches(scenes, "train", CONFIG, 2), CONFIG))
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(
+    pair: ModelPair, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> list[Answer]:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(answer_module, "generate", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        next(extract(pair, plan_batches(scenes, "train", CONFIG, 2), CONFIG))
+
+
+def test_the_time_of_each_part_is_told(pair: ModelPair, scenes: list[Scene]) -> None:
+    [extracted] = extract(pair, plan_batches(scenes[:2], "train", CONFIG, 2), CONFIG)
+    assert {"reading", "waiting", "verifier decode", "drafter forced pass"} <= set(
+        extracted.seconds
+    )
+    assert all(seconds >= 0 for seconds in extracted.seconds.values())
+
+
 def test_states_that_are_not_finite_are_a_failure(
     pair: ModelPair, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xsd.hidden import extract as module
-
     def broken(*args: object) -> list[torch.Tensor]:
         states = teacher_force(*args)  # type: ignore[arg-type]
         states[4][0, 0] = float("nan")
         return states
 
-    monkeypatch.setattr(module, "teacher_force", broken)
+    monkeypatch.setattr(answer_module, "teacher_force", broken)
     [extracted] = extract(pair, plan_batches(scenes[:2], "train", CONFIG, 2), CONFIG)
     assert len(extracted.samples) == 5
     assert [(f.key[-2:], f.reason) for f in extracted.failures] == [

@@ -33,8 +33,8 @@ def test_layers_are_the_models_own_at_the_answers_positions(
     top = header(pair, batches, "train", CONFIG, "data")
     assert top.config["verifier_layers"] == [1, 2]
     with HiddenWriter.open(tmp_path / "layers", top, batches) as writer:
-        for extracted in extract(pair, batches, CONFIG):
-            writer.add(extracted)
+        for number, extracted in enumerate(extract(pair, batches, CONFIG)):
+            writer.add(number, extracted)
     store = HiddenStore.open(tmp_path / "layers")
     verifier = pair.verifier
     assert isinstance(verifier, VideoLlavaDecoder) and verifier.stack.tap is None

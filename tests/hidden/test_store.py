@@ -31,8 +31,9 @@ def run(
 ) -> Path:
     batches = plan_batches(scenes, half, config, config.batch_clips or 1)
     with HiddenWriter.open(folder, header(pair, batches, half, config, "data"), batches) as writer:
-        for extracted in extract(pair, batches[writer.num_stored :], config):
-            writer.add(extracted)
+        missing = [batches[number] for number in writer.missing]
+        for number, extracted in zip(writer.missing, extract(pair, missing, config), strict=True):
+            writer.add(number, extracted)
     return folder
 
 

@@ -61,8 +61,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> HiddenStore:
         *("tiny", {}, "teacher_forced", "fp32", "safetensors", D_DRAFTER, D_VERIFIER), 6, {}, ""
     )
     with HiddenWriter.open(folder, header, plan) as writer:
-        for part in extracted:
-            writer.add(part)
+        for number, part in enumerate(extracted):
+            writer.add(number, part)
     return HiddenStore.open(folder)
 
 

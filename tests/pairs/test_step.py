@@ -139,9 +139,15 @@ def test_retired_rows_leave_the_others_unchanged(model: LlamaModel) -> None:
     cache = stack.new_cache(3, MAX_LENGTH)
     cache.pad = torch.tensor([0, 2, 4])
     stack.forward(x[:, :8], cache)
-    kept = torch.tensor([0, 2])
-    smaller = cache.keep_rows(kept)
-    close(stack.forward(x[kept, 8:], smaller), stack.forward(x[:, 8:], cache)[kept])
+    expected = stack.forward(x[:, 8:], cache)
+    left = [0, 1, 2]
+    for going in ([1, 2], [0]):
+        cache.length = 8
+        order = cache.retire(going)
+        assert sorted(order) == going and cache.batch == len(going)
+        left = [left[row] for row in order]
+        close(stack.forward(x[left, 8:], cache), expected[left])
+    assert left == [2]
 
 
 def test_a_shared_prefix_starts_every_row(model: LlamaModel) -> None:
@@ -182,7 +188,7 @@ def test_rows_that_keep_different_numbers(model: LlamaModel, pads: list[int] | N
     read, going = [8] * 4, [0, 1, 2, 3]
     for kept in ([4, 1, 2, 0], [1, 1, 4, 0], [1, 3, 1, 1], [3, 2, 0]):
         if len(kept) < len(going):
-            cache, going = cache.keep_rows(torch.tensor([0, 1, 3])), [0, 1, 3]
+            going = cache.retire([0, 1, 3])
         new = rows(4, batch=len(kept), seed=sum(read))
         for row, (b, number) in enumerate(zip(going, kept, strict=True)):
             new[row, :number] = x[b, read[b] : read[b] + number]

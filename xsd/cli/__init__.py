@@ -20,7 +20,7 @@ STAGES: Final = (
 )
 """The entry points of MLproject, in the order in which a tensor meets them."""
 
-VERBS: Final = ("generate", "levels", "registry", "lineage", "gc")
+VERBS: Final = ("generate", "levels", "registry", "lineage", "store", "gc")
 """Plain commands that make no run."""
 
 _REFUSALS: Final = (
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     prog = f"xsd {command}"
     try:
         module = _module(command)
-        words, notes = seed_flags.translate(command, words)
+        words, notes = spelled(command, words)
         for note in notes:
             print(f"{prog}: {note}", file=sys.stderr)
         settings = config.parse(
@@ -79,6 +79,16 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     return 0
+
+
+def spelled(command: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Published names and plain words as our flags; and notes for the user.
+
+    Raises:
+        XsdError: they cannot be.
+    """
+    plain = getattr(_module(command), "spelled", None)
+    return seed_flags.translate(command, words if plain is None else plain(words))
 
 
 def _refuse(prog: str, message: str) -> int:

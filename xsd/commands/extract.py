@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import TYPE_CHECKING
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.lm_head import pair_inputs
-from xsd.commands.progress import progress
+from xsd.commands.processes import Processes
 from xsd.errors import XsdError
 from xsd.hidden.config import ExtractConfig
 from xsd.pairs.config import PairConfig
 
 if TYPE_CHECKING:
-    from xsd.hidden.index import Failure, Half
-    from xsd.hidden.store import HiddenStore
-    from xsd.pairs.base import ModelPair
+    from xsd.commands.extract_half import Totals
+    from xsd.hidden.index import Half
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
     from xsd.types import Scene
@@ -34,8 +32,13 @@ class Config(ExtractConfig, PairConfig, stage.StageConfig):
     """Options of the extract stage."""
 
 
-def perform(config: Config) -> Product:
-    """Answer, pair, store; an interrupted extraction goes on where it stopped."""
+def perform(config: Config, processes: Processes | None = None) -> Product:
+    """Answer, pair, store; an interrupted extraction goes on where it stopped.
+
+    Args:
+        processes: of the launch, of which this is the main one; None: nobody helps.
+    """
+    processes = processes or Processes()
 
     def resolve() -> dict[str, Product]:
         # The pair first: a slip in its name must not cost the making of scenes.
@@ -43,6 +46,7 @@ def perform(config: Config) -> Product:
         return {"dataset_dir": stage.upstream("scenes", config.dataset_dir, config), **pair}
 
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
+        from xsd.commands.extract_half import Task, extract_half
         from xsd.hidden.store import HiddenStore, find_folder, folder_name
         from xsd.pairs.catalog import load_pair
         from xsd.scenes.dsec import dataset_digest, load_index
@@ -55,8 +59,9 @@ def perform(config: Config) -> Product:
         run.dataset("scenes", data, str(dataset), "extract")
         for half in halves:
             folder = root / folder_name(half, pair.quant)
-            said = None if twin is None else HiddenStore.open(find_folder(twin.path, half))
-            _extract_half(folder, half, scenes, data, pair, config, said)
+            said = None if twin is None else find_folder(twin.path, half)
+            task = processes.tell(Task(folder.resolve(), half, dataset.resolve(), data, said))
+            totals = extract_half(task, pair, config, processes)
             store = HiddenStore.open(folder, verify=False)
             run.artifacts(folder, folder.name)
             run.dataset(folder.name, store.digest, str(folder), half)
@@ -66,11 +71,36 @@ def perform(config: Config) -> Product:
                 "num_tokens": sum(len(sample.verifier_ids) for sample in store),
             }
             run.log({f"{half}.{name}": number for name, number in counts.items()})
+            run.log(_measured(half, totals))
+            if num_halvings := sum(done.num_halvings for done in totals):
+                print(f"extract: memory was too small {num_halvings} times; batches were halved")
             print(f"extract: {counts['num_samples']} {half} answers: {folder}")
         run.tag({"quant": pair.quant, "conditioning": config.conditioning})
         run.tag({f"has_{half}": "true" for half in halves})
 
     return stage.perform("extract", config, resolve=resolve, rooms=ROOMS, work=work)
+
+
+def _measured(half: Half, totals: Sequence[Totals]) -> dict[str, float]:
+    """Of what this run did itself: of an interrupted extraction that is the rest."""
+    from xsd.commands.extract_half import Totals
+
+    num_answers = sum(done.num_answers for done in totals)
+    if not num_answers:
+        return {}
+    together = Totals()
+    for done in totals:
+        together.add_seconds(done.seconds)
+    slowest = max(done.seconds["all"] for done in totals)
+    found = {
+        f"measured.{half}.pairs_per_second": num_answers / slowest,
+        f"{half}.num_processes": len(totals),
+        f"{half}.num_halvings": sum(done.num_halvings for done in totals),
+    }
+    return found | {
+        f"measured.{half}.{name.replace(' ', '_')}_s": seconds
+        for name, seconds in together.seconds.items()
+    }
 
 
 def _twin(config: Config, inputs: Mapping[str, Product]) -> Product | None:
@@ -110,45 +140,20 @@ def _halves(config: Config, scenes: Sequence[Scene]) -> list[Half]:
     return [*halves, "test"] if True in is_test else halves
 
 
-def _extract_half(
-    folder: Path,
-    half: Half,
-    scenes: Sequence[Scene],
-    data: str,
-    pair: ModelPair,
-    config: Config,
-    said: HiddenStore | None,
-) -> None:
-    from xsd.hidden.extract import clips_together, extract, header
-    from xsd.hidden.plan import plan_batches
-    from xsd.hidden.writer import HiddenWriter
-
-    batches = plan_batches(scenes, half, config, clips_together(pair, config))
-    total = sum(len(batch.samples) for batch in batches)
-    top = header(pair, batches, half, config, data)
-    with HiddenWriter.open(folder, top, batches) as writer:
-        stored = sum(len(batch.samples) for batch in batches[: writer.num_stored])
-        with progress(f"extract {half}", total, "answers", initial=stored) as bar:
-            _refuse_too_many(writer.failures, total, config.max_failures)
-            for extracted in extract(pair, batches[writer.num_stored :], config, said):
-                # Before it is stored: what was mended is then answered when the stage is run again.
-                _refuse_too_many(
-                    (*writer.failures, *extracted.failures), total, config.max_failures
-                )
-                writer.add(extracted)
-                bar.update(len(extracted.batch.samples))
-
-
-def _refuse_too_many(failures: Sequence[Failure], total: int, share: float) -> None:
-    if len(failures) > math.floor(share * total):
-        raise XsdError(
-            f"{len(failures)} of {total} answers failed, more than --max_failures {share} allows; "
-            f"the last: {failures[-1].key}: {failures[-1].reason}"
-        )
-
-
 def run(config: Config) -> None:
-    perform(config)
+    processes = Processes.launched(config.device)
+    if processes.is_main:
+        perform(config, processes)
+        processes.tell(None)
+        return
+    from xsd.commands.extract_half import Task, extract_half
+    from xsd.pairs.catalog import load_pair
+
+    pair = None
+    nothing: Task | None = None
+    while (task := processes.tell(nothing)) is not None:
+        pair = pair or load_pair(config)
+        extract_half(task, pair, config, processes)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from xsd.errors import XsdError
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Prompt
 from xsd.pairs.cache import KVCache
-from xsd.pairs.generate import prefill, worth_leaving
+from xsd.pairs.generate import prefill
 from xsd.types import Span
 
 NOTHING = -1
@@ -111,9 +111,9 @@ class BatchEngine(Engine):
             head.begin(questions, visual)
         rows, states, fresh = answers, last[:, None], [1] * len(answers)
         while going := [i for i, row in enumerate(rows) if not self._finished(row.token_ids)]:
-            if worth_leaving(len(rows) - len(going), len(rows)):
-                kept = torch.tensor(going, device=self._device)
-                cache, states = cache.keep_rows(kept), states[kept]
+            if _worth_leaving(len(rows) - len(going), len(rows)):
+                going = cache.retire(going)
+                states = states[torch.tensor(going, device=self._device)]
                 rows, fresh = [rows[i] for i in going], [fresh[i] for i in going]
                 if head is not None:
                     head.keep_rows(going)
@@ -208,6 +208,11 @@ class BatchEngine(Engine):
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "B R"]:
         return torch.tensor(rows, dtype=torch.long, device=self._device)
+
+
+def _worth_leaving(num_finished: int, num_rows: int) -> bool:
+    """Whether finished rows should leave now: moving a head's cache costs as much as its step."""
+    return 4 * num_finished >= num_rows
 
 
 class AdapterRows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,22 @@ from torch.nn.utils.rnn import pad_sequence
 
 from xsd.errors import XsdError
 from xsd.files import atomic_path
+from xsd.hidden.precision import DTYPES, decode, encode
 from xsd.types import HiddenSample
 
 UNKNOWN_ID = -1
 """Token id of chunks that hold none."""
-_LAYERS = "verifier_layers"
-"""The one tensor that a chunk may lack."""
+_OPTIONAL = {"verifier_layers", "drafter_scale", "verifier_scale", "layers_scale"}
+"""Tensors that a chunk may lack."""
 _SEED_KEYS = ("egpt_hidden", "vl_hidden", "seq_lens")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Answers one behind the other; answer ``i`` is ``offsets[i]:offsets[i + 1]``."""
+    """Answers one behind the other; answer ``i`` is ``offsets[i]:offsets[i + 1]``.
+
+    States are as they are stored; fp8 ones have a factor a position (``precision``).
+    """
 
     drafter_hidden: Float[Tensor, "sumTd Dd"]
     verifier_hidden: Float[Tensor, "sumT Dv"]
@@ -37,35 +41,69 @@ class Chunk:
     drafter_offsets: Int[Tensor, " bounds"]
     verifier_offsets: Int[Tensor, " bounds"]
     verifier_layers: Float[Tensor, "sumT layers Dv"] | None = None
+    drafter_scale: Float[Tensor, " sumTd"] | None = None
+    verifier_scale: Float[Tensor, " sumT"] | None = None
+    layers_scale: Float[Tensor, "sumT layers"] | None = None
 
     def __len__(self) -> int:
         return len(self.verifier_offsets) - 1
 
     def sample(self, row: int, key: str) -> HiddenSample:
-        """Answer ``row``, as views."""
+        """Answer ``row``: views of what is stored, or (fp8) float32."""
         a, b = self.drafter_offsets[row : row + 2].tolist()
         c, d = self.verifier_offsets[row : row + 2].tolist()
+        layers = self.verifier_layers
         return HiddenSample(
             key=key,
-            drafter_hidden=self.drafter_hidden[a:b],
-            verifier_hidden=self.verifier_hidden[c:d],
+            drafter_hidden=_decoded(self.drafter_hidden, self.drafter_scale, a, b),
+            verifier_hidden=_decoded(self.verifier_hidden, self.verifier_scale, c, d),
             drafter_ids=self.drafter_ids[a:b],
             verifier_ids=self.verifier_ids[c:d],
-            verifier_layers=None if self.verifier_layers is None else self.verifier_layers[c:d],
+            verifier_layers=None if layers is None else _decoded(layers, self.layers_scale, c, d),
         )
 
     @classmethod
-    def of(cls, samples: Sequence[HiddenSample], dtype: torch.dtype) -> Chunk:
-        """At least one answer, in order; states rounded to ``dtype``."""
+    def of(cls, samples: Sequence[HiddenSample], dtype: str) -> Chunk:
+        """At least one answer, in order; states rounded to ``dtype`` (``precision.DTYPES``)."""
         layers = [s.verifier_layers for s in samples if s.verifier_layers is not None]
-        return cls(
-            torch.cat([s.drafter_hidden for s in samples]).to(dtype),
-            torch.cat([s.verifier_hidden for s in samples]).to(dtype),
+        exact = cls(
+            torch.cat([s.drafter_hidden for s in samples]),
+            torch.cat([s.verifier_hidden for s in samples]),
             torch.cat([s.drafter_ids for s in samples]).int(),
             torch.cat([s.verifier_ids for s in samples]).int(),
             _offsets([len(s.drafter_ids) for s in samples]),
             _offsets([len(s.verifier_ids) for s in samples]),
-            torch.cat(layers).to(dtype) if len(layers) == len(samples) else None,
+            torch.cat(layers) if len(layers) == len(samples) else None,
+        )
+        return exact.recoded(dtype)
+
+    @classmethod
+    def cat(cls, chunks: Sequence[Chunk]) -> Chunk:
+        """One behind the other, as they are stored; all of one precision."""
+        held = [chunk.tensors() for chunk in chunks]
+        offsets = {"drafter_offsets", "verifier_offsets"}
+        names = held[0].keys() - offsets
+        joined = {name: torch.cat([tensors[name] for tensors in held]) for name in names}
+        for name in offsets:
+            lengths = torch.cat([tensors[name].diff() for tensors in held])
+            joined[name] = _offsets(lengths.tolist())
+        return cls(**joined)
+
+    def recoded(self, dtype: str) -> Chunk:
+        """The same answers, states rounded to another precision."""
+        drafter, drafter_scale = encode(decode(self.drafter_hidden, self.drafter_scale), dtype)
+        verifier, verifier_scale = encode(decode(self.verifier_hidden, self.verifier_scale), dtype)
+        layers, layers_scale = self.verifier_layers, self.layers_scale
+        if layers is not None:
+            layers, layers_scale = encode(decode(layers, layers_scale), dtype)
+        return replace(
+            self,
+            drafter_hidden=drafter,
+            verifier_hidden=verifier,
+            verifier_layers=layers,
+            drafter_scale=drafter_scale,
+            verifier_scale=verifier_scale,
+            layers_scale=layers_scale,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -75,14 +113,11 @@ class Chunk:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Chunk:
         """Raises ValueError if they are not a chunk's."""
-        names = [field.name for field in fields(cls) if field.name != _LAYERS]
-        if missing := [name for name in names if name not in tensors]:
+        names = [field.name for field in fields(cls)]
+        if missing := [n for n in names if n not in tensors and n not in _OPTIONAL]:
             raise ValueError(f"it lacks {missing[0]}")
-        chunk = cls(**{name: tensors[name] for name in names}, verifier_layers=tensors.get(_LAYERS))
-        if chunk.verifier_layers is not None and len(chunk.verifier_layers) != len(
-            chunk.verifier_ids
-        ):
-            raise ValueError("its verifier_layers do not fit its rows")
+        chunk = cls(**{name: tensors[name] for name in names if name in tensors})
+        _check_extras(chunk)
         for side in ("drafter", "verifier"):
             offsets = tensors[f"{side}_offsets"]
             ends = {int(offsets[-1]), *(len(tensors[f"{side}_{x}"]) for x in ("hidden", "ids"))}
@@ -119,7 +154,30 @@ class Chunk:
         real = torch.arange(shape[1]) < lengths[:, None]
         offsets = _offsets(lengths.tolist())
         ids = torch.full((int(offsets[-1]),), UNKNOWN_ID, dtype=torch.int32)
-        return cls(drafter[real], verifier[real], ids, ids, offsets, offsets)
+        # Files hold no tensor twice.
+        return cls(drafter[real], verifier[real], ids, ids.clone(), offsets, offsets.clone())
+
+
+def _decoded(
+    states: Tensor, scale: Tensor | None, start: int, end: int
+) -> Float[Tensor, "rows *size D"]:
+    return decode(states[start:end], None if scale is None else scale[start:end])
+
+
+def _check_extras(chunk: Chunk) -> None:
+    layers = chunk.verifier_layers
+    if layers is not None and len(layers) != len(chunk.verifier_ids):
+        raise ValueError("its verifier_layers do not fit its rows")
+    for states, scale in (
+        (chunk.drafter_hidden, chunk.drafter_scale),
+        (chunk.verifier_hidden, chunk.verifier_scale),
+        (layers, chunk.layers_scale),
+    ):
+        is_scaled = states is not None and states.dtype == DTYPES["fp8"]
+        if is_scaled != (scale is not None):
+            raise ValueError("fp8 states and their factors do not come together")
+        if states is not None and scale is not None and scale.shape != states.shape[:-1]:
+            raise ValueError("its factors do not fit its rows")
 
 
 def _offsets(lengths: Sequence[int]) -> Int[Tensor, " bounds"]:

@@ -31,8 +31,8 @@ class ExtractConfig:
     """Answers in a chunk; rounded down to whole clips."""
     chunk_format: Literal["safetensors", "pt"] = "safetensors"
     """pt: the padded float32 chunks of the published pipeline, without ids and visual states."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the stored states."""
+    dtype: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Precision of the stored states; fp8 has a factor a position."""
     verifier_layers: str | None = None
     """Further layers of the verifier to keep, for heads that fuse several: numbers from 1 or, below
     0, from the top, as in 2,16,-3; null: the last one's states after the norm, and no others."""

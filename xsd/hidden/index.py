@@ -14,6 +14,8 @@ from xsd.types import Split
 INDEX = "index.json"
 FORMAT = "xsd.hidden/1"
 CHUNKS, VISUAL = "chunks", "visual"
+HAS_IDS = "has_ids"
+"""In a configuration: false where chunks were converted from published ones, which have none."""
 Half = Literal["train", "test"]
 """The two folders of an extraction; 'train' holds the val recordings too."""
 SEED_QUESTIONS = 10
@@ -107,6 +109,7 @@ class Index:
             "format": FORMAT,
             "complete": self.complete,
             "num_batches": self.num_batches,
+            **({"approximate_split": True} if self.approximate_split else {}),
             **header,
             "visual": [asdict(entry) for entry in self.visual],
             "failures": [asdict(failure) for failure in self.failures],
@@ -134,7 +137,11 @@ def load_index(folder: Path) -> Index:
     path = folder / INDEX
     if not path.is_file():
         raise XsdError(f"{folder}: no {INDEX}, so it holds no hidden states; check the path")
-    content = read_json(path)
+    return parse_index(read_json(path), str(path))
+
+
+def parse_index(content: Any, path: str) -> Index:
+    """The content of an ``index.json`` that was found at ``path``; raises XsdError."""
     try:
         if "format" not in content:
             return _seed_index(content)
@@ -159,6 +166,7 @@ def _own_index(content: Mapping[str, Any]) -> Index:
         failures=tuple(Failure(**entry) for entry in content["failures"]),
         num_batches=int(content["num_batches"]),
         complete=bool(content["complete"]),
+        approximate_split=bool(content.get("approximate_split", False)),
     )
 
 

@@ -7,8 +7,8 @@ through.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from xsd.errors import XsdError
 from xsd.files import sha256_json
@@ -43,6 +43,10 @@ class Extracted:
     samples: tuple[HiddenSample, ...]
     visuals: tuple[ClipVisual, ...]
     failures: tuple[Failure, ...]
+    num_halvings: int = 0
+    """Times that a batch, or a part of it, did not fit into memory and was halved."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of each part of the work; "reading" overlaps the others, "waiting" for it does not."""
 
 
 def plan_batches(

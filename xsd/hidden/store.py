@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,6 +18,7 @@ from xsd.files import inside, sha256_file, sha256_json
 from xsd.hidden.chunk import Chunk, read_chunk
 from xsd.hidden.index import (
     CHUNKS,
+    HAS_IDS,
     INDEX,
     SEED_QUESTIONS,
     VISUAL,
@@ -32,7 +32,6 @@ from xsd.hidden.index import (
 )
 from xsd.types import ClipVisual, HiddenSample, Split
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _UNPACKED_BYTES = 4 << 30
 """Chunks of the published format are unpacked into memory; so much is kept of them."""
 
@@ -124,7 +123,7 @@ class HiddenStore:
 
     @property
     def has_ids(self) -> bool:
-        return self.header.chunk_format != "pt"
+        return self.header.chunk_format != "pt" and self.header.config.get(HAS_IDS, True)
 
     @property
     def has_visual(self) -> bool:
@@ -133,6 +132,11 @@ class HiddenStore:
     @property
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self._files)
+
+    @property
+    def num_visual_bytes(self) -> int:
+        """Of the visual states, which the questions of a clip share."""
+        return sum(entry.num_bytes for entry in self._index.visual)
 
     @property
     def digest(self) -> str:

@@ -1,8 +1,8 @@
-"""Writing an extraction so that a kill at any moment loses one batch at most.
+"""Writing an extraction so that a kill at any moment loses the batch in hand at most.
 
-Every batch lands as a part, in a hidden folder. When a chunk's parts are complete they become the
-chunk, then the index names it, then the parts go. What is found after a kill is therefore an index
-that is true, and perhaps the parts of one chunk, from which the next run goes on.
+Every batch lands as a part before the next one is begun. A thread turns the parts of a full chunk
+into the chunk, then lets the index name it, then removes the parts. What is found after a kill is
+therefore an index that is true, and parts, from which the next run goes on.
 """
 
 from __future__ import annotations
@@ -10,67 +10,70 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from xsd.clock import PartTimes
 from xsd.errors import XsdError
-from xsd.files import atomic_path, sha256_file, sha256_json
+from xsd.files import atomic_path, sha256_file, sync
 from xsd.hidden.chunk import Chunk, write_chunk
 from xsd.hidden.index import (
     CHUNKS,
     INDEX,
     VISUAL,
     ChunkEntry,
-    Failure,
     Header,
     Index,
     SampleEntry,
     VisualEntry,
     load_index,
 )
+from xsd.hidden.parts import Part, Parts
 from xsd.hidden.plan import Batch, Extracted
-from xsd.hidden.store import DTYPES
-from xsd.types import HiddenSample
 
-PARTS = ".parts"
-_KINDS = ("projected", "prefilled")
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A stored batch that is not in a chunk yet; its tensors stay on disk."""
-
-    path: Path
-    keys: tuple[str, ...]
-    scenes: tuple[str, ...]
-    failures: tuple[Failure, ...]
+_WAITING = 4
+"""Stored batches that the thread may be behind."""
 
 
 class HiddenWriter:
-    """Adds batches to a folder, in the order of the plan."""
+    """Adds batches to a folder; the one process that makes chunks of them."""
 
     def __init__(self, folder: Path, index: Index, plan: Sequence[Batch]) -> None:
         self.folder = folder
         self.index = index
+        self.parts = Parts(folder, index.header)
+        self.times = PartTimes(torch.device("cpu"))
+        """Of the background: "chunks"."""
         self._plan = plan
-        self._identity = sha256_json(asdict(index.header))
-        self._parts: list[_Part] = []
-        while (part := self._read_part(self.num_stored)) is not None:
-            self._take(part)
-        if self.index.complete:
-            shutil.rmtree(folder / PARTS, ignore_errors=True)
+        self._thread = ThreadPoolExecutor(1, "xsd-writer")
+        self._waiting: list[Future[None]] = []
+        found = {
+            number: part
+            for number in range(index.num_batches, len(plan))
+            if (part := self.parts.read(number, verify=True)) is not None
+        }
+        for number in range(index.num_batches, len(plan)):
+            # Damaged, or of another extraction: it must not be taken for a finished one.
+            if number not in found:
+                self.parts.path(number).unlink(missing_ok=True)
+        self.missing = tuple(n for n in range(index.num_batches, len(plan)) if n not in found)
+        """Batches that are to be answered, by their numbers in the plan."""
+        self.failures = index.failures + tuple(f for part in found.values() for f in part.failures)
+        """Of all that is stored by this process or was before."""
 
     @classmethod
     @contextmanager
     def open(cls, folder: Path, header: Header, plan: Sequence[Batch]) -> Iterator[HiddenWriter]:
         """Begin, or go on where an earlier run stopped; one process at a time.
+
+        On leaving, what is complete has become chunks.
 
         Raises:
             XsdError: the folder holds an extraction of another configuration, or is being written.
@@ -80,114 +83,107 @@ class HiddenWriter:
             with FileLock(folder / ".lock", timeout=0):
                 for leftover in folder.rglob(".*.tmp*"):
                     leftover.unlink()
-                yield cls(folder, _begin(folder, header), plan)
+                writer = cls(folder, _begin(folder, header), plan)
+                try:
+                    yield writer
+                    writer.finish()
+                finally:
+                    writer._thread.shutdown(cancel_futures=True)
         except Timeout as error:
             raise XsdError(f"{folder}: another process is writing it; wait, or end that") from error
 
-    @property
-    def num_stored(self) -> int:
-        """Batches of the plan that need not be answered again."""
-        return self.index.num_batches + len(self._parts)
+    def add(self, number: int, extracted: Extracted) -> None:
+        """Keep batch ``number`` of the plan.
 
-    @property
-    def failures(self) -> tuple[Failure, ...]:
-        return self.index.failures + tuple(f for part in self._parts for f in part.failures)
+        Raises:
+            Whatever kept the thread from writing.
+        """
+        assert extracted.batch == self._plan[number], "a batch is kept under its own number"
+        part = self.parts.write(number, extracted)
+        self.failures += part.failures
+        self._waiting.append(self._thread.submit(self._settle, part))
+        while len(self._waiting) > _WAITING or (self._waiting and self._waiting[0].done()):
+            self._waiting.pop(0).result()
 
-    def add(self, extracted: Extracted) -> None:
-        """Keep the next batch of the plan; the last one completes the index."""
-        number = self.num_stored
-        assert extracted.batch == self._plan[number], "batches come in the order of the plan"
-        self._write_part(number, extracted)
-        part = self._read_part(number)
-        assert part is not None, f"batch {number} was just written"
-        self._take(part)
+    def finish(self) -> None:
+        """Wait until everything stored, by whichever process, is in chunks as far as can be.
 
-    def _take(self, part: _Part) -> None:
-        batch = self._plan[self.num_stored]
-        self._parts.append(part)
-        if batch.is_last:
-            self._commit(batch.chunk)
+        Raises:
+            Whatever kept the thread from writing.
+        """
+        for waiting in self._waiting:
+            waiting.result()
+        self._waiting.clear()
+        self._commit_full()
 
-    def _part_path(self, number: int) -> Path:
-        return self.folder / PARTS / f"part_{number:06d}.safetensors"
+    def _settle(self, part: Part) -> None:
+        with self.times.part("chunks"):
+            if part.path.exists():
+                sync(part.path)
+            self._commit_full()
 
-    def _write_part(self, number: int, extracted: Extracted) -> None:
-        tensors: dict[str, Tensor] = {}
-        if extracted.samples:
-            tensors |= Chunk.of(extracted.samples, DTYPES[self.index.header.dtype]).tensors()
-        for kind in _KINDS if extracted.visuals else ():
-            states = torch.stack([getattr(visual, kind) for visual in extracted.visuals])
-            tensors[kind] = states.to(DTYPES[self.index.header.dtype])
-        about = {
-            "identity": self._identity,
-            "keys": [sample.key for sample in extracted.samples],
-            "scenes": [visual.scene_key for visual in extracted.visuals],
-            "failures": [asdict(failure) for failure in extracted.failures],
-        }
-        with atomic_path(self._part_path(number)) as temporary:
-            save_file(tensors, temporary, metadata={"xsd": json.dumps(about)})
+    def _commit_full(self) -> None:
+        """Chunks come in the order of the plan, so the index depends on nothing else."""
+        while not self.index.complete:
+            chunk = self._plan[self.index.num_batches].chunk
+            numbers = [n for n, batch in enumerate(self._plan) if batch.chunk == chunk]
+            if not all(self.parts.path(number).is_file() for number in numbers):
+                return
+            self._commit(chunk, numbers)
+        shutil.rmtree(self.parts.folder, ignore_errors=True)
 
-    def _read_part(self, number: int) -> _Part | None:
-        """The part, if it is there, whole, and of this extraction."""
-        path = self._part_path(number)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("xsd", "{}"))
-        except (OSError, SafetensorError, json.JSONDecodeError):
-            return None
-        if about.get("identity") != self._identity:
-            return None
-        failures = tuple(Failure(**failure) for failure in about["failures"])
-        return _Part(path, tuple(about["keys"]), tuple(about["scenes"]), failures)
-
-    def _commit(self, number: int) -> None:
+    def _commit(self, number: int, batches: Sequence[int]) -> None:
         """Parts to a chunk; the index is what makes it count."""
-        planned = [batch for batch in self._plan if batch.chunk == number]
-        splits = {sample.key: sample.scene.split for batch in planned for sample in batch.samples}
+        parts = [self._part(batch) for batch in batches]
         start = sum(len(batch.samples) for batch in self._plan if batch.chunk < number)
         chunks, visuals = self.index.chunks, self.index.visual
-        samples, states = self._load_parts()
-        if samples:
+        loaded = [part.load() for part in parts]
+        if answered := [chunk for chunk, _ in loaded if chunk is not None]:
             suffix = "pt" if self.index.header.chunk_format == "pt" else "safetensors"
             path = self.folder / CHUNKS / f"chunk_{start:06d}.{suffix}"
-            write_chunk(Chunk.of(samples, DTYPES[self.index.header.dtype]), path)
-            entries = tuple(
-                SampleEntry(s.key, splits[s.key], len(s.drafter_ids), len(s.verifier_ids))
-                for s in samples
-            )
-            stored = self.index.num_samples
-            chunks += (ChunkEntry(path.name, stored, entries, *_size_and_digest(path)),)
+            chunk = Chunk.cat(answered)
+            write_chunk(chunk, path)
+            keys = [key for part in parts for key in part.keys]
+            chunks += (self._chunk_entry(path, batches, keys, chunk),)
+        states = [visual for _, visual in loaded if visual]
         if states and self.index.header.chunk_format != "pt":
             path = self.folder / VISUAL / f"visual_{start:06d}.safetensors"
-            with atomic_path(path) as temporary:
-                save_file(states, temporary)
-            scenes = tuple(scene for part in self._parts for scene in part.scenes)
-            visuals += (VisualEntry(path.name, scenes, *_size_and_digest(path)),)
+            write_visual({kind: torch.cat([s[kind] for s in states]) for kind in states[0]}, path)
+            scenes = tuple(scene for part in parts for scene in part.scenes)
+            visuals += (VisualEntry(path.name, scenes, *size_and_digest(path)),)
+        num_batches = self.index.num_batches + len(batches)
         self.index = replace(
             self.index,
             chunks=chunks,
             visual=visuals,
-            failures=self.failures,
-            num_batches=self.num_stored,
-            complete=self.num_stored == len(self._plan),
+            failures=self.index.failures + tuple(f for part in parts for f in part.failures),
+            num_batches=num_batches,
+            complete=num_batches == len(self._plan),
         )
         self.index.save(self.folder)
-        shutil.rmtree(self.folder / PARTS)
-        self._parts.clear()
+        for part in parts:
+            part.path.unlink()
 
-    def _load_parts(self) -> tuple[list[HiddenSample], dict[str, Tensor]]:
-        samples: list[HiddenSample] = []
-        states: dict[str, list[Tensor]] = {kind: [] for kind in _KINDS}
-        for part in self._parts:
-            tensors = load_file(part.path)
-            if part.keys:
-                chunk = Chunk.from_tensors(tensors)
-                samples += [chunk.sample(row, key) for row, key in enumerate(part.keys)]
-            for kind in _KINDS if part.scenes else ():
-                states[kind].append(tensors[kind])
-        return samples, {kind: torch.cat(rows) for kind, rows in states.items() if rows}
+    def _part(self, number: int) -> Part:
+        part = self.parts.read(number, verify=False)
+        if part is None:
+            raise XsdError(f"{self.parts.path(number)}: not of this extraction; extract again")
+        return part
+
+    def _chunk_entry(
+        self, path: Path, batches: Sequence[int], keys: Sequence[str], chunk: Chunk
+    ) -> ChunkEntry:
+        asked = [sample for number in batches for sample in self._plan[number].samples]
+        splits = {sample.key: sample.scene.split for sample in asked}
+        lengths = zip(
+            chunk.drafter_offsets.diff().tolist(),
+            chunk.verifier_offsets.diff().tolist(),
+            strict=True,
+        )
+        entries = tuple(
+            SampleEntry(key, splits[key], *both) for key, both in zip(keys, lengths, strict=True)
+        )
+        return ChunkEntry(path.name, self.index.num_samples, entries, *size_and_digest(path))
 
 
 def _begin(folder: Path, header: Header) -> Index:
@@ -211,5 +207,12 @@ def _begin(folder: Path, header: Header) -> Index:
     return index
 
 
-def _size_and_digest(path: Path) -> tuple[int, str]:
+def write_visual(states: dict[str, Tensor], path: Path) -> None:
+    """Visual states by kind [clips, K, Dv], atomic."""
+    with atomic_path(path) as temporary:
+        save_file(states, temporary)
+
+
+def size_and_digest(path: Path) -> tuple[int, str]:
+    """Bytes and sha256 of a file, as an index holds them."""
     return path.stat().st_size, sha256_file(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -204,23 +205,32 @@ class KVCache:
         view.reset()
         return view
 
-    def keep_rows(self, rows: Int[Tensor, " kept"]) -> KVCache:
-        """A smaller cache with the given batch rows (finished answers retire)."""
-        kept = KVCache.__new__(KVCache)
-        kept.values = self.values.index_select(1, rows)
-        kept.max_length, kept.slack, kept._arrays = self.max_length, self.slack, None
+    def retire(self, going: Sequence[int]) -> list[int]:
+        """Let all batch rows but these (ascending) leave, in place.
+
+        The last rows move to where others have left: nothing else is copied.
+
+        Returns:
+            The old numbers of the rows, in their new order.
+        """
+        count, length = len(going), self.length
+        order = list(range(count))
+        movers = going[bisect_left(going, count) :]
+        holes = sorted(set(order).difference(going))
+        for hole, row in zip(holes, movers, strict=True):
+            order[hole] = row
+        for buffer in (self.keys, self.values) if holes else ():
+            buffer[:, holes, :, :length] = buffer[:, movers, :, :length]
         if self.slack is not None:
-            kept.keys = self.keys.transpose(-1, -2).index_select(1, rows).transpose(-1, -2)
-        else:
-            kept.keys = self.keys.index_select(1, rows)
-        kept.length, kept.pad_start = self.length, self.pad_start
-        kept.pad = None if self.pad is None else self.pad.index_select(0, rows)
-        kept.ragged = None
+            # Compiled passes take whole buffers, and the first entries of them.
+            self._arrays = self.arrays
+        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
+        if self.pad is not None:
+            self.pad = self.pad[order]
         if self.ragged is not None:
-            kept.ragged = [self.ragged[row] for row in rows.tolist()]
-            kept.length = max(kept.ragged)
-        kept.tree = None
-        return kept
+            self.ragged = [self.ragged[row] for row in order]
+            self.length = max(self.ragged)
+        return order
 
     def _columns(self, start: int, end: int) -> Int[Tensor, " columns"]:
         return torch.arange(start, end, device=self.values.device)

@@ -43,41 +43,40 @@ def prefill(
     return cache, decoder.forward(rows, cache)
 
 
-def worth_leaving(num_finished: int, num_rows: int) -> bool:
-    """Whether finished rows should leave now: moving a cache costs as much as a step."""
-    return 4 * num_finished >= num_rows
-
-
 @torch.inference_mode()
 def generate(
     decoder: Decoder, prompts: Sequence[Float[Tensor, "_P D"]], max_new_tokens: int
 ) -> list[Answer]:
-    """Greedy answers to a batch of embedded prompts; finished rows leave the batch in time."""
+    """Greedy answers to a batch of embedded prompts; finished rows leave the batch at once."""
     cache, states = prefill(decoder, prompts, max_new_tokens)
     state = states[:, -1]
-    ids: list[list[Tensor]] = [[] for _ in prompts]
-    hidden: list[list[Tensor]] = [[] for _ in prompts]
     eos = torch.tensor(sorted(decoder.eos_ids), device=state.device)
     active = list(range(len(prompts)))
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=state.device)
+    said: list[tuple[list[int], Tensor, Tensor]] = []
     for position in range(max_new_tokens):
         tokens = decoder.logits(state).argmax(-1)
-        for row, is_done in enumerate(done.tolist()):
-            if not is_done:
-                ids[active[row]].append(tokens[row])
-                hidden[active[row]].append(state[row])
-        done |= torch.isin(tokens, eos)
-        if position + 1 == max_new_tokens or bool(done.all()):
+        said.append((active, tokens, state))
+        if position + 1 == max_new_tokens:
             break
-        if worth_leaving(int(done.sum()), len(active)):
-            rows = (~done).nonzero()[:, 0]
-            cache, tokens, done = cache.keep_rows(rows), tokens[rows], done[rows]
-            active = [active[row] for row in rows.tolist()]
+        is_done = torch.isin(tokens, eos).tolist()
+        going = [row for row, done in enumerate(is_done) if not done]
+        if not going:
+            break
+        if len(going) < len(active):
+            going = cache.retire(going)
+            active, tokens = [active[row] for row in going], tokens[going]
         state = decoder.forward(decoder.embed(tokens[:, None]), cache)[:, -1]
-    return [
-        Answer(torch.stack(ids[sample]), torch.stack(hidden[sample]))
-        for sample in range(len(prompts))
-    ]
+    return _by_answer(said, len(prompts))
+
+
+def _by_answer(said: Sequence[tuple[list[int], Tensor, Tensor]], num_answers: int) -> list[Answer]:
+    """Of every step: whose rows they were, tokens [rows], states [rows, D]."""
+    whose = torch.tensor([answer for active, _, _ in said for answer in active])
+    order = whose.argsort(stable=True)
+    lengths = whose.bincount(minlength=num_answers).tolist()
+    ids = torch.cat([tokens for _, tokens, _ in said])[order].split(lengths)
+    hidden = torch.cat([states for _, _, states in said])[order].split(lengths)
+    return [Answer(*pair) for pair in zip(ids, hidden, strict=True)]
 
 
 @torch.inference_mode()

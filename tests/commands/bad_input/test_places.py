@@ -67,7 +67,7 @@ def test_a_place_that_cannot_be_written(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("xsd.hidden.writer.save_file", full)
+    monkeypatch.setattr("xsd.hidden.parts.save_file", full)
     assert "No space left on device" in refused(*extract(world, world.scenes))
 
 

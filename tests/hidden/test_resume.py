@@ -1,0 +1,203 @@
+"""A process that dies at any moment leaves no trace in what the next one makes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hidden.test_store import CONFIG, run
+from xsd.errors import XsdError
+from xsd.hidden import chunk, parts, writer
+from xsd.hidden.extract import extract, header
+from xsd.hidden.index import Header
+from xsd.hidden.plan import Batch, Extracted, plan_batches
+from xsd.hidden.store import HiddenStore
+from xsd.hidden.writer import HiddenWriter
+from xsd.pairs.base import ModelPair
+from xsd.types import Scene
+
+ONE = replace(CONFIG, batch_clips=1)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+class Killed(BaseException):
+    pass
+
+
+class Death:
+    """Kills at the n-th touch of the disk; nothing touches it after that."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.touches = at, 0
+
+    def wrap(self, touch: Callable[..., Any]) -> Callable[..., Any]:
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            if any(str(arg).endswith(".lock") for arg in args):
+                return touch(*args, **kwargs)
+            self.touches += 1
+            if self.touches > self.at:
+                raise Killed
+            return touch(*args, **kwargs)
+
+        return dying
+
+
+@contextmanager
+def dying(at: int) -> Iterator[Death]:
+    death = Death(at)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (chunk, parts, writer):
+            patch.setattr(module, "save_file", death.wrap(module.save_file))
+        patch.setattr(shutil, "rmtree", death.wrap(shutil.rmtree))
+        # Who only plays dead need not wait for the disk.
+        patch.setattr(os, "fsync", lambda _: None)
+        for name in ("replace", "unlink", "write_text", "mkdir"):
+            patch.setattr(Path, name, death.wrap(getattr(Path, name)))
+        yield death
+
+
+class Work:
+    """An extraction whose answers are known beforehand, so that only writing takes time."""
+
+    def __init__(self, pair: ModelPair, scenes: list[Scene]) -> None:
+        self.plan: list[Batch] = plan_batches(scenes, "train", ONE, 1)
+        self.header: Header = header(pair, self.plan, "train", ONE, "data")
+        self.answers: list[Extracted] = list(extract(pair, self.plan, ONE))
+        self.stored: set[int] = set()
+        """What a process was told that it is kept."""
+
+    def go_on(self, folder: Path) -> int:
+        """Number of batches that were answered."""
+        with HiddenWriter.open(folder, self.header, self.plan) as keeper:
+            assert not self.stored.intersection(keeper.missing), "what was kept is answered again"
+            for number in keeper.missing:
+                keeper.add(number, self.answers[number])
+                self.stored.add(number)
+        return len(keeper.missing)
+
+
+@pytest.fixture(scope="module")
+def answered(pair: ModelPair, scenes: list[Scene]) -> Work:
+    return Work(pair, scenes)
+
+
+@pytest.fixture
+def work(answered: Work) -> Work:
+    answered.stored.clear()
+    return answered
+
+
+@pytest.fixture(scope="module")
+def whole(answered: Work, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("whole")
+    answered.stored.clear()
+    assert answered.go_on(folder) == 6
+    return files(folder)
+
+
+def test_a_death_at_every_touch_of_the_disk(
+    work: Work, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    with dying(10**6) as counting:
+        work.go_on(tmp_path / "counted")
+    assert counting.touches > 50
+    for at in range(counting.touches):
+        work.stored.clear()
+        folder = tmp_path / str(at)
+        with dying(at), pytest.raises(Killed):
+            work.go_on(folder)
+        work.go_on(folder)
+        assert files(folder) == whole, f"killed at touch {at}"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_deaths_in_a_row(
+    work: Work, whole: dict[str, bytes], tmp_path: Path, seed: int
+) -> None:
+    draw = random.Random(seed)
+    for _ in range(draw.randint(3, 10)):
+        with dying(draw.randint(0, 30)), suppress(Killed):
+            work.go_on(tmp_path)
+    work.go_on(tmp_path)
+    assert files(tmp_path) == whole
+
+
+def _extract_in_child(pair: ModelPair, scenes: list[Scene], folder: Path) -> None:
+    run(pair, scenes, folder, ONE)
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(
+    pair: ModelPair, scenes: list[Scene], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Real processes, models included; killed until one of them comes to its end."""
+    fork = multiprocessing.get_context("fork")
+    draw, deaths, spared = random.Random(0), 0, 0.05
+    for number in range(3):
+        folder = tmp_path / str(number)
+        while True:
+            child = fork.Process(target=_extract_in_child, args=(pair, scenes, folder))
+            child.start()
+            child.join(timeout=draw.uniform(0.0, spared))
+            if child.exitcode == 0:
+                break
+            os.kill(child.pid or 0, signal.SIGKILL)
+            child.join()
+            deaths += 1
+            # However slow the machine: a batch is answered at last.
+            spared *= 1.3
+        assert files(folder) == whole
+    assert deaths >= 6
+
+
+def test_a_damaged_part_is_made_again(work: Work, whole: dict[str, bytes], tmp_path: Path) -> None:
+    for damage in ("cut", "altered", "empty"):
+        folder = tmp_path / damage
+        work.stored.clear()
+        with HiddenWriter.open(folder, work.header, work.plan) as keeper:
+            keeper.add(0, work.answers[0])
+        [part] = (folder / ".parts").iterdir()
+        content = bytearray(part.read_bytes())
+        content[-1] ^= 1
+        part.write_bytes({"cut": content[:-20], "altered": content, "empty": b""}[damage])
+        with HiddenWriter.open(folder, work.header, work.plan) as keeper:
+            assert 0 in keeper.missing
+        work.go_on(folder)
+        assert files(folder) == whole
+
+
+def test_an_unfinished_extraction_is_not_opened(work: Work, tmp_path: Path) -> None:
+    with HiddenWriter.open(tmp_path, work.header, work.plan) as keeper:
+        keeper.add(0, work.answers[0])
+    with pytest.raises(XsdError, match="was interrupted"):
+        HiddenStore.open(tmp_path)
+
+
+def test_parts_may_come_in_any_order_and_from_any_process(
+    work: Work, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    other = parts.Parts(tmp_path, work.header)
+    with HiddenWriter.open(tmp_path, work.header, work.plan) as keeper:
+        for number in (5, 1, 4):
+            other.write(number, work.answers[number])
+        for number in (3, 0, 2):
+            keeper.add(number, work.answers[number])
+    assert files(tmp_path) == whole
