@@ -143,12 +143,11 @@ class Counts(_Sums):
 
 @dataclass(frozen=True)
 class Scored:
-    """What was counted of a batch, and what is known of each of its answers."""
+    """What was counted of a batch."""
 
     counts: Counts
-    lengths: Numbers
     accepted: Numbers
-    """Drafts from the answer's start before the first miss; empty for heads."""
+    """Of each answer, drafts from its start before the first miss; empty for heads."""
 
 
 def score(
@@ -211,7 +210,6 @@ def score_chain(
     accepted = accepted_prefix(hits[0]).tolist() if row.shift == 0 else []
     return Scored(
         Counts(target=target, same_position=same) + count_drafts(hits, layout.lengths, row.shift),
-        layout.lengths,
         tuple(accepted),
     )
 

@@ -64,10 +64,10 @@ class Streams:
         return replace(self, **real, layout=layout), layout
 
     def to(self, device: torch.device | str) -> Streams:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: x.to(device, non_blocking=True) for k, x in moved.items() if x is not None}
-        )
+        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+        moved = {n: x.to(device, non_blocking=True) for n, x in held.items() if x is not None}
+        layout = None if self.layout is None else self.layout.to(device)
+        return replace(self, **moved, layout=layout)
 
     def require(self, row: Level) -> None:
         """Raise XsdError unless every stream that ``row`` reads is here."""

@@ -33,7 +33,7 @@ B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainBatch:
     """One optimizer step's answers, or a process's share of them."""
 
     streams: Streams
@@ -70,7 +70,7 @@ class _Pool:
 
 
 class TrainBatches:
-    """Shuffled training batches: ``batches(epoch)`` depends on seed, epoch and answers alone.
+    """Shuffled training batches: an epoch's depend on seed, epoch and answers alone.
 
     Chunks are shuffled, as many of them as fit into ``window_bytes`` are read together, and their
     answers are shuffled across them. Only the last batch of an epoch may be short. How much memory
@@ -114,7 +114,7 @@ class TrainBatches:
         self.is_resident = store.num_bytes <= free
         self._held: dict[str, tuple[Answers, int]] = {}
 
-    def __call__(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+    def __call__(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
         """The batches of an epoch, without the first ``skip``."""
         windows = []
         for window in self._windows(epoch):
@@ -162,12 +162,12 @@ class TrainBatches:
         answers = _answers(self._store, self._row, self._head, keys).to(self._device)
         return {key: (answers, number) for number, key in enumerate(keys)}
 
-    def _batch(self, held: dict[str, tuple[Answers, int]], keys: Sequence[str]) -> Batch:
+    def _batch(self, held: dict[str, tuple[Answers, int]], keys: Sequence[str]) -> TrainBatch:
         number, num_processes = self._share
         mine = keys[number::num_processes]
         answers, _ = held[keys[0]]
         streams = answers.batch([held[key][1] for key in mine or keys[:1]])
-        return Batch(streams, tuple(_length(held[key]) for key in keys), not mine)
+        return TrainBatch(streams, tuple(_length(held[key]) for key in keys), not mine)
 
 
 class OrderedBatches:
