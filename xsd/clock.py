@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +30,22 @@ class Stopwatch:
     def _synchronize(self) -> None:
         if self._cuda is not None:
             torch.cuda.current_stream(self._cuda).synchronize()
+
+
+class PartTimes:
+    """Seconds that each part of some work took, added up; waits for the device at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        watch = Stopwatch(self._device)
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + watch.ms() / 1e3
 
 
 def interleaved(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from xsd.adapters.base import Adapter
+from xsd.clock import PartTimes
 from xsd.errors import XsdError
 from xsd.files import sha256_json
 from xsd.learning.batches import TrainBatch
@@ -53,6 +55,7 @@ def fit(
     *,
     lm_head: Float[Tensor, "V Dv"] | None = None,
     state: Path | None = None,
+    times: PartTimes | None = None,
 ) -> Iterator[EpochReport]:
     """Train in place with AdamW, a cosine over epochs, clipping and early stopping.
 
@@ -65,11 +68,14 @@ def fit(
         state: a file written every few seconds, and after every epoch that the caller has taken
             in. If it exists, training goes on from it, and on a CPU in float32 ends with the very
             weights of an uninterrupted run.
+        times: told what the parts of a step take, if somebody wants to know.
 
     Raises:
         XsdError: no batches, a loss that is not finite, or a state of another configuration.
     """
     training = _Training(adapter, config, lm_head, state)
+    if times is not None:
+        training.part = times.part
     while not training.is_over:
         started = time.perf_counter()
         epoch = training.progress.epoch
@@ -144,6 +150,7 @@ class _Training:
         )
         self._is_prompt = self.device.type == "cpu" and self._accelerator.num_processes == 1
         self._saved, self._took = time.monotonic(), 0.0
+        self.part: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
     @property
     def is_over(self) -> bool:
@@ -160,7 +167,7 @@ class _Training:
         losses: list[Tensor] = []
         on_gpu = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=on_gpu):
-            for batch in batches(epoch, done):
+            for batch in self._timed(batches(epoch, done)):
                 losses.append(self._step(batch, self.progress.step + len(losses)))
                 if self._is_prompt or len(losses) == _LOOK:
                     self._take_in(losses)
@@ -177,14 +184,24 @@ class _Training:
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.progress.epoch, step)
-        with CpuOps():
+        with self.part("forward, loss"), CpuOps():
             loss = self._objective(batch)
         self.optimizer.zero_grad()
-        # Shares of a mean add up, but processes average their gradients.
-        accelerator.backward(loss * accelerator.num_processes)
-        torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_norm)
-        self.optimizer.step()
+        with self.part("backward"):
+            # Shares of a mean add up, but processes average their gradients.
+            accelerator.backward(loss * accelerator.num_processes)
+        with self.part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_norm)
+            self.optimizer.step()
         return loss.detach()
+
+    def _timed(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
+        while True:
+            with self.part("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _take_in(self, losses: list[Tensor]) -> None:
         """Count steps whose losses are finite; empties the list."""
