@@ -89,7 +89,7 @@ def fit(
         yield EpochReport(
             epoch=epoch,
             step=training.progress.step,
-            learning_rate=training.optimizer.param_groups[0]["lr"],
+            learning_rate=learning_rate(config, epoch, training.progress.step - 1),
             train={"loss": loss},
             val=metrics,
             is_best=is_best,
