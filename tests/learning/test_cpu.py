@@ -102,3 +102,9 @@ def test_it_ends_with_the_block() -> None:
     with CpuOps():
         pass
     assert linear(rows, weight).grad_fn.name() != "_LinearBackward"  # type: ignore[union-attr]
+
+
+def test_slices_of_a_matrix_are_products_like_others() -> None:
+    rows, weight = torch.randn(5, 6), torch.randn(4, 12)
+    for part in (weight[:, :6], weight[:, 6:], torch.randn(12, 4)[6:].mT):
+        torch.testing.assert_close(product(rows, part), linear(rows, part))

@@ -37,6 +37,9 @@ def product(
     """``rows @ weight.T + bias``; no gradient is recorded."""
     if _product is None or rows.device.type != "cpu" or rows.dtype != torch.float32:
         return functional.linear(rows, weight, bias)
+    if not weight.is_contiguous() and not weight.mT.is_contiguous():
+        # Of a slice's rows oneDNN makes a copy an element at a time.
+        weight = weight.contiguous()
     return _product(rows, weight, bias, "none", [], "")
 
 
