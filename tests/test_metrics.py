@@ -47,7 +47,7 @@ class Map(Adapter):
 
 
 def measure(stub: Adapter, streams: Streams, max_gamma: int = 8) -> dict[str, float]:
-    return score_batch(stub, streams, LM_HEAD, max_gamma).rates()
+    return score_batch(stub, streams, LM_HEAD, max_gamma).counts.rates()
 
 
 @pytest.mark.parametrize("row", HEADS, ids=[row.name for row in HEADS])
@@ -136,10 +136,9 @@ def test_tau_equals_the_live_count(row: Level, gamma: int) -> None:
 
 def test_drafts_by_hand() -> None:
     """Two answers of 4 and 2 tokens; chains of two drafts."""
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     first = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool()
     second = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]).bool()
-    counts = count_drafts(torch.stack([first, second]), mask, shift=0)
+    counts = count_drafts(torch.stack([first, second]), (4, 2), shift=0)
     assert counts.prefix_histogram[:4] == (0, 1, 1, 0)
     # Knowing token 0, the chain of anchor 1 drafts token 1 (hit) and 2 (miss): 3 tokens known;
     # then token 3 (hit): the end. The second answer: one miss, one cycle.
@@ -157,7 +156,7 @@ def test_positions_are_marginal_and_conditional() -> None:
         return [out] * n
 
     stub = Map(LEVELS["L4"], misses_at_one)
-    rows = score_batch(stub, streams, LM_HEAD, 2).target.positions()
+    rows = score_batch(stub, streams, LM_HEAD, 2).counts.target.positions()
     assert [r["position"] for r in rows] == [0, 1, 2, 3, 4]
     assert [r["num"] for r in rows] == [2, 2, 2, 1, 1]
     assert [r["match"] for r in rows] == [1, 0.5, 1, 1, 1]

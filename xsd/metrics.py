@@ -7,18 +7,20 @@ position as a tensor they read, are kept apart as ``same_position``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from xsd.adapters.base import Adapter, Streams, advance
+from xsd.adapters.catalog import Level
 from xsd.decoding.accept import accepted_prefix, tau_from_prefix
+from xsd.learning.cpu import CpuOps, product
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 TOP = (1, 5, 10)
@@ -27,7 +29,8 @@ PREFIX = 22
 MAX_GAMMA = 8
 HISTOGRAM_BINS = 40
 """Bins of the cosine's histogram, from -1 to 1."""
-_MAX_LOGITS = 1 << 24
+_LOGITS = (1 << 20, 1 << 28)
+"""Logits held at once, on a CPU (in its cache) and on a GPU."""
 
 Numbers = tuple[int, ...]
 
@@ -138,7 +141,15 @@ class Counts(_Sums):
         return rates
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Scored:
+    """What was counted of a batch."""
+
+    counts: Counts
+    accepted: Numbers
+    """Of each answer, drafts from its start before the first miss; empty for heads."""
+
+
 def score(
     adapter: Adapter,
     batches: Iterable[Streams],
@@ -147,70 +158,122 @@ def score(
     max_gamma: int = MAX_GAMMA,
 ) -> Counts:
     """Count over batches, in eval mode, on the adapter's device; ``tau`` up to ``max_gamma``."""
+    scored = score_batches(adapter, batches, lm_head, max_gamma=max_gamma)
+    return sum((part.counts for part in scored), Counts())
+
+
+def score_batches(
+    adapter: Adapter,
+    batches: Iterable[Streams],
+    lm_head: Float[Tensor, "V Dv"],
+    *,
+    max_gamma: int = MAX_GAMMA,
+) -> Iterator[Scored]:
+    """The same, batch by batch."""
     was_training = adapter.training
     adapter.eval()
-    device = next(adapter.parameters()).device
-    counts = Counts()
+    parameter = next(adapter.parameters(), lm_head)
     for streams in batches:
-        counts += score_batch(adapter, streams.to(device), lm_head.to(device), max_gamma)
+        yield score_batch(
+            adapter, streams.to(parameter.device), lm_head.to(parameter.device), max_gamma
+        )
     adapter.train(was_training)
-    return counts
 
 
+@torch.no_grad()
 def score_batch(
     adapter: Adapter, streams: Streams, lm_head: Float[Tensor, "V Dv"], max_gamma: int
-) -> Counts:
-    row = adapter.row
-    chain = adapter.unroll(streams, max_gamma if row.feedback else 1)
-    matches = [_match(out, streams, row.shift + k, lm_head) for k, out in enumerate(chain)]
+) -> Scored:
+    packed, _ = streams.packed()
+    with CpuOps():
+        chain = adapter.unroll(packed, max_gamma if adapter.row.feedback else 1)
+    return score_chain(adapter.row, chain, packed, lm_head, max_gamma)
+
+
+def score_chain(
+    row: Level,
+    chain: Sequence[Float[Tensor, "1 N Dv"]],
+    packed: Streams,
+    lm_head: Float[Tensor, "V Dv"],
+    max_gamma: int,
+) -> Scored:
+    """Count a chain that was unrolled already, of ``max_gamma`` steps where the level feeds back."""
+    _, layout = packed.packed()
+    hits, ranks = draft_hits(chain, packed, row.shift, lm_head)
+    same = PositionCounts()
+    if row.same_position:
+        _, there = draft_hits(chain[:1], packed, 0, lm_head)
+        same = count_positions(chain[0], there, packed, 0)
+    target = count_positions(chain[0], ranks, packed, row.shift)
     if not row.feedback:
-        matches = [advance(matches[0], k) for k in range(max_gamma)]
-    hits = torch.stack(matches)
-    return Counts(
-        target=count_positions(chain[0], matches[0], streams, row.shift, lm_head),
-        same_position=(
-            count_positions(chain[0], _match(chain[0], streams, 0, lm_head), streams, 0, lm_head)
-            if row.same_position
-            else PositionCounts()
-        ),
-    ) + count_drafts(hits, streams.mask, row.shift)
+        hits = torch.stack([advance(hits[0], k) for k in range(max_gamma)])
+    accepted = accepted_prefix(hits[0]).tolist() if row.shift == 0 else []
+    return Scored(
+        Counts(target=target, same_position=same) + count_drafts(hits, layout.lengths, row.shift),
+        tuple(accepted),
+    )
+
+
+def draft_hits(
+    chain: Sequence[Float[Tensor, "1 N Dv"]],
+    packed: Streams,
+    shift: int,
+    lm_head: Float[Tensor, "V Dv"],
+) -> tuple[Bool[Tensor, "G A T"], Int[Tensor, " M"]]:
+    """Whether element k of the chain from t says the stored token at t + shift + k, a row an answer.
+
+    And of the first element, the tokens that it held more likely than the stored one, at each of
+    the M positions that have a target.
+    """
+    _, layout = packed.packed()
+    hits, first_ranks = [], None
+    for k, out in enumerate(chain):
+        real = (layout.remaining > shift + k).nonzero().squeeze(1)
+        ids = packed.ids[0, real + shift + k]
+        best, ranks = _judge(out[0, real], ids, lm_head, ranked=k == 0)
+        first_ranks = ranks if first_ranks is None else first_ranks
+        match = torch.zeros_like(packed.mask[0]).index_copy_(0, real, best == ids)
+        hits.append(layout.pad(match))
+    assert first_ranks is not None, "a chain has one element at least"
+    return torch.stack(hits), first_ranks
 
 
 def count_positions(
-    out: Float[Tensor, "B T Dv"],
-    match: Bool[Tensor, "B T"],
-    streams: Streams,
-    shift: int,
-    lm_head: Float[Tensor, "V Dv"],
+    out: Float[Tensor, "1 N Dv"], ranks: Int[Tensor, " M"], packed: Streams, shift: int
 ) -> PositionCounts:
-    """Hold ``out[:, t]`` against state and token at ``t + shift``; ``match[:, t]`` is its top-1."""
-    length = out.shape[1] - shift
-    mask, match = streams.mask[:, shift:], match[:, :length]
-    target = streams.verifier[:, shift:]
-    cosine = cosine_similarity(out[:, :length], target, dim=-1)
-    above = torch.stack([(cosine > threshold) & mask for threshold in THRESHOLDS])
-    real = cosine[mask].double()
-    ranks = _ranks(out[:, :length][mask], streams.ids[:, shift:][mask], lm_head)
+    """Hold ``out[0, t]`` against the state at ``t + shift``; ``ranks`` are those of its tokens."""
+    _, layout = packed.packed()
+    real = (layout.remaining > shift).nonzero().squeeze(1)
+    there = real + shift
+    cosine = cosine_similarity(out[0, real], packed.verifier[0, there], dim=-1)
+
+    def by_answer(values: Shaped[Tensor, " M"]) -> Shaped[Tensor, "A S"]:
+        """A row an answer, from the first position that is scored."""
+        rows = values.new_zeros(layout.cells.shape).index_copy_(0, there, values)
+        return layout.pad(rows)[:, shift:]
+
+    mask = by_answer(torch.ones_like(ranks, dtype=torch.bool))
+    matched = by_answer(ranks == 0)
+    above = torch.stack([by_answer(cosine > threshold) for threshold in THRESHOLDS])
     # reached[t]: everything scored before t matched.
-    matched = match & mask
     before = torch.ones_like(matched)
     before[:, 1:] = matched.long().cumprod(dim=1)[:, :-1].bool()
     reached = before & mask
 
-    def by_position(x: Tensor) -> tuple[Any, ...]:
+    def by_position(x: Shaped[Tensor, "A S"]) -> tuple[Any, ...]:
         return (0,) * shift + tuple(x.sum(dim=0).tolist())
 
     return PositionCounts(
         num_samples=int(mask.any(dim=1).sum()),
-        cos_sum=real.sum().item(),
+        cos_sum=cosine.double().sum().item(),
         accepted=tuple(above.sum(dim=(1, 2)).tolist()),
         consecutive=tuple(accepted_prefix(above).sum(dim=1).tolist()),
-        top=(int(matched.sum()), *(int((ranks < k).sum()) for k in TOP[1:])),
+        top=tuple(int((ranks < k).sum()) for k in TOP),
         cos_histogram=tuple(
-            torch.histc(real.float(), bins=HISTOGRAM_BINS, min=-1, max=1).long().tolist()
+            torch.histc(cosine.float(), bins=HISTOGRAM_BINS, min=-1, max=1).long().tolist()
         ),
         scored=by_position(mask),
-        cos_by_position=by_position(torch.where(mask, cosine, 0.0).double()),
+        cos_by_position=by_position(by_answer(cosine.double())),
         accepted_90=by_position(above[THRESHOLDS.index(0.90)]),
         matched=by_position(matched),
         reached=by_position(reached),
@@ -218,15 +281,14 @@ def count_positions(
     )
 
 
-def count_drafts(hits: Bool[Tensor, "G B T"], mask: Bool[Tensor, "B T"], shift: int) -> Counts:
+def count_drafts(hits: Bool[Tensor, "G A T"], lengths: Sequence[int], shift: int) -> Counts:
     """Count accepted drafts of chains.
 
-    ``hits[k, b, t]``: element k of the chain from anchor t is token ``t + shift + k``, within the
+    ``hits[k, a, t]``: element k of the chain from anchor t is token ``t + shift + k``, within the
     answer. Levels with shift 0 draft token t itself, so the cycle that knows tokens 0..t takes the
     chain of anchor ``t + 1``.
     """
     num_steps = hits.shape[0]
-    lengths = mask.sum(dim=1).tolist()
     anchors = hits.permute(1, 2, 0) if shift else advance(hits.permute(1, 2, 0), 1)
     prefixes = accepted_prefix(anchors).tolist()
     walks = [
@@ -247,29 +309,26 @@ def count_drafts(hits: Bool[Tensor, "G B T"], mask: Bool[Tensor, "B T"], shift: 
     )
 
 
-def _match(
-    out: Float[Tensor, "B T Dv"], streams: Streams, offset: int, lm_head: Float[Tensor, "V Dv"]
-) -> Bool[Tensor, "B T"]:
-    """Whether the most likely token at t is the stored token at t + offset."""
-    match = torch.zeros_like(streams.mask)
-    real = advance(streams.mask, offset)
-    rows, ids = out[real], advance(streams.ids, offset)[real]
-    size = max(1, _MAX_LOGITS // lm_head.shape[0])
-    best = [(part @ lm_head.T).argmax(dim=-1) for part in torch.split(rows, size)]
-    match[real] = torch.cat(best) == ids
-    return match
-
-
-def _ranks(
-    rows: Float[Tensor, "N Dv"], ids: Int[Tensor, " N"], lm_head: Float[Tensor, "V Dv"]
-) -> Int[Tensor, " N"]:
-    """Tokens that are more likely than the stored one."""
-    size = max(1, _MAX_LOGITS // lm_head.shape[0])
-    ranks = []
-    for part, wanted in zip(torch.split(rows, size), torch.split(ids, size), strict=True):
-        logits = part @ lm_head.T
-        ranks.append((logits > logits.gather(1, wanted[:, None])).sum(dim=1))
-    return torch.cat(ranks)
+def _judge(
+    rows: Float[Tensor, "M Dv"],
+    ids: Int[Tensor, " M"],
+    lm_head: Float[Tensor, "V Dv"],
+    *,
+    ranked: bool,
+) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
+    """Of each row the most likely token, and how many it holds more likely than ``ids``; the logits
+    are held a few rows at a time."""
+    size = max(1, _LOGITS[rows.device.type == "cuda"] // lm_head.shape[0])
+    best, ranks = torch.empty_like(ids), torch.zeros_like(ids)
+    for first in range(0, len(ids), size):
+        part = slice(first, first + size)
+        logits = product(rows[part], lm_head)
+        best[part] = logits.argmax(dim=-1)
+        if ranked:
+            said = logits.gather(1, ids[part, None])
+            # Of equals the first is said.
+            ranks[part] = torch.where(best[part] == ids[part], 0, (logits > said).sum(dim=1))
+    return best, ranks
 
 
 def _ratio(numerator: float | int, denominator: int) -> float:

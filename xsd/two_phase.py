@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xsd.adapters.base import Adapter, Streams, advance
+from xsd.adapters.base import Adapter, Streams
 from xsd.decoding.accept import accepted_prefix, tau_from_prefix
+from xsd.learning.cpu import CpuOps
+from xsd.metrics import draft_hits
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,10 @@ def count_two_phase(
     device = next(head.parameters()).device
     rows: list[tuple[int, int, int, int, int]] = []
     for first, second in batches:
-        ours, theirs = first.to(device), second.to(device)
-        opening = accepted_prefix(_hits(gap(ours), ours, 0, lm_head)).tolist()
-        chain = head.unroll(theirs, gamma)
-        hits = [_hits(out, theirs, head.row.shift + k, lm_head) for k, out in enumerate(chain)]
-        prefixes = accepted_prefix(torch.stack(hits, dim=-1)).tolist()
-        lengths = theirs.mask.sum(dim=1).tolist()
-        for matches, prefix, length in zip(opening, prefixes, lengths, strict=True):
+        opening = _hits(gap, first.to(device), 1, lm_head)[..., 0]
+        prefixes = accepted_prefix(_hits(head, second.to(device), gamma, lm_head)).tolist()
+        matched, lengths = accepted_prefix(opening).tolist(), second.packed()[1].lengths
+        for matches, prefix, length in zip(matched, prefixes, lengths, strict=True):
             rows.append(_hand_over(matches, prefix, length, num_free(length), gamma))
     columns = zip(*rows, strict=True) if rows else ((),) * 5
     return TwoPhaseCounts(*(tuple(column) for column in columns))
@@ -83,8 +82,11 @@ def _hand_over(
 
 
 def _hits(
-    out: Float[Tensor, "B T Dv"], streams: Streams, offset: int, lm_head: Float[Tensor, "V Dv"]
-) -> Bool[Tensor, "B T"]:
-    """Whether the most likely token at t is the answer's at t + offset."""
-    tokens: Int[Tensor, "B T"] = (out @ lm_head.to(out.device).T).argmax(dim=-1)
-    return (tokens == advance(streams.ids, offset)) & advance(streams.mask, offset)
+    adapter: Adapter, streams: Streams, num_steps: int, lm_head: Float[Tensor, "V Dv"]
+) -> Bool[Tensor, "A T steps"]:
+    """Whether the chain from t says the answer's tokens, a row an answer."""
+    packed, _ = streams.packed()
+    with CpuOps():
+        chain = adapter.unroll(packed, num_steps)
+    hits, _ = draft_hits(chain, packed, adapter.row.shift, lm_head.to(packed.ids.device))
+    return hits.permute(1, 2, 0)

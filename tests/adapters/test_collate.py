@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from xsd.adapters.catalog import level
-from xsd.adapters.collate import collate
+from xsd.adapters.collate import Answers, collate
 from xsd.errors import XsdError
 from xsd.types import ClipVisual, HiddenSample
 
@@ -22,19 +22,31 @@ def sample(num_drafter: int, num_verifier: int) -> HiddenSample:
     )
 
 
-def test_pads_and_masks() -> None:
+def test_answers_lie_one_behind_the_other() -> None:
     short, long = sample(3, 3), sample(5, 5)
     streams = collate([short, long], level("E2"), embedding=EMBEDDING)
-    assert streams.mask.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert streams.layout is not None and streams.layout.lengths == (3, 5)
+    assert streams.ids.shape == (1, 8) and bool(streams.mask.all())
     assert streams.drafter is not None and streams.token is not None and streams.visual is None
     assert torch.equal(streams.drafter[0, :3], short.drafter_hidden.float())
-    assert torch.equal(streams.verifier[1], long.verifier_hidden.float())
-    assert torch.equal(streams.token[1], EMBEDDING[long.verifier_ids])
+    assert torch.equal(streams.verifier[0, 3:], long.verifier_hidden.float())
+    assert torch.equal(streams.token[0, 3:], EMBEDDING[long.verifier_ids])
+
+
+def test_batches_are_taken_by_number() -> None:
+    samples = [sample(n, n) for n in (2, 5, 3)]
+    answers = Answers(samples, level("L1"))
+    streams = answers.batch([2, 0])
+    assert streams.layout is not None and streams.layout.lengths == (3, 2)
+    expected = torch.cat([samples[2].verifier_hidden, samples[0].verifier_hidden]).float()
+    assert torch.equal(streams.verifier[0], expected)
+    assert streams.ids[0].tolist() == [*samples[2].verifier_ids, *samples[0].verifier_ids]
 
 
 def test_free_running_pairs_are_cut_to_the_shorter() -> None:
     streams = collate([sample(3, 7), sample(6, 4)], level("L1"))
-    assert streams.mask.sum(dim=1).tolist() == [3, 4] and streams.token is None
+    assert streams.layout is not None and streams.layout.lengths == (3, 4)
+    assert streams.token is None
 
 
 @pytest.mark.parametrize(("name", "expected"), [("X1", 0.0), ("E3", 1.0)])

@@ -13,11 +13,11 @@ from tests.commands.conftest import World, tags, xsd
 from xsd.adapters import checkpoint
 from xsd.adapters.catalog import build, configure, level
 from xsd.adapters.config import AdapterSizes
-from xsd.commands.offline import accepted_per_answer, answer_lengths
+from xsd.commands.offline import answer_lengths
 from xsd.hidden import lm_head
 from xsd.hidden.store import HiddenStore
 from xsd.learning.batches import OrderedBatches
-from xsd.metrics import score
+from xsd.metrics import score, score_batches
 
 SIZES = AdapterSizes(num_heads=4, ffn_dim=16, bottleneck_dim=8, max_positions=16)
 FILES = {
@@ -75,7 +75,8 @@ def test_modelled_time_uses_each_answers_own_prefix(world: World) -> None:
     head, row = lm_head.load(world.head), level("L4")
     adapter = build(configure("L4", 24, 32, SIZES)).eval()
     batches = OrderedBatches(store, row, store.keys(), batch_size=4, head=head)
-    accepted = accepted_per_answer(adapter, batches, head.lm_head)
+    scored = list(score_batches(adapter, batches, head.lm_head))
+    accepted = np.array([number for part in scored for number in part.accepted])
     counts = score(adapter, batches, head.lm_head)
     assert np.bincount(accepted, minlength=23).tolist() == list(counts.prefix_histogram)
     lengths = answer_lengths(store, store.keys())

@@ -61,7 +61,7 @@ def test_counts_agree_with_the_metrics_of_either_phase() -> None:
         )
 
     def rates(adapter: Adapter) -> dict[str, float]:
-        return score_batch(adapter, streams, lm_head, 4).rates()
+        return score_batch(adapter, streams, lm_head, 4).counts.rates()
 
     assert count(0).tau == count(0).tau_alone == pytest.approx(rates(head)["tau_4"])
     accepted = count(99).accepted

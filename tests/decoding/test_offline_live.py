@@ -92,7 +92,7 @@ def test_offline_counts_are_live_counts(
     seen = 0
     for trace, one in zip(live, stored, strict=True):
         with torch.no_grad():
-            counts = score_batch(adapter, _streams(pair, [one], name), lm_head, GAMMA)
+            counts = score_batch(adapter, _streams(pair, [one], name), lm_head, GAMMA).counts
         assert trace.lossless
         if is_gap:
             offline = sum(k * number for k, number in enumerate(counts.prefix_histogram))

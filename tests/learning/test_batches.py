@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from xsd.hidden.plan import Batch, Extracted
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.writer import HiddenWriter
 from xsd.learning import batches
-from xsd.learning.batches import OrderedBatches, TrainBatches, check_level, held_out_keys
+from xsd.learning.batches import OrderedBatches, TrainBatch, TrainBatches, check_level, held_out_keys
 from xsd.types import ClipVisual, HiddenSample, Sample, Scene
 
 VOCAB, D_DRAFTER, D_VERIFIER = 30, 3, 4
@@ -68,20 +69,71 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> HiddenStore:
 
 def numbers(streams: Streams) -> list[int]:
     """The answers in a batch, by the number that fills them."""
-    assert torch.equal(streams.verifier[:, 0, 0].long() % VOCAB, streams.ids[:, 0])
-    return streams.verifier[:, 0, 0].int().tolist()
+    _, layout = streams.packed()
+    first = layout.positions == 0
+    found = streams.verifier[0, first, 0]
+    assert torch.equal(found.long() % VOCAB, streams.ids[0, first])
+    return [int(number) for number in found]
 
 
-@pytest.mark.parametrize("resident_bytes", [1 << 30, 1, 3000])
-def test_an_epoch_is_every_training_answer_once(store: HiddenStore, resident_bytes: int) -> None:
-    batches = TrainBatches(store, level("L1"), batch_size=4, seed=3, resident_bytes=resident_bytes)
-    epochs = [[numbers(streams) for streams in batches(epoch)] for epoch in (0, 1, 0)]
+def trained_on(batches: Iterable[TrainBatch]) -> list[list[int]]:
+    return [numbers(batch.streams) for batch in batches]
+
+
+@pytest.mark.parametrize("room", [None, 0])
+@pytest.mark.parametrize("window_bytes", [1 << 30, 1, 3000])
+def test_an_epoch_is_every_training_answer_once(
+    store: HiddenStore, window_bytes: int, room: int | None
+) -> None:
+    def made(seed: int, room: int | None = room) -> TrainBatches:
+        return TrainBatches(
+            store, level("L1"), batch_size=4, seed=seed, window_bytes=window_bytes, room=room
+        )
+
+    batches = made(3)
+    assert batches.is_resident == (room is None)
+    epochs = [trained_on(batches(epoch)) for epoch in (0, 1, 0)]
     for epoch in epochs:
         assert [len(batch) for batch in epoch] == [4] * 6 + [3]
         assert sorted(chain.from_iterable(epoch)) == list(range(27))
     assert epochs[0] == epochs[2] != epochs[1]
-    other = TrainBatches(store, level("L1"), batch_size=4, seed=4, resident_bytes=resident_bytes)
-    assert [numbers(streams) for streams in other(0)] != epochs[0]
+    assert trained_on(made(4)(0)) != epochs[0]
+    # Where answers wait is no matter of what is trained on; nor is where an epoch was left.
+    assert trained_on(made(3, 0 if room is None else None)(0)) == epochs[0]
+    for skip in range(8):
+        assert trained_on(batches(0, skip)) == epochs[0][skip:]
+
+
+def test_processes_share_every_batch(store: HiddenStore) -> None:
+    def made(share: tuple[int, int]) -> TrainBatches:
+        return TrainBatches(store, level("L1"), batch_size=4, seed=3, share=share)
+
+    whole = list(made((0, 1))(0))
+    shares = [list(made((rank, 4))(0)) for rank in range(4)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert {part.lengths for part in parts} == {batch.lengths}
+        counted = [part for part in parts if not part.is_idle]
+        found = sorted(chain.from_iterable(trained_on(counted)))
+        assert found == sorted(numbers(batch.streams))
+    # The epoch ends on three answers, and one process has none.
+    assert [share[-1].is_idle for share in shares] == [False, False, False, True]
+
+
+def test_ordered_batches_are_shared_whole(store: HiddenStore) -> None:
+    def made(share: tuple[int, int]) -> list[list[int]]:
+        batches = OrderedBatches(store, level("L1"), store.keys(), batch_size=4, share=share)
+        return [numbers(streams) for streams in batches]
+
+    whole, first, second = made((0, 1)), made((0, 2)), made((1, 2))
+    assert whole[::2] == first and whole[1::2] == second
+
+
+def test_an_epoch_may_be_left_early(store: HiddenStore) -> None:
+    batches = TrainBatches(store, level("L1"), batch_size=4, seed=3, window_bytes=1, room=0)
+    epoch = batches(0)
+    next(epoch)
+    epoch.close()  # type: ignore[attr-defined]
+    assert len(list(batches(0))) == 7
 
 
 def test_batches_are_of_answers_of_like_length(
@@ -89,7 +141,7 @@ def test_batches_are_of_answers_of_like_length(
 ) -> None:
     def num_positions() -> int:
         made = TrainBatches(store, level("L1"), batch_size=3, seed=0)
-        return sum(streams.mask.numel() for streams in made(0))
+        return sum(len(batch.lengths) * max(batch.lengths) for batch in made(0))
 
     sorted_in_pools = num_positions()
     monkeypatch.setattr(batches, "ALIKE", 1)
@@ -97,11 +149,9 @@ def test_batches_are_of_answers_of_like_length(
 
 
 def test_small_data_is_shuffled_as_a_whole_and_large_data_by_chunks(store: HiddenStore) -> None:
-    def chunks_of_first_six(resident_bytes: int) -> set[int]:
-        batches = TrainBatches(
-            store, level("L1"), batch_size=6, seed=0, resident_bytes=resident_bytes
-        )
-        return {number // PER_CHUNK for number in numbers(next(batches(0)))}
+    def chunks_of_first_six(window_bytes: int) -> set[int]:
+        batches = TrainBatches(store, level("L1"), batch_size=6, seed=0, window_bytes=window_bytes)
+        return {number // PER_CHUNK for number in numbers(next(batches(0)).streams)}
 
     assert len(chunks_of_first_six(1 << 30)) > 2
     assert len(chunks_of_first_six(1)) <= 2
@@ -113,11 +163,11 @@ def test_every_level_gets_what_it_reads(store: HiddenStore, name: str) -> None:
     [streams] = OrderedBatches(store, row, store.keys("val"), batch_size=8, head=HEAD)
     streams.require(row)
     assert numbers(streams) == [27, 28, 29]
-    assert streams.mask.sum(1).tolist() == [4, 1, 2]
+    assert streams.packed()[1].lengths == (4, 1, 2)
     assert streams.verifier.dtype == torch.float32
     if "token" in row.streams:
         assert streams.token is not None
-        assert torch.equal(streams.token[0], HEAD.embed_tokens[torch.full((4,), 27)])
+        assert torch.equal(streams.token[0, :4], HEAD.embed_tokens[torch.full((4,), 27)])
     if row.visual:
         assert streams.visual is not None
         assert streams.visual[0, 0, 0] == (9 if row.visual == "projected" else -9)
@@ -158,10 +208,10 @@ def test_published_chunks_get_the_ids_that_the_head_reads(tmp_path: Path) -> Non
     store = HiddenStore.open(seed_folder(tmp_path / "seed"))
     head = VerifierHead(torch.randn(VOCAB, 3), torch.randn(VOCAB, 3), "", "")
     [streams] = OrderedBatches(store, level("L1"), store.keys("val"), batch_size=99, head=head)
-    for row, key in enumerate(store.keys("val")):
-        states = store.sample(key).verifier_hidden
-        assert torch.equal(streams.ids[row, : len(states)], (states @ head.lm_head.T).argmax(-1))
-    assert sum(len(x.ids) for x in TrainBatches(store, level("B1"), batch_size=8, seed=0)(0)) == 20
+    states = torch.cat([store.sample(key).verifier_hidden for key in store.keys("val")])
+    assert torch.equal(streams.ids[0], (states @ head.lm_head.T).argmax(-1))
+    made = TrainBatches(store, level("B1"), batch_size=8, seed=0)(0)
+    assert sum(len(batch.lengths) for batch in made) == 20
 
 
 def test_held_out_keys(store: HiddenStore, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from tests.adapters.conftest import D_VERIFIER, make_adapter, make_streams
 from xsd.adapters.base import Adapter, Streams
 from xsd.errors import XsdError
+from xsd.learning.batches import TrainBatch
 from xsd.learning.config import FitConfig
 from xsd.learning.fit import fit, learning_rate
 
@@ -18,12 +19,13 @@ LM_HEAD = torch.randn(50, D_VERIFIER, generator=torch.Generator().manual_seed(3)
 CONFIG = FitConfig(num_epochs=4, learning_rate=1e-3, unroll_steps=2)
 
 
-def batches(epoch: int) -> Iterator[Streams]:
+def batches(epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
     streams = make_streams(batch=4)
     order = torch.randperm(4, generator=torch.Generator().manual_seed(epoch))
-    for half in order.split(2):
-        fields = ("drafter", "verifier", "token", "visual", "ids", "mask")
-        yield Streams(**{name: getattr(streams, name)[half] for name in fields})
+    for half in order.split(2)[skip:]:
+        names = ("drafter", "verifier", "token", "visual", "ids", "mask")
+        packed, layout = Streams(**{n: getattr(streams, n)[half] for n in names}).packed()
+        yield TrainBatch(packed, layout.lengths)
 
 
 def constant(adapter: Adapter) -> dict[str, float]:
@@ -101,9 +103,10 @@ def test_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_nan_loss_is_one_line() -> None:
-    def poisoned(epoch: int) -> Iterator[Streams]:
-        for streams in batches(epoch):
-            yield replace(streams, verifier=streams.verifier * torch.nan)
+    def poisoned(epoch: int, skip: int) -> Iterator[TrainBatch]:
+        for batch in batches(epoch, skip):
+            streams = replace(batch.streams, verifier=batch.streams.verifier * torch.nan)
+            yield replace(batch, streams=streams)
 
     with pytest.raises(XsdError, match="loss became nan in epoch 0, step 0"):
         next(fit(make_adapter("L1"), poisoned, CONFIG, constant, lm_head=LM_HEAD))
@@ -111,7 +114,7 @@ def test_nan_loss_is_one_line() -> None:
 
 def test_empty_training_data_is_refused() -> None:
     with pytest.raises(XsdError, match="no training batches"):
-        next(fit(make_adapter("L1"), lambda epoch: iter(()), CONFIG, constant, lm_head=LM_HEAD))
+        next(fit(make_adapter("L1"), lambda epoch, skip: iter(()), CONFIG, constant, lm_head=LM_HEAD))
 
 
 def test_learning_rate_warms_up_then_falls_to_eta_min() -> None:

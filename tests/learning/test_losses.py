@@ -1,17 +1,29 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tests.adapters.conftest import D_VERIFIER, make_adapter, make_streams
+from xsd.adapters.base import Streams
 from xsd.adapters.catalog import LEVELS
 from xsd.learning import losses
-from xsd.learning.losses import adapter_loss, eagle_loss, feature_loss, token_loss
+from xsd.learning.losses import Weights, adapter_loss, eagle_loss, feature_loss, token_loss
 
 LM_HEAD = torch.randn(50, D_VERIFIER, generator=torch.Generator().manual_seed(3))
+
+
+def packed(streams, x):  # type: ignore[no-untyped-def]
+    """Rows of the real positions."""
+    return x[streams.mask]
+
+
+def weights(streams):  # type: ignore[no-untyped-def]
+    layout = streams.packed()[1]
+    return Weights(layout, layout.lengths)
 
 
 @pytest.fixture
@@ -40,7 +52,8 @@ def test_token_loss_and_gradient(streams, shift, rows, monkeypatch) -> None:  # 
     monkeypatch.setattr(losses, "ROWS", rows)
     target, lm_head = streams.verifier.double(), LM_HEAD.double()
     chain = [torch.randn_like(target).requires_grad_() for _ in range(3)]
-    ours = token_loss(chain, target, streams.mask, shift, lm_head)
+    rows = [packed(streams, out) for out in chain]
+    ours = token_loss(rows, packed(streams, target), weights(streams), shift, lm_head)
     reference = reference_token_loss(chain, target, streams.mask, shift, lm_head)
     torch.testing.assert_close(ours, reference)
     for a, b in zip(
@@ -50,13 +63,15 @@ def test_token_loss_and_gradient(streams, shift, rows, monkeypatch) -> None:  # 
 
 
 def test_perfect_chain_has_no_token_loss(streams) -> None:  # type: ignore[no-untyped-def]
-    loss = token_loss([streams.verifier], streams.verifier, streams.mask, 0, LM_HEAD)
+    target = packed(streams, streams.verifier)
+    loss = token_loss([target], target, weights(streams), 0, LM_HEAD)
     assert loss.abs() < 1e-5
 
 
 def test_chain_longer_than_the_answers_is_finite(streams) -> None:  # type: ignore[no-untyped-def]
-    chain = [torch.randn_like(streams.verifier) for _ in range(12)]
-    assert token_loss(chain, streams.verifier, streams.mask, 1, LM_HEAD).isfinite()
+    target = packed(streams, streams.verifier)
+    chain = [torch.randn_like(target) for _ in range(12)]
+    assert token_loss(chain, target, weights(streams), 1, LM_HEAD).isfinite()
 
 
 def test_feature_loss_is_the_seeds(streams) -> None:  # type: ignore[no-untyped-def]
@@ -64,15 +79,31 @@ def test_feature_loss_is_the_seeds(streams) -> None:  # type: ignore[no-untyped-
     real, target = out[streams.mask], streams.verifier[streams.mask]
     expected = (real - target).square().mean()
     expected = expected + 0.5 * (1 - cosine_similarity(real, target, dim=-1).mean())
-    torch.testing.assert_close(feature_loss(out, streams.verifier, streams.mask), expected)
+    torch.testing.assert_close(feature_loss(real, target, weights(streams), 0), expected)
 
 
 def test_eagle_loss_is_half_align_half_predict(streams) -> None:  # type: ignore[no-untyped-def]
     out = torch.randn_like(streams.verifier)
     both = streams.mask[:, 1:]
     predict = (out[:, :-1][both] - streams.verifier[:, 1:][both]).square().mean()
-    expected = 0.5 * feature_loss(out, streams.verifier, streams.mask) + 0.5 * predict
-    torch.testing.assert_close(eagle_loss(out, streams.verifier, streams.mask), expected)
+    rows = packed(streams, out), packed(streams, streams.verifier), weights(streams)
+    expected = 0.5 * feature_loss(*rows, 0) + 0.5 * predict
+    torch.testing.assert_close(eagle_loss(*rows), expected)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("kind", ["feature", "token"])
+def test_shares_of_a_batch_add_up(name, kind, streams) -> None:  # type: ignore[no-untyped-def]
+    adapter, lengths = make_adapter(name), streams.packed()[1].lengths
+
+    def loss(which: list[int]) -> Tensor:
+        held = {f.name: getattr(streams, f.name) for f in fields(streams) if f.name != "layout"}
+        share = Streams(**{name: x[which] for name, x in held.items()})
+        return adapter_loss(
+            adapter, share, loss=kind, unroll_steps=3, lm_head=LM_HEAD, lengths=lengths
+        )
+
+    torch.testing.assert_close(loss([0, 2]) + loss([1]), loss([0, 1, 2]))
 
 
 @pytest.mark.parametrize("name", LEVELS)

@@ -48,7 +48,7 @@ class AttentionAdapter(Adapter):
     def finish(
         self, x: Float[Tensor, "B R Dv"], residual: Float[Tensor, "B R Dv"]
     ) -> Float[Tensor, "B R Dv"]:
-        return torch.lerp(residual, self.project(self.norm_out(x)), self.alpha)
+        return torch.lerp(residual, self.project(self.norm_out(x)).to(residual.dtype), self.alpha)
 
     def compiled(self) -> CompiledHead | None:
         nowhere = self.alpha.new_zeros(self.config.max_positions, self.config.d_verifier)

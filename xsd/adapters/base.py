@@ -25,6 +25,7 @@ from xsd.adapters.cache import AdapterCache, Chain, Past
 from xsd.adapters.catalog import Level, level
 from xsd.adapters.compiled import CompiledCache, CompiledHead
 from xsd.adapters.config import AdapterConfig
+from xsd.adapters.layout import Layout
 from xsd.adapters.live import bind
 from xsd.adapters.rows import Positions, Ragged, Siblings, StepInputs
 from xsd.errors import XsdError
@@ -32,9 +33,10 @@ from xsd.errors import XsdError
 
 @dataclass(frozen=True)
 class Streams:
-    """What an adapter may look at, teacher-forced over a padded batch.
+    """What an adapter may look at, teacher-forced.
 
-    Real positions come first in every row; whatever stands at padded positions is ignored.
+    Padded, a row an answer, real positions first; whatever stands at padded ones is ignored. Or
+    packed: B is 1, and ``layout`` tells where in the one row the answers lie.
     """
 
     drafter: Float[Tensor, "B T Dd"] | None
@@ -43,18 +45,29 @@ class Streams:
     """v: the verifier's states; the target too."""
     token: Float[Tensor, "B T Dv"] | None
     """The verifier's input embeddings of ``ids``."""
-    visual: Float[Tensor, "B K Dv"] | None
+    visual: Float[Tensor, "answers K Dv"] | None
     """The clip's visual vectors, projected or prefilled, as the level's row says."""
     ids: Int[Tensor, "B T"]
     """y: the verifier's answer."""
     mask: Bool[Tensor, "B T"]
     """Real positions."""
+    layout: Layout | None = None
+    """None: padded."""
+
+    def packed(self) -> tuple[Streams, Layout]:
+        """Real positions only, and where they lie."""
+        if self.layout is not None:
+            return self, self.layout
+        layout = Layout(self.mask.sum(dim=1).tolist(), self.mask.shape[1]).to(self.mask.device)
+        rows = {name: getattr(self, name) for name in (*_BY_POSITION, "mask")}
+        real = {name: x[self.mask][None] for name, x in rows.items() if x is not None}
+        return replace(self, **real, layout=layout), layout
 
     def to(self, device: torch.device | str) -> Streams:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: x.to(device, non_blocking=True) for k, x in moved.items() if x is not None}
-        )
+        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+        moved = {n: x.to(device, non_blocking=True) for n, x in held.items() if x is not None}
+        layout = None if self.layout is None else self.layout.to(device)
+        return replace(self, **moved, layout=layout)
 
     def require(self, row: Level) -> None:
         """Raise XsdError unless every stream that ``row`` reads is here."""
@@ -62,6 +75,9 @@ class Streams:
         for name in needed:
             if getattr(self, name) is None:
                 raise XsdError(f"level {row.name} reads the {name} stream, which this data lacks")
+
+
+_BY_POSITION = ("drafter", "verifier", "token", "ids")
 
 
 class Adapter(nn.Module, ABC):
@@ -112,27 +128,27 @@ class Adapter(nn.Module, ABC):
         return self.unroll(streams, 1)[0]
 
     def unroll(self, streams: Streams, num_steps: int) -> list[Float[Tensor, "B T Dv"]]:
-        """Draft ``num_steps`` states from every position at once.
+        """Draft ``num_steps`` states from every position at once; packed if ``streams`` are.
 
         Element ``k`` at ``[:, t]`` predicts ``v[:, t + shift + k]`` from true inputs up to ``t``
         and, after ``t``, the true tokens and drafter states but the adapter's own predictions in
         place of the verifier's states. Where ``t + shift + k`` passes the end it means nothing.
         """
         streams.require(self.row)
-        length = streams.ids.shape[1]
-        self.check_length(length + num_steps - 1)
-        chain = self._chain(streams)
-        if streams.token is not None and "token" in self.row.streams:
-            streams = replace(streams, token=self.read_tokens(streams.token))
-        if not self.row.feedback:
-            out = self._run(_rows(streams, streams.verifier, 0), slice(length), chain)
-            return [advance(out, k) for k in range(num_steps)]
+        packed, layout = streams.packed()
+        self.check_length(layout.length + num_steps - 1)
+        chain = self._chain(packed, layout)
+        if packed.token is not None and "token" in self.row.streams:
+            packed = replace(packed, token=self.read_tokens(packed.token))
+        positions = layout.positions[None]
         outputs: list[Tensor] = []
-        for k in range(num_steps):
+        for k in range(num_steps if self.row.feedback else 1):
             chain.begin(k)
-            states = outputs[-1] if outputs else streams.verifier
-            outputs.append(self._run(_rows(streams, states, k), slice(k, k + length), chain))
-        return outputs
+            states = outputs[-1] if outputs else packed.verifier
+            outputs.append(self._run(_rows(packed, states, k), positions + k, chain))
+        if not self.row.feedback:
+            outputs = [outputs[0].roll(-k, dims=1) for k in range(num_steps)]
+        return outputs if streams.layout else [layout.pad(out[0]) for out in outputs]
 
     @torch.no_grad()
     def new_cache(
@@ -237,14 +253,17 @@ class Adapter(nn.Module, ABC):
             x = block.run(x, past, layer)
         return self.finish(x, residual)
 
-    def _chain(self, streams: Streams) -> Chain:
-        visible = streams.mask if self.config.attention == "bidirectional" else None
-        source = streams.visual if self.memory == "visual" else None
+    def _chain(self, packed: Streams, layout: Layout) -> Chain:
+        source = packed.visual if self.memory == "visual" else None
         if self.memory == "drafter":
-            source = self.enter(streams.drafter)
+            source = self.enter(packed.drafter)
         memory = [] if source is None else [block.project_memory(source) for block in self.blocks]
-        length, device = streams.ids.shape[1], streams.ids.device
-        return Chain(length, device, visible, memory, ahead=self.memory == "drafter")
+        return Chain(
+            layout,
+            memory,
+            ahead=self.memory == "drafter",
+            bidirectional=self.config.attention == "bidirectional",
+        )
 
     def check_length(self, length: int) -> None:
         """Raise XsdError where there are more rows than learned positions."""
@@ -260,6 +279,8 @@ def advance(x: Shaped[Tensor, "B T *rest"], k: int) -> Shaped[Tensor, "B T *rest
     return pad(x[:, k:], (0, 0) * (x.ndim - 2) + (0, min(k, x.shape[1]))) if k else x
 
 
-def _rows(streams: Streams, verifier: Tensor, k: int) -> StepInputs:
-    drafter, token = (x if x is None else advance(x, k) for x in (streams.drafter, streams.token))
+def _rows(packed: Streams, verifier: Tensor, k: int) -> StepInputs:
+    """Inputs of step ``k``; what comes round the end of an answer belongs to no target."""
+    ahead = (x if x is None else x.roll(-k, dims=1) for x in (packed.drafter, packed.token))
+    drafter, token = ahead
     return StepInputs(drafter, verifier, token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import dropout
 
 from xsd.adapters.cache import Past
 from xsd.errors import XsdError
@@ -44,12 +44,10 @@ class Block(nn.Module):
 
     def run(self, x: Float[Tensor, "B R D"], past: Past, layer: int) -> Float[Tensor, "B R D"]:
         qkv = _split(self.query_key_value(self.norm_attention(x)), 3, self.num_heads)
-        keys, values = past.extend(layer, qkv.narrow(0, 1, 2)).unbind(0)
-        rate = self.dropout if self.training else 0.0
-        attended = scaled_dot_product_attention(qkv.select(0, 0), keys, values, past.mask, rate)
+        attended = past.attend(layer, qkv, self.dropout if self.training else 0.0)
         x = x + self._drop(self.attention_out(_merge(attended)))
         if self.cross is not None:
-            x = x + self._drop(self.cross.run(x, past.memory[layer], past.memory_mask))
+            x = x + self._drop(self.cross.run(x, past, layer))
         hidden = self._drop(self.activation(self.up(self.norm_ffn(x))))
         return x + self._drop(self.down(hidden))
 
@@ -79,16 +77,9 @@ class Cross(nn.Module):
     def project_memory(self, memory: Float[Tensor, "B K D"]) -> Float[Tensor, "2 B H K Dh"]:
         return _split(self.key_value(self.norm_memory(memory)), 2, self.num_heads)
 
-    def run(
-        self,
-        x: Float[Tensor, "B R D"],
-        memory: Float[Tensor, "2 B H K Dh"],
-        mask: Tensor | None,
-    ) -> Float[Tensor, "B R D"]:
+    def run(self, x: Float[Tensor, "B R D"], past: Past, layer: int) -> Float[Tensor, "B R D"]:
         query = _split(self.query(self.norm(x)), 1, self.num_heads).select(0, 0)
-        keys, values = memory.unbind(0)
-        attended = scaled_dot_product_attention(query, keys, values, mask)
-        projected: Tensor = self.out(_merge(attended))
+        projected: Tensor = self.out(_merge(past.recall(layer, query)))
         return projected
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
+from xsd.adapters.layout import Layout
+
+Heads = Float[Tensor, "B H R Dh"]
+"""Rows of every head: H of width Dh."""
 KeyValue = Float[Tensor, "2 B H _ Dh"]
 """Keys and values of one layer, stacked: H heads of width Dh, some number of positions."""
 
 
-class Past(ABC):
+class Past:
     """What a block needs to know of earlier rows."""
 
     def __init__(self, memory: list[Tensor]) -> None:
@@ -23,48 +27,97 @@ class Past(ABC):
         """Keys and values of the cross-attention, a layer each."""
         self.memory_mask: Tensor | None = None
 
-    @abstractmethod
     def extend(self, layer: int, new: KeyValue) -> KeyValue:
         """Add the keys and values of this pass; return all that a layer has."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, qkv: Float[Tensor, "3 B H R Dh"], rate: float) -> Heads:
+        """Self-attention of new rows, which become part of the past."""
+        keys, values = self.extend(layer, qkv.narrow(0, 1, 2)).unbind(0)
+        return scaled_dot_product_attention(qkv.select(0, 0), keys, values, self.mask, rate)
+
+    def recall(self, layer: int, query: Heads) -> Heads:
+        """Cross-attention of new rows to the memory."""
+        keys, values = self.memory[layer].unbind(0)
+        return scaled_dot_product_attention(query, keys, values, self.memory_mask)
 
 
 class Chain(Past):
-    """Keys of a parallel pass and of the steps unrolled from it.
+    """Keys of a parallel pass over packed answers, and of the steps unrolled from it.
 
-    At step ``k`` row ``t`` stands at position ``t + k``. It sees the true keys up to ``t`` and, of
-    each later step, only the key of its own row: hence a causal mask, then diagonals.
+    At step ``k`` row ``t`` of an answer stands at position ``t + k``. It sees the true keys up to
+    ``t`` and, of each later step, only the key of its own row: hence a causal square of scores,
+    then a column a step. Padding, at an answer's end, is ahead of all that counts.
     """
 
     def __init__(
         self,
-        length: int,
-        device: torch.device,
-        visible: Bool[Tensor, "B T"] | None,
+        layout: Layout,
         memory: list[Float[Tensor, "2 B H K Dh"]],
         *,
         ahead: bool,
+        bidirectional: bool = False,
     ) -> None:
-        super().__init__(memory)
-        self._ones = torch.ones(length, length, dtype=torch.bool, device=device)
-        self._passes: list[list[Tensor]] = []
-        self._ahead = ahead
+        super().__init__([self._padded(layout, x) for x in memory] if ahead else memory)
+        size, device = layout.length, layout.cells.device
+        self._layout, self._ahead = layout, ahead
+        self._ones = torch.ones(size, size, dtype=torch.bool, device=device)
+        self._passes: list[list[tuple[Tensor, Tensor]]] = []
+        if bidirectional:
+            real = torch.ones(len(layout.cells), dtype=torch.bool, device=device)
+            self.mask = layout.pad(real)[:, None, None, :]
         self.begin(0)
-        if visible is not None:
-            self.mask = visible[:, None, None, :]
 
     def begin(self, step: int) -> None:
-        """Set the masks of unrolled step ``step``; 0 is the parallel pass."""
-        causal = self._ones.tril()
-        diagonal = causal & self._ones.triu()
-        self.mask = torch.cat([causal, *[diagonal] * step], dim=1)
+        """Go on to unrolled step ``step``; 0 is the parallel pass."""
         # A row at position p has read token y[p], and so has the drafter's state e[p + 1].
         self.memory_mask = self._ones.tril(step + 1) if self._ahead else None
 
-    def extend(self, layer: int, new: KeyValue) -> KeyValue:
+    def attend(self, layer: int, qkv: Float[Tensor, "3 1 H N Dh"], rate: float) -> Heads:
+        query, keys, values = self._padded(self._layout, qkv)
         if layer == len(self._passes):
             self._passes.append([])
-        self._passes[layer].append(new)
-        return torch.cat(self._passes[layer], dim=3)
+        passes = self._passes[layer]
+        passes.append((keys, values))
+        if len(passes) > 1:
+            return self._packed(self._after_the_anchor(query, passes, rate))
+        return self._packed(
+            scaled_dot_product_attention(
+                query, keys, values, self.mask, rate, is_causal=self.mask is None
+            )
+        )
+
+    def recall(self, layer: int, query: Float[Tensor, "1 H N Dh"]) -> Heads:
+        (padded,) = self._padded(self._layout, query[None])
+        return self._packed(super().recall(layer, padded))
+
+    def _after_the_anchor(
+        self,
+        query: Float[Tensor, "A H T Dh"],
+        passes: list[tuple[Tensor, Tensor]],
+        rate: float,
+    ) -> Float[Tensor, "A H T Dh"]:
+        (keys, values), later = passes[0], passes[1:]
+        query = query * query.shape[-1] ** -0.5
+        anchored = (query @ keys.mT).masked_fill(~self._ones.tril(), -torch.inf)
+        own = [(query * keys).sum(dim=-1, keepdim=True) for keys, _ in later]
+        weights = torch.cat([anchored, *own], dim=-1).softmax(dim=-1)
+        weights = dropout(weights, rate, training=rate > 0.0)
+        size = values.shape[2]
+        out = weights[..., :size] @ values
+        for k, (_, own_values) in enumerate(later):
+            out = out + weights[..., size + k, None] * own_values
+        return out
+
+    @staticmethod
+    def _padded(
+        layout: Layout, heads: Float[Tensor, "parts 1 H N Dh"]
+    ) -> Float[Tensor, "parts A H T Dh"]:
+        rows = heads[:, 0].permute(2, 0, 1, 3)
+        return layout.pad(rows).permute(2, 0, 3, 1, 4)
+
+    def _packed(self, heads: Float[Tensor, "A H T Dh"]) -> Float[Tensor, "1 H N Dh"]:
+        return self._layout.unpad(heads.transpose(1, 2)).transpose(0, 1)[None]
 
 
 class AdapterCache(Past):

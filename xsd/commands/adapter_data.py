@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from xsd.commands import stage
+from xsd.commands.processes import Processes
 from xsd.errors import XsdError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from xsd.adapters import catalog
-    from xsd.adapters.base import Adapter
+    from xsd.adapters.base import Adapter, Streams
     from xsd.hidden.index import Half
     from xsd.hidden.lm_head import VerifierHead
     from xsd.hidden.store import HiddenStore
     from xsd.learning.config import FitConfig
     from xsd.learning.fit import Scorer
+    from xsd.metrics import Counts
     from xsd.tracking.products import Product
+
+T = TypeVar("T")
 
 SELECTION_GAMMA = 6
 """Drafts a cycle of ``tau_6``."""
@@ -149,33 +155,58 @@ class TrainingData:
             tags["approximate_split"] = "true"
         return tags
 
-    def scorer(self, row: catalog.Level, config: FitConfig) -> Scorer:
-        """Validation of an epoch: the rates of ``metrics`` and the loss that training minimises."""
+    def scorer(
+        self, row: catalog.Level, config: FitConfig, processes: Processes | None = None
+    ) -> Scorer:
+        """Validation of an epoch: the rates of ``metrics`` and the loss that training minimises,
+        from one pass; every process scores a share, and all get the whole."""
         import torch
 
         from xsd.learning.batches import OrderedBatches
-        from xsd.learning.losses import adapter_loss
-        from xsd.metrics import score
+        from xsd.learning.cpu import CpuOps
+        from xsd.learning.losses import Weights, chain_loss, steps_of
+        from xsd.metrics import Counts, score_chain
 
+        together = processes or Processes()
         batches = OrderedBatches(
-            self.val_store, row, self.val_keys, batch_size=config.batch_size, head=self.head
+            self.val_store,
+            row,
+            self.val_keys,
+            batch_size=config.batch_size,
+            head=self.head,
+            share=(together.rank, together.count),
         )
+        num_trained = steps_of(row, config.loss, config.unroll_steps)
+        num_steps = max(SELECTION_GAMMA, num_trained) if row.feedback else 1
+
+        def one(adapter: Adapter, streams: Streams, lm_head: Tensor) -> tuple[Counts, float]:
+            packed, layout = streams.packed()
+            with CpuOps():
+                chain = adapter.unroll(packed, num_steps)
+            scored = score_chain(row, chain[:SELECTION_GAMMA], packed, lm_head, SELECTION_GAMMA)
+            loss = chain_loss(
+                row,
+                [out[0] for out in chain[:num_trained]],
+                packed.verifier[0],
+                Weights(layout, layout.lengths),
+                loss=config.loss,
+                lm_head=lm_head,
+            )
+            return scored.counts, loss.item() * len(layout.lengths)
 
         @torch.no_grad()
         def run(adapter: Adapter) -> Mapping[str, float]:
             device = next(adapter.parameters()).device
             lm_head = self.head.lm_head.to(device)
-            counts = score(adapter, batches, lm_head, max_gamma=SELECTION_GAMMA)
-            losses = [
-                adapter_loss(
-                    adapter,
-                    streams.to(device),
-                    loss=config.loss,
-                    unroll_steps=config.unroll_steps,
-                    lm_head=lm_head,
-                ).item()
-                for streams in batches
-            ]
-            return {**counts.rates(), "loss": sum(losses) / len(losses)}
+            parts = [one(adapter, streams.to(device), lm_head) for streams in batches]
+            scored = in_order(together.gather(parts))
+            counts = sum((part for part, _ in scored), Counts())
+            return {**counts.rates(), "loss": sum(x for _, x in scored) / len(self.val_keys)}
 
         return run
+
+
+def in_order(shares: Sequence[Sequence[T]]) -> list[T]:
+    """What processes made of the items they shared, as one process would have made it."""
+    longest = max(len(share) for share in shares)
+    return [share[n] for n in range(longest) for share in shares if n < len(share)]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.adapter_data import find_inputs, open_head, open_store
+from xsd.commands.processes import Processes
 from xsd.config import Level, variant
 from xsd.pairs.config import PairConfig
 from xsd.speedup_config import CostsConfig
 
 if TYPE_CHECKING:
+    from xsd.commands.offline import Evaluation
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
 
@@ -39,8 +41,13 @@ class Config(CostsConfig, PairConfig, stage.StageConfig):
     """Where results go; null: beside a checkpoint given by path, else outputs/evaluate."""
 
 
-def perform(config: Config) -> Product:
-    """Count, divide, model, write."""
+def perform(config: Config, processes: Processes | None = None) -> Product:
+    """Count, divide, model, write.
+
+    Args:
+        processes: of the launch, of which this is the main one; None: nobody helps.
+    """
+    together = processes or Processes()
 
     def resolve() -> dict[str, Product]:
         level = {} if config.level is None else {"level": config.level}
@@ -48,25 +55,13 @@ def perform(config: Config) -> Product:
         return {"checkpoint": adapter, **find_inputs(config, "test", conditioning_of(adapter.path))}
 
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
-        from xsd.adapters import checkpoint
-        from xsd.commands.offline import Evaluation
-        from xsd.pairs.device import choose_device
-
         store = open_store(inputs["data"].path, "test")
         run.dataset(store.path.name, store.digest, str(store.path), "test")
-        adapter, about = checkpoint.load(
-            inputs["checkpoint"].path,
-            expect_level=config.level,
-            expect_widths=(store.d_drafter, store.d_verifier),
-        )
-        head = open_head(inputs["lm_head"].path, store)
-        found = Evaluation.of(
-            adapter.to(choose_device(config.device)), store, head, config, config.batch_size
-        )
+        found, extra = _evaluate(together.tell(dict(inputs)), config, together)
         found.write(_folder(config, run.work_name), run)
         run.log(found.metrics, model_id=inputs["checkpoint"].model_id)
         kept = ("loss", "conditioning", "selected_on_test", "approximate_split")
-        tags = {"level": adapter.row.name, **{name: about["extra"].get(name) for name in kept}}
+        tags = {"level": found.row.name, **{name: extra.get(name) for name in kept}}
         run.tag({**tags, "mlflow.runName": f"evaluate {variant(tags)}"})
         run.tag({"mlflow.note.content": found.comparison()})
         print(found.line)
@@ -79,6 +74,26 @@ def perform(config: Config) -> Product:
         work=work,
         tags={"level": config.level},
     )
+
+
+def _evaluate(
+    inputs: Mapping[str, Product], config: Config, processes: Processes
+) -> tuple[Evaluation, Mapping[str, Any]]:
+    """What was found, and what the checkpoint says of itself."""
+    from xsd.adapters import checkpoint
+    from xsd.commands.offline import Evaluation
+    from xsd.pairs.device import choose_device
+
+    store = open_store(inputs["data"].path, "test")
+    adapter, about = checkpoint.load(
+        inputs["checkpoint"].path,
+        expect_level=config.level,
+        expect_widths=(store.d_drafter, store.d_verifier),
+    )
+    head = open_head(inputs["lm_head"].path, store)
+    adapter = adapter.to(choose_device(config.device))
+    found = Evaluation.of(adapter, store, head, config, config.batch_size, processes)
+    return found, about["extra"]
 
 
 def conditioning_of(path: Path) -> str:
@@ -103,7 +118,14 @@ def _folder(config: Config, work_name: str) -> Path:
 
 
 def run(config: Config) -> None:
-    perform(config)
+    processes = Processes.launched(config.device)
+    if processes.is_main:
+        perform(config, processes)
+        processes.tell(None)
+        return
+    nothing: dict[str, Product] | None = None
+    while (inputs := processes.tell(nothing)) is not None:
+        _evaluate(inputs, config, processes)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Int
 
 from xsd.adapters.base import Adapter, Streams
 from xsd.adapters.catalog import Level
-from xsd.commands.adapter_data import test_keys
+from xsd.commands.adapter_data import in_order, test_keys
+from xsd.commands.processes import Processes
 from xsd.commands.progress import progress
-from xsd.decoding.accept import accepted_prefix
 from xsd.files import write_json, write_text
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.store import HiddenStore
 from xsd.learning.batches import OrderedBatches
-from xsd.metrics import MAX_GAMMA, THRESHOLDS, TOP, Counts, score
+from xsd.metrics import MAX_GAMMA, THRESHOLDS, TOP, Counts, score_batches
 from xsd.speedup import Costs, modelled
 from xsd.speedup_config import CostsConfig
 
@@ -39,20 +37,6 @@ def costs(config: CostsConfig) -> Costs:
         drafter_prefill_ms=config.drafter_prefill_ms,
         pass_ms=config.passes(),
     )
-
-
-@torch.no_grad()
-def accepted_per_answer(
-    adapter: Adapter, batches: Iterable[Streams], lm_head: Float[Tensor, "V Dv"]
-) -> Int[np.ndarray, " S"]:
-    """Of each answer, the drafts of the gap that match before the first miss (shift 0 only)."""
-    device = next(adapter.parameters()).device
-    counted = []
-    for batch in batches:
-        streams = batch.to(device)
-        tokens = (adapter(streams) @ lm_head.to(device).T).argmax(-1)
-        counted.append(accepted_prefix((tokens == streams.ids) & streams.mask).cpu())
-    return torch.cat(counted).numpy()
 
 
 def answer_lengths(store: HiddenStore, keys: Iterable[str]) -> Int[np.ndarray, " S"]:
@@ -79,23 +63,29 @@ class Evaluation:
         head: VerifierHead,
         config: CostsConfig,
         batch_size: int,
+        processes: Processes | None = None,
     ) -> Evaluation:
-        """Score the test answers of a store."""
-        row = adapter.row
-        keys = test_keys(store)
-        batches = OrderedBatches(store, row, keys, batch_size=batch_size, head=head)
-        counts = score(
-            adapter,
-            _shown(batches, f"evaluate {row.name}"),
-            head.lm_head,
-            max_gamma=max(MAX_GAMMA, config.gamma),
+        """Score the test answers of a store, in one pass; every process a share of the batches."""
+        row, together, keys = adapter.row, processes or Processes(), test_keys(store)
+        batches = OrderedBatches(
+            store,
+            row,
+            keys,
+            batch_size=batch_size,
+            head=head,
+            share=(together.rank, together.count),
         )
+        max_gamma = max(MAX_GAMMA, config.gamma)
+        shown = _shown(batches, f"evaluate {row.name}") if together.is_main else batches
+        mine = list(score_batches(adapter, shown, head.lm_head, max_gamma=max_gamma))
+        scored = in_order(together.gather(mine))
+        counts = sum((part.counts for part in scored), Counts())
         lengths, assumed = answer_lengths(store, keys), costs(config)
         if row.phase == "gap":
             speedups = modelled(
                 assumed,
                 lengths,
-                accepted_prefix=accepted_per_answer(adapter, batches, head.lm_head),
+                accepted_prefix=np.array([n for part in scored for n in part.accepted]),
                 coupled=store.header.conditioning == "teacher_forced",
             )
         else:

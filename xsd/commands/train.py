@@ -13,6 +13,7 @@ from xsd.adapters.config import AdapterSizes
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.adapter_data import DataConfig, TrainingData, find_inputs
+from xsd.commands.processes import Processes
 from xsd.commands.progress import progress
 from xsd.config import Level, resolved, variant
 from xsd.errors import XsdError
@@ -31,6 +32,8 @@ ROOMS = ["adapters", "learning", "metrics", "decoding/accept"]
 _UNFINISHED = ".unfinished"
 """Folder of a training's state; it goes when the training ends."""
 
+_STATE = f"{_UNFINISHED}/state.safetensors"
+
 T = TypeVar("T")
 
 
@@ -46,8 +49,13 @@ class Config(FitConfig, AdapterSizes, DataConfig, PairConfig, stage.StageConfig)
     """Go on with an interrupted training of the same configuration; false: begin anew."""
 
 
-def perform(config: Config) -> Product:
-    """Train, keep the best epoch's weights as a logged model."""
+def perform(config: Config, processes: Processes | None = None) -> Product:
+    """Train, keep the best epoch's weights as a logged model.
+
+    Args:
+        processes: of the launch, of which this is the main one; None: nobody helps.
+    """
+    together = processes or Processes()
 
     def resolve() -> dict[str, Product]:
         from xsd.tracking import products
@@ -62,18 +70,26 @@ def perform(config: Config) -> Product:
         run.dataset(data.store.path.name, data.store.digest, str(data.store.path), "train")
         folder = _folder(config, str(run.key))
         try:
-            adapter, history = _train(run, data, folder, config)
+            # The others train along; what they read must not be looked for twice.
+            state = together.tell(Task(dict(inputs), (folder / _STATE).resolve())).state
+            adapter, reports = fit_reports(config, data, state, together)
+            history = _follow(run, data, folder, adapter, reports, config)
         except XsdError:
             # Refused before its first epoch, a training leaves nothing to go on with.
             if not (folder / "history.json").is_file():
                 shutil.rmtree(folder)
             raise
         _keep(run, data, folder, adapter, history, config)
-        shutil.rmtree(folder / _UNFINISHED)
+        finished.append(folder / _UNFINISHED)
 
-    return stage.perform(
+    finished: list[Path] = []
+    product = stage.perform(
         "train", config, resolve=resolve, rooms=ROOMS, work=work, tags={"level": config.level}
     )
+    # Only now: a training whose run did not end well is taken up again.
+    for path in finished:
+        shutil.rmtree(path)
+    return product
 
 
 def part(of: type[T], config: Any) -> T:
@@ -95,23 +111,42 @@ def new_adapter(config: Any, data: TrainingData) -> Adapter:
     return adapter.to(choose_device(config.device))
 
 
+@dataclass(frozen=True)
+class Task:
+    """What the main process tells the others to train on."""
+
+    inputs: Mapping[str, Product]
+    state: Path
+
+
 def fit_reports(
-    config: Any, data: TrainingData, state: Path | None = None
+    config: Any,
+    data: TrainingData,
+    state: Path | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Adapter, Iterator[EpochReport]]:
     """A new adapter, and the reports that train it as they are pulled."""
     from xsd.learning.batches import TrainBatches
     from xsd.learning.fit import fit
 
+    together = processes or Processes()
     adapter, settings = new_adapter(config, data), part(FitConfig, config)
+    device = next(adapter.parameters()).device
     batches = TrainBatches(
-        data.store, adapter.row, batch_size=config.batch_size, seed=config.seed, head=data.head
+        data.store,
+        adapter.row,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        head=data.head,
+        device=device,
+        share=(together.rank, together.count),
     )
     reports = fit(
         adapter,
         batches,
         settings,
-        data.scorer(adapter.row, settings),
-        lm_head=data.head.lm_head.to(next(adapter.parameters()).device),
+        data.scorer(adapter.row, settings, together),
+        lm_head=data.head.lm_head.to(device),
         state=state,
     )
     return adapter, reports
@@ -162,13 +197,18 @@ def loss_of(config: Any) -> str:
     return str(config.loss or level(config.level).loss)
 
 
-def _train(
-    run: Run, data: TrainingData, folder: Path, config: Config
-) -> tuple[Adapter, list[EpochReport]]:
+def _follow(
+    run: Run,
+    data: TrainingData,
+    folder: Path,
+    adapter: Adapter,
+    reports: Iterator[EpochReport],
+    config: Config,
+) -> list[EpochReport]:
+    """Pull the reports; keep the best weights, and the history of all epochs."""
     from xsd.adapters import checkpoint
     from xsd.files import write_json
 
-    adapter, reports = fit_reports(config, data, folder / _UNFINISHED / "state.safetensors")
     metric, history = adapter.row.selection_metric, _history(folder)
     for earlier in history:
         log_epoch(run, earlier, metric)
@@ -181,7 +221,7 @@ def _train(
             log_epoch(run, report, metric)
             bar.set_postfix_str(f"{metric} {report.val[metric]:.3f}", refresh=False)
             bar.update()
-    return adapter, history
+    return history
 
 
 def _keep(
@@ -242,7 +282,17 @@ def _history(folder: Path) -> list[EpochReport]:
 
 
 def run(config: Config) -> None:
-    perform(config)
+    processes = Processes.launched(config.device)
+    if processes.is_main:
+        perform(config, processes)
+        processes.tell(None)
+        return
+    nothing: Task | None = None
+    while (task := processes.tell(nothing)) is not None:
+        data = TrainingData.open(task.inputs)
+        _, reports = fit_reports(config, data, task.state, processes)
+        for _ in reports:
+            pass
 
 
 if __name__ == "__main__":

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
+import torch
 
 from xsd.adapters.base import Streams
 from xsd.adapters.catalog import Level
-from xsd.adapters.collate import collate
+from xsd.adapters.collate import Answers
 from xsd.errors import XsdError
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.store import HiddenStore
+from xsd.learning.cpu import product
+from xsd.pairs.device import free_bytes
 
-RESIDENT_BYTES = 2 << 30
+WINDOW_BYTES = 2 << 30
 """So many bytes of chunks are shuffled together; smaller data is shuffled as a whole."""
 ALIKE = 4
-"""So many batches' answers are sorted by length before they are cut into batches: a batch is as
-long as its longest answer, and of random ones a third would be padding."""
+"""So many batches' answers are sorted by length before they are cut into batches: attention pads
+to a batch's longest answer."""
+_AHEAD = 2
+"""Ordered batches that are read before they are asked for."""
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """One optimizer step's answers, or a process's share of them."""
+
+    streams: Streams
+    lengths: tuple[int, ...]
+    """Of all answers of the step, whoever holds them."""
+    is_idle: bool = False
+    """There are fewer answers than processes: ``streams`` are for form and must not count."""
 
 
 def check_level(store: HiddenStore, row: Level) -> None:
@@ -39,11 +61,21 @@ def check_level(store: HiddenStore, row: Level) -> None:
         )
 
 
-class TrainBatches:
-    """Shuffled training batches: ``batches(epoch)`` depends on seed and epoch alone.
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Answers that are sorted by length and cut into batches, and the order these come in."""
 
-    Chunks are shuffled, as many of them as fit into ``resident_bytes`` are read together, and
-    their answers are shuffled across them. Only the last batch of an epoch may be short.
+    keys: tuple[str, ...]
+    order: tuple[int, ...]
+
+
+class TrainBatches:
+    """Shuffled training batches: an epoch's depend on seed, epoch and answers alone.
+
+    Chunks are shuffled, as many of them as fit into ``window_bytes`` are read together, and their
+    answers are shuffled across them. Only the last batch of an epoch may be short. How much memory
+    there is decides where answers wait, and nothing else: all of them on the device for good, or a
+    window of them while a thread reads the next.
     """
 
     def __init__(
@@ -54,46 +86,88 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         head: VerifierHead | None = None,
-        resident_bytes: int = RESIDENT_BYTES,
+        window_bytes: int = WINDOW_BYTES,
+        device: torch.device | str = "cpu",
+        room: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        """``head``: for levels that read token embeddings.
+        """Prepare; nothing is read before the first batch.
+
+        Args:
+            head: for levels that read token embeddings.
+            device: where batches are made.
+            room: bytes that answers may take there for good; None: half of what is free.
+            share: number of this process, and of all that train together.
 
         Raises:
             XsdError: the level reads what is not there, or nothing is in the train split.
         """
         check_level(store, row)
         self._store, self._row, self._head = store, row, head
-        self._batch_size, self._seed = batch_size, seed
+        self._batch_size, self._seed, self._share = batch_size, seed, share
+        self._device = torch.device(device)
         self._chunks = store.keys_by_chunk("train")
         if not self._chunks:
             raise XsdError(f"{store.path}: its train split is empty; extract more recordings")
-        self._chunks_together = max(1, resident_bytes * len(self._chunks) // store.num_bytes)
+        self._chunks_together = max(1, window_bytes * len(self._chunks) // store.num_bytes)
+        free = free_bytes(self._device) // 2 if room is None else room
+        self.is_resident = store.num_bytes <= free
+        self._held: dict[str, tuple[Answers, int]] = {}
 
-    def __call__(self, epoch: int) -> Iterator[Streams]:
+    def __call__(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
+        """The batches of an epoch, without the first ``skip``."""
+        windows = []
+        for window in self._windows(epoch):
+            if not windows and skip >= (num := sum(len(pool.order) for pool in window)):
+                skip -= num
+            else:
+                windows.append(window)
+        for window, held in zip(windows, _read_ahead(self._hold, windows, 1), strict=True):
+            for pool in window:
+                by_length = sorted(pool.keys, key=lambda key: _length(held[key]))
+                for number in pool.order:
+                    if skip:
+                        skip -= 1
+                        continue
+                    first = number * self._batch_size
+                    yield self._batch(held, by_length[first : first + self._batch_size])
+
+    def _windows(self, epoch: int) -> Iterator[list[_Pool]]:
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._chunks)).tolist()
-        size = self._chunks_together
-        windows = [
-            [key for number in order[start : start + size] for key in self._chunks[number]]
-            for start in range(0, len(order), size)
-        ]
-        waiting: list[str] = []
-        for window, following in zip(windows, [*windows[1:], []], strict=True):
-            self._store.read_ahead(following)
-            waiting += [window[position] for position in rng.permutation(len(window))]
-            while len(waiting) >= self._batch_size:
-                num = self._batch_size * min(ALIKE, len(waiting) // self._batch_size)
-                for keys in self._alike(waiting[:num], rng):
-                    yield _batch(self._store, self._row, self._head, keys)
-                waiting = waiting[num:]
-        if waiting:
-            yield _batch(self._store, self._row, self._head, waiting)
+        size, waiting = self._batch_size, list[str]()
+        for start in range(0, len(order), self._chunks_together):
+            together = order[start : start + self._chunks_together]
+            keys = [key for number in together for key in self._chunks[number]]
+            waiting += [keys[position] for position in rng.permutation(len(keys))]
+            pools = []
+            while len(waiting) >= size:
+                num = min(ALIKE, len(waiting) // size)
+                drawn = tuple(rng.permutation(num).tolist())
+                pools.append(_Pool(tuple(waiting[: num * size]), drawn))
+                waiting = waiting[num * size :]
+            if waiting and start + self._chunks_together >= len(order):
+                pools.append(_Pool(tuple(waiting), (0,)))
+            yield pools
 
-    def _alike(self, keys: Sequence[str], rng: np.random.Generator) -> list[list[str]]:
-        """Full batches of answers of like length, in random order."""
-        by_length = sorted(keys, key=lambda key: len(self._store.sample(key).verifier_ids))
-        size = self._batch_size
-        return [by_length[n * size : (n + 1) * size] for n in rng.permutation(len(keys) // size)]
+    def _hold(self, window: Sequence[_Pool]) -> dict[str, tuple[Answers, int]]:
+        """A window's answers on the device; all there are, where they fit."""
+        if self.is_resident:
+            if not self._held:
+                self._held = self._load([key for keys in self._chunks for key in keys])
+            return self._held
+        return self._load([key for pool in window for key in pool.keys])
+
+    def _load(self, keys: Sequence[str]) -> dict[str, tuple[Answers, int]]:
+        answers = _answers(self._store, self._row, self._head, keys).to(self._device)
+        return {key: (answers, number) for number, key in enumerate(keys)}
+
+    def _batch(self, held: dict[str, tuple[Answers, int]], keys: Sequence[str]) -> TrainBatch:
+        number, num_processes = self._share
+        mine = keys[number::num_processes]
+        answers, _ = held[keys[0]]
+        streams = answers.batch([held[key][1] for key in mine or keys[:1]])
+        return TrainBatch(streams, tuple(_length(held[key]) for key in keys), not mine)
 
 
 class OrderedBatches:
@@ -111,27 +185,35 @@ class OrderedBatches:
         *,
         batch_size: int,
         head: VerifierHead | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Raises XsdError if the level reads what is not there, or there is nothing to batch."""
+        """``share``: number of this process, and of all; whole batches are shared out.
+
+        Raises:
+            XsdError: the level reads what is not there, or there is nothing to batch.
+        """
         check_level(store, row)
         if batch_size < 1:
             raise XsdError(f"batch_size={batch_size}: must be at least 1")
         if not keys:
             raise XsdError(f"{store.path}: no answers to score; extract that split")
         self._store, self._row, self._head = store, row, head
-        self.batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+        batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+        self.batches = batches[share[0] :: share[1]]
         """Keys of every batch."""
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Streams]:
-        for keys in self.batches:
-            streams = _batch(self._store, self._row, self._head, keys)
-            if not self._store.has_ids and self._head is not None:
-                ids = (streams.verifier @ self._head.lm_head.T).argmax(-1)
-                streams = replace(streams, ids=ids)
-            yield streams
+        return _read_ahead(self._read, self.batches, _AHEAD)
+
+    def _read(self, keys: Sequence[str]) -> Streams:
+        streams = _answers(self._store, self._row, self._head, keys).batch()
+        if not self._store.has_ids and self._head is not None:
+            ids = product(streams.verifier, self._head.lm_head).argmax(-1)
+            streams = replace(streams, ids=ids)
+        return streams
 
 
 def held_out_keys(store: HiddenStore) -> tuple[str, ...]:
@@ -144,13 +226,33 @@ def held_out_keys(store: HiddenStore) -> tuple[str, ...]:
     return store.keys("val") or store.keys("test") or store.keys()
 
 
-def _batch(
+def _answers(
     store: HiddenStore, row: Level, head: VerifierHead | None, keys: Sequence[str]
-) -> Streams:
+) -> Answers:
     samples = [store.sample(key) for key in keys]
     visuals = None
     if row.visual:
         scenes = dict.fromkeys(sample.scene_key for sample in samples)
         visuals = {scene: store.visual(scene) for scene in scenes}
     embedding = None if head is None else head.embed_tokens
-    return collate(samples, row, embedding=embedding, visuals=visuals)
+    return Answers(samples, row, embedding=embedding, visuals=visuals)
+
+
+def _length(held: tuple[Answers, int]) -> int:
+    answers, number = held
+    return answers.lengths[number]
+
+
+def _read_ahead(read: Callable[[A], B], items: Iterable[A], num: int) -> Iterator[B]:
+    """What ``read`` makes of the items, in order; a thread is ``num`` of them ahead."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as reader:
+        try:
+            coming = [reader.submit(read, item) for item in islice(items, num)]
+            while coming:
+                made = coming.pop(0).result()
+                coming += [reader.submit(read, item) for item in islice(items, 1)]
+                yield made
+        finally:
+            # An abandoned iteration waits for nothing that was not begun.
+            reader.shutdown(wait=False, cancel_futures=True)

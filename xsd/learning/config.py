@@ -28,6 +28,9 @@ class FitConfig:
     """'token': KL to the verifier's distribution; 'feature': the seed's; null: the level's own."""
     unroll_steps: int = 4
     """Steps that heads train on their own outputs (token loss, and E1-E3)."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """bf16: products in half precision, weights and sums in float32; null: that on a GPU, no on a
+    CPU."""
     seed: int = 0
 
     def __post_init__(self) -> None:

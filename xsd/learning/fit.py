@@ -2,6 +2,9 @@
 
 While a report is out, the adapter holds that epoch's weights: the caller saves them if
 ``report.is_best``, and prunes by ceasing to pull.
+
+Where ``accelerate launch`` started several processes, all of them fit: each holds a share of every
+batch, gradients are summed, and so the weights are those of one process, up to rounding.
 """
 
 from __future__ import annotations
@@ -9,24 +12,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from xsd.adapters.base import Adapter, Streams
+from xsd.adapters.base import Adapter
+from xsd.clock import PartTimes
 from xsd.errors import XsdError
 from xsd.files import sha256_json
+from xsd.learning.batches import TrainBatch
 from xsd.learning.config import FitConfig
+from xsd.learning.cpu import CpuOps
 from xsd.learning.losses import adapter_loss
 from xsd.learning.state import FitState, load_state, save_state
 from xsd.types import EpochReport
 
-Batches = Callable[[int], Iterator[Streams]]
-"""Epoch -> its batches; the same epoch always gives the same ones."""
+_LOOK = 32
+"""Steps between two looks at the losses, where a look makes a device or a process wait."""
+_STATE_SECONDS, _STATE_SHARE = 5.0, 0.02
+"""A state is written no more often than that, and takes no more than this share of the time."""
+
+
+Batches = Callable[[int, int], Iterator[TrainBatch]]
+"""Epoch and number of batches -> the epoch's batches after so many; always the same ones."""
 Scorer = Callable[[Adapter], Mapping[str, float]]
 """Adapter in eval mode -> validation metrics, the level's selection metric among them."""
 
@@ -39,51 +55,47 @@ def fit(
     *,
     lm_head: Float[Tensor, "V Dv"] | None = None,
     state: Path | None = None,
+    times: PartTimes | None = None,
 ) -> Iterator[EpochReport]:
     """Train in place with AdamW, a cosine over epochs, clipping and early stopping.
 
     Args:
         adapter: on the device to train on.
-        batches: training data of an epoch; moved to the adapter's device here.
+        batches: training data of an epoch, on that device.
         config: hyperparameters.
         scorer: validation; ``is_best`` and early stopping go by the level's selection metric.
         lm_head: [V, Dv], for the token loss.
-        state: a file written after every epoch that the caller has taken in. If it exists,
-            training goes on from it, and on a CPU ends with the very weights of an
-            uninterrupted run.
+        state: a file written every few seconds, and after every epoch that the caller has taken
+            in. If it exists, training goes on from it, and on a CPU in float32 ends with the very
+            weights of an uninterrupted run.
+        times: told what the parts of a step take, if somebody wants to know.
 
     Raises:
         XsdError: no batches, a loss that is not finite, or a state of another configuration.
     """
-    optimizer = torch.optim.AdamW(
-        adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    made_by = sha256_json([asdict(config), asdict(adapter.config)])
-    progress = FitState()
-    if state is not None and state.exists():
-        progress = load_state(state, adapter, optimizer, made_by)
-    while progress.epoch < config.num_epochs and not _is_patience_over(progress, config):
+    training = _Training(adapter, config, lm_head, state)
+    if times is not None:
+        training.part = times.part
+    while not training.is_over:
         started = time.perf_counter()
-        epoch = progress.epoch
-        with _own_random_numbers(config.seed, epoch, adapter):
-            step, loss = _train_epoch(adapter, batches, config, optimizer, progress, lm_head)
+        epoch = training.progress.epoch
+        loss = training.run_epoch(batches)
         adapter.eval()
         metrics = dict(scorer(adapter))
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise _diverged(f"validation {name}", value, f"epoch {epoch}")
-        progress, is_best = _judge(progress, adapter.row.selection_metric, metrics, step)
+        is_best = training.judge(metrics)
         yield EpochReport(
             epoch=epoch,
-            step=step,
-            learning_rate=optimizer.param_groups[0]["lr"],
+            step=training.progress.step,
+            learning_rate=learning_rate(config, epoch, training.progress.step - 1),
             train={"loss": loss},
             val=metrics,
             is_best=is_best,
             seconds=time.perf_counter() - started,
         )
-        if state is not None:
-            save_state(state, progress, adapter, optimizer, made_by)
+        training.save()
 
 
 def learning_rate(config: FitConfig, epoch: int, step: int) -> float:
@@ -93,68 +105,162 @@ def learning_rate(config: FitConfig, epoch: int, step: int) -> float:
     return rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
-def _train_epoch(
-    adapter: Adapter,
-    batches: Batches,
-    config: FitConfig,
-    optimizer: torch.optim.Optimizer,
-    progress: FitState,
-    lm_head: Tensor | None,
-) -> tuple[int, float]:
-    """One pass over the data; returns optimizer steps so far and the mean loss."""
-    adapter.train()
-    device = next(adapter.parameters()).device
-    step, total = progress.step, 0.0
-    for streams in batches(progress.epoch):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, progress.epoch, step)
+class _Objective(nn.Module):
+    """A batch's loss as a module's output: what accelerate can spread over processes."""
+
+    def __init__(self, adapter: Adapter, config: FitConfig, lm_head: Tensor | None) -> None:
+        super().__init__()
+        self.adapter, self.config = adapter, config
+        # Not a buffer: it is frozen, and every process has its own.
+        self.__dict__["lm_head"] = lm_head
+
+    def forward(self, batch: TrainBatch) -> Tensor:
         loss = adapter_loss(
-            adapter,
-            streams.to(device),
-            loss=config.loss,
-            unroll_steps=config.unroll_steps,
-            lm_head=lm_head,
+            self.adapter,
+            batch.streams,
+            loss=self.config.loss,
+            unroll_steps=self.config.unroll_steps,
+            lm_head=self.lm_head,
+            lengths=batch.lengths,
         )
-        if not math.isfinite(value := loss.item()):
-            raise _diverged("loss", value, f"epoch {progress.epoch}, step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.max_norm)
-        optimizer.step()
-        step += 1
-        total += value
-    if step == progress.step:
-        raise XsdError(f"epoch {progress.epoch} has no training batches; check the training data")
-    return step, total / (step - progress.step)
+        return loss * 0.0 if batch.is_idle else loss
+
+
+class _Training:
+    """One run of ``fit``: what is trained, and how far it has come."""
+
+    def __init__(
+        self, adapter: Adapter, config: FitConfig, lm_head: Tensor | None, state: Path | None
+    ) -> None:
+        self.adapter, self.config, self.state = adapter, config, state
+        self.device = next(adapter.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            adapter.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._key = sha256_json([asdict(config), asdict(adapter.config)])
+        self.progress = FitState()
+        if state is not None and state.exists():
+            self.progress = load_state(state, adapter, self.optimizer, self._key)
+        self._accelerator = _accelerator(self.device, config)
+        self._objective = self._accelerator.prepare_model(
+            _Objective(adapter, config, lm_head), device_placement=False
+        )
+        self._is_prompt = self.device.type == "cpu" and self._accelerator.num_processes == 1
+        self._saved, self._took = time.monotonic(), 0.0
+        self.part: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
+
+    @property
+    def is_over(self) -> bool:
+        progress, patience = self.progress, self.config.early_stopping
+        return progress.epoch >= self.config.num_epochs or (
+            0 < patience <= progress.epochs_since_best
+        )
+
+    def run_epoch(self, batches: Batches) -> float:
+        """What is left of the epoch; returns its mean loss. The caller's random numbers are left
+        as they were."""
+        epoch, done = self.progress.epoch, self.progress.num_batches
+        self.adapter.train()
+        losses: list[Tensor] = []
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=on_gpu):
+            for batch in self._timed(batches(epoch, done)):
+                losses.append(self._step(batch, self.progress.step + len(losses)))
+                if self._is_prompt or len(losses) == _LOOK:
+                    self._take_in(losses)
+                    self._save_if_due()
+            self._take_in(losses)
+        if not self.progress.num_batches:
+            raise XsdError(f"epoch {epoch} has no training batches; check the training data")
+        return self.progress.loss_sum / self.progress.num_batches
+
+    def _step(self, batch: TrainBatch, step: int) -> Tensor:
+        accelerator, config = self._accelerator, self.config
+        # Dropout depends on seed, step and share alone, so a resumed run needs no generator's state.
+        seeds = np.random.SeedSequence([config.seed, step, accelerator.process_index])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.progress.epoch, step)
+        with self.part("forward, loss"), CpuOps():
+            loss = self._objective(batch)
+        self.optimizer.zero_grad()
+        with self.part("backward"):
+            # Shares of a mean add up, but processes average their gradients.
+            accelerator.backward(loss * accelerator.num_processes)
+        with self.part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_norm)
+            self.optimizer.step()
+        return loss.detach()
+
+    def _timed(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
+        while True:
+            with self.part("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _take_in(self, losses: list[Tensor]) -> None:
+        """Count steps whose losses are finite; empties the list."""
+        if not losses:
+            return
+        progress = self.progress
+        values = self._accelerator.reduce(torch.stack(losses).double(), "sum").tolist()
+        for number, value in enumerate(values):
+            if not math.isfinite(value):
+                where = f"epoch {progress.epoch}, step {progress.step + number}"
+                raise _diverged("loss", value, where)
+        loss_sum = progress.loss_sum
+        for value in values:
+            loss_sum += value
+        self.progress = replace(
+            progress,
+            step=progress.step + len(values),
+            num_batches=progress.num_batches + len(values),
+            loss_sum=loss_sum,
+        )
+        losses.clear()
+
+    def judge(self, metrics: Mapping[str, float]) -> bool:
+        """End the epoch; whether it is the best so far."""
+        metric, progress = self.adapter.row.selection_metric, self.progress
+        assert metric in metrics, f"the scorer does not give {metric}"
+        value = metrics[metric]
+        is_best = progress.best is None or value > progress.best
+        self.progress = FitState(
+            epoch=progress.epoch + 1,
+            step=progress.step,
+            best=value if is_best else progress.best,
+            epochs_since_best=0 if is_best else progress.epochs_since_best + 1,
+        )
+        return is_best
+
+    def save(self) -> None:
+        if self.state is None or not self._accelerator.is_main_process:
+            return
+        started = time.monotonic()
+        save_state(self.state, self.progress, self.adapter, self.optimizer, self._key)
+        self._saved = time.monotonic()
+        self._took = self._saved - started
+
+    def _save_if_due(self) -> None:
+        wait = max(_STATE_SECONDS, self._took / _STATE_SHARE)
+        if time.monotonic() - self._saved > wait:
+            self.save()
+
+
+def _accelerator(device: torch.device, config: FitConfig) -> Any:
+    # One a training, whatever an earlier one in this process asked for; processes stay joined.
+    is_alone = not torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=is_alone)
+    chosen = config.mixed_precision or ("bf16" if device.type == "cuda" else "no")
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=chosen)
 
 
 def _diverged(what: str, value: float, where: str) -> XsdError:
     return XsdError(
         f"the {what} became {value} in {where}; lower --learning_rate or check the data"
     )
-
-
-def _judge(
-    progress: FitState, metric: str, metrics: Mapping[str, float], step: int
-) -> tuple[FitState, bool]:
-    assert metric in metrics, f"the scorer does not give {metric}"
-    value = metrics[metric]
-    is_best = progress.best is None or value > progress.best
-    after = replace(progress, epoch=progress.epoch + 1, step=step)
-    if is_best:
-        return replace(after, best=value, epochs_since_best=0), True
-    return replace(after, epochs_since_best=progress.epochs_since_best + 1), False
-
-
-def _is_patience_over(progress: FitState, config: FitConfig) -> bool:
-    return 0 < config.early_stopping <= progress.epochs_since_best
-
-
-@contextmanager
-def _own_random_numbers(seed: int, epoch: int, adapter: Adapter) -> Iterator[None]:
-    """Dropout depends on seed and epoch alone, and the caller's generators are left as they were:
-    so a resumed run needs no generator state."""
-    cuda = {x.device for x in adapter.parameters() if x.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(cuda)):
-        torch.manual_seed((seed << 20) + epoch)
-        yield

@@ -18,7 +18,7 @@ from xsd.files import atomic_path
 
 @dataclass(frozen=True, slots=True)
 class FitState:
-    """How far training has come. Random numbers need no state: an epoch seeds its own."""
+    """How far training has come. Random numbers need no state: a step seeds its own."""
 
     epoch: int = 0
     """Epochs finished."""
@@ -27,6 +27,10 @@ class FitState:
     best: float | None = None
     """Best value of the selection metric so far."""
     epochs_since_best: int = 0
+    num_batches: int = 0
+    """Batches done of the epoch that is under way."""
+    loss_sum: float = 0.0
+    """Of their losses."""
 
 
 def save_state(
