@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from xsd.config import Level
 from xsd.errors import XsdError
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
 
 HELP = "list | show MODEL | promote RUN | rollback MODEL: adapters and their champions"
 POSITIONAL = ("action", "target")
@@ -101,5 +98,5 @@ def _model(config: Config) -> str:
     return registry.model_name(config.pair or "tiny", name)
 
 
-def _aliases(version: ModelVersion) -> str:
+def _aliases(version: Any) -> str:
     return ", ".join(version.aliases)

@@ -206,7 +206,7 @@ class _KernelLock:
         self._lock.release()
 
 
-class _Numbered(BaseSampler):
+class _Numbered(BaseSampler):  # type: ignore[misc]
     """TPE whose random numbers hang on the trial's number.
 
     So one process searches the same trials again from the same seed, and several processes, on

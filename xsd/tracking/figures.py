@@ -22,7 +22,7 @@ class Figure(Protocol):
 
 
 def write_figure(figure: Figure, folder: Path, name: str, *, still: bool = True) -> list[Path]:
-    """Write ``name.html`` into ``folder`` and, if ``still`` and a browser is found, ``name.png``."""
+    """Write ``name.html`` and, if ``still`` and a browser is found, ``name.png``."""
     html = folder / f"{name}.html"
     with atomic_path(html) as temporary:
         figure.write_html(temporary, include_plotlyjs=True)

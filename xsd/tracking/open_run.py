@@ -71,19 +71,22 @@ class Run:
         """The artifact folder, if it is one of this machine."""
         return local_folder(self.artifact_uri)
 
-    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+    def log(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
         """Buffer metrics. ``accept@0.90`` becomes ``accept_90``; values that are not finite are
         left out of the curve and named in the tag ``xsd.not_finite``."""
         with self._lock:
-            self._metrics += self._points(metrics, step)
+            self._metrics += self._points(metrics, step, model_id)
             if len(self._metrics) >= BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self.flush()
 
-    def _points(self, metrics: Mapping[str, float], step: int) -> list[PointOfCurve]:
+    def _points(
+        self, metrics: Mapping[str, float], step: int, model_id: str | None = None
+    ) -> list[PointOfCurve]:
         now_ms = int(time.time() * 1000)
         keyed = {re.sub(r"@0?\.", "_", name): float(value) for name, value in metrics.items()}
         self._non_finite |= {key for key, value in keyed.items() if not math.isfinite(value)}
-        return [(key, value, now_ms, step) for key, value in keyed.items() if math.isfinite(value)]
+        finite = {key: value for key, value in keyed.items() if math.isfinite(value)}
+        return [(key, value, now_ms, step, model_id) for key, value in finite.items()]
 
     def flush(self) -> None:
         """Write what is buffered, in one go."""
@@ -135,8 +138,8 @@ class Run:
     def figure(
         self, name: str, figure: Figure, output_dir: Path | None = None, *, still: bool = True
     ) -> list[Path]:
-        """Keep a plotly figure as ``figures/<name>.html`` and, if ``still``, as .png where a browser
-        is found.
+        """Keep a plotly figure as ``figures/<name>.html`` and, if ``still``, as .png where a
+        browser is found.
 
         Returns the files in ``output_dir``; empty if none was given.
         """
