@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Final
 from xsd import __version__, config
 from xsd.cli import seed_flags
 from xsd.errors import XsdError
+from xsd.tracking.credentials import redacted
 
 STAGES: Final = (
     *("scenes", "pretrain", "lm_head", "extract", "train", "evaluate", "two_phase"),
@@ -20,7 +22,7 @@ STAGES: Final = (
 )
 """The entry points of MLproject, in the order in which a tensor meets them."""
 
-VERBS: Final = ("generate", "levels", "registry", "lineage", "store", "gc")
+VERBS: Final = ("generate", "levels", "registry", "lineage", "store", "deliver", "gc")
 """Plain commands that make no run."""
 
 _REFUSALS: Final = (
@@ -28,6 +30,11 @@ _REFUSALS: Final = (
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 """What a disk refuses is the user's to mend; a file that we should have made is a defect."""
+
+_OUTAGE: Final = (
+    "the tracking server went away; what it missed is kept and sent with the next run,"
+    " so run this again when it is back"
+)
 
 COMMANDS: Final = {
     **{stage: f"xsd.commands.{stage}" for stage in STAGES},
@@ -38,7 +45,8 @@ COMMANDS: Final = {
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     """Run one command; returns the exit code.
 
-    A command module has ``HELP`` (one line), ``Config`` (a dataclass) and ``run(config)``.
+    A command module has ``HELP`` (one line), ``Config`` (a dataclass) and ``run(config)``; perhaps
+    ``POSITIONAL``, the fields that leading words without a flag are for.
     ``python -m xsd.commands.train`` is ``xsd train``: its tail calls ``main(command="train")``.
 
     Exit codes: 0; 2 for a user's mistake, told in one line; 130 after Ctrl-C; 143 after SIGTERM.
@@ -78,6 +86,10 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return 128 + signal.SIGINT
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
+    except Exception as error:
+        if not _is_outage(error):
+            raise
+        return _refuse(prog, _OUTAGE)
     return 0
 
 
@@ -87,13 +99,39 @@ def spelled(command: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         XsdError: they cannot be.
     """
-    plain = getattr(_module(command), "spelled", None)
-    return seed_flags.translate(command, words if plain is None else plain(words))
+    return seed_flags.translate(command, _named(_module(command), list(words)))
+
+
+def _named(module: ModuleType, words: list[str]) -> list[str]:
+    """Give leading words the names that the module has for them: ``show L4``.
+
+    A last name that ends in ``...`` takes all the words that are left, as a list.
+    """
+    *names, last = getattr(module, "POSITIONAL", None) or ("",)
+    if not last.endswith("..."):
+        names, last = [*names, last] if last else names, ""
+    plain = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    count = min(plain, len(names))
+    given = zip(names, words[:count], strict=False)
+    found = [text for name, word in given for text in (f"--{name}", word)]
+    if last and plain > count:
+        found += [f"--{last.removesuffix('...')}", json.dumps(words[count:plain])]
+        count = plain
+    return found + words[count:]
 
 
 def _refuse(prog: str, message: str) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    line = redacted(" ".join(message.split()))
+    print(f"{prog}: error: {line}", file=sys.stderr)
     return 2
+
+
+def _is_outage(error: BaseException) -> bool:
+    if "mlflow" not in sys.modules:
+        return False
+    from xsd.tracking import store
+
+    return store.is_outage(error)
 
 
 def _module(command: str) -> ModuleType:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 NAME = "store"
 HELP = "Verify, describe, convert or merge stores of hidden states."
-ACTIONS = ("verify", "stats", "convert", "merge")
+POSITIONAL = ("action", "sources...")
 
 
 @dataclass(frozen=True)
@@ -46,23 +45,6 @@ class Config:
             raise XsdError("xsd store convert: one source at a time")
         if self.action != "convert" and (self.dtype or self.chunk_format):
             raise XsdError(f"--dtype, --chunk_format: of xsd store convert, not {self.action}")
-
-
-def spelled(words: Sequence[str]) -> list[str]:
-    """``verify A B --flag x`` as flags: ``--action verify --sources A,B --flag x``.
-
-    Raises:
-        XsdError: the first word is no action.
-    """
-    plain = list(words)
-    flags = next((i for i, word in enumerate(plain) if word.startswith("-")), len(plain))
-    if not flags:
-        return plain
-    action, *sources = plain[:flags]
-    if action not in ACTIONS:
-        raise XsdError(f"{action!r}: say one of {', '.join(ACTIONS)}")
-    given = ["--sources", json.dumps(sources)] if sources else []
-    return ["--action", action, *given, *plain[flags:]]
 
 
 def run(config: Config) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +69,7 @@ def from_path(path: Path) -> Product:
 
 def from_run(run: Run, subfolder: str = "") -> Product:
     """A run's artifacts, as they are: ``altered`` tells whether they are whole."""
-    folder = local_folder(run.info.artifact_uri) or _download(f"runs:/{run.info.run_id}")
+    folder = local_folder(run.info.artifact_uri) or _fetched(run, subfolder)
     tags = dict(run.data.tags)
     uri = f"runs:/{run.info.run_id}" + (f"/{subfolder}" if subfolder else "")
     return Product(
@@ -123,7 +125,7 @@ def _load_model(uri: str) -> Product:
         raise XsdError(
             f"{uri}: no such model in {store.tracking_uri()}; xsd registry lists them"
         ) from error
-    folder = local_folder(model.artifact_location) or _download(f"models:/{model.model_id}")
+    folder = local_folder(model.artifact_location) or _fetched_model(model.model_id)
     hashed = {name for name in tags if name.startswith(_SHA_TAG)}
     digests = {name.removeprefix(_SHA_TAG): tags[name] for name in hashed}
     for name, digest in digests.items():
@@ -154,10 +156,49 @@ def _logged_model(name: str) -> tuple[LoggedModel, dict[str, str]]:
     return model, dict(model.tags)
 
 
-def _download(uri: str) -> Path:
+def _fetched(run: Run, subfolder: str) -> Path:
+    """A copy of a run's artifacts, or of those below ``subfolder``, from a store elsewhere.
+
+    What a finished run has is fetched once; ``xsd gc`` lists the copies.
+    """
+    client = store.client()
+    folder = downloads() / str(run.info.run_id)
+    whole = folder / ".whole"
+    if whole.is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with store.lock(f"download-{run.info.run_id}"):
+        if not subfolder:
+            client.download_artifacts(run.info.run_id, "", str(folder))
+            if run.info.status == "FINISHED":
+                whole.touch()
+            return folder
+        has_manifest = any(item.path == MANIFEST for item in client.list_artifacts(run.info.run_id))
+        for name in (MANIFEST, subfolder) if has_manifest else (subfolder,):
+            if not (folder / name).exists():
+                with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                    client.download_artifacts(run.info.run_id, name, temporary)
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(temporary) / name).replace(folder / name)
+    return folder
+
+
+def _fetched_model(model_id: str) -> Path:
     import mlflow
 
-    return Path(mlflow.artifacts.download_artifacts(uri))
+    folder = downloads() / str(model_id)
+    with store.lock(f"download-{model_id}"):
+        if not folder.is_dir():
+            temporary = folder.with_name(f".{model_id}.{os.getpid()}.tmp")
+            temporary.mkdir(parents=True)
+            mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=str(temporary))
+            temporary.replace(folder)
+    return folder
+
+
+def downloads() -> Path:
+    """Copies of what other machines keep."""
+    return store.local_root() / "downloads"
 
 
 def _digest_of(path: Path) -> str:

@@ -12,20 +12,25 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from xsd.tracking import store
-from xsd.tracking.open_run import Run
+from xsd.tracking import spool, store, writes
+from xsd.tracking.open_run import Run, as_tags
 
 if TYPE_CHECKING:
+    from mlflow.entities import RunInfo
     from mlflow.tracking import MlflowClient
 
     from xsd.tracking.products import Product
 
 __all__ = ["Run", "Terminated", "active", "connect", "join", "reap", "stage_run"]
+
+_PATIENCE_SECONDS: Final = 1800.0
+_POLL_SECONDS: Final = 5.0
 
 _active: contextvars.ContextVar[Run | None] = contextvars.ContextVar("xsd_run", default=None)
 
@@ -69,7 +74,8 @@ def stage_run(
     Raises:
         XsdError: the tracking server does not answer.
     """
-    run = _open(stage, pair, parent, name or _run_name(stage, tags))
+    told = {**_context_tags(stage, pair), **_input_tags(inputs), **(tags or {})}
+    run = _open(stage, pair, parent, name or _run_name(stage, tags), told)
     token = _active.set(run)
     status = "FAILED"
     killing: tuple[type[BaseException], ...] = (
@@ -81,7 +87,6 @@ def stage_run(
     try:
         with _terminating():
             run.params(config)
-            run.tag({**_context_tags(stage, pair), **_input_tags(inputs), **(tags or {})})
             _link_models(run, inputs)
             yield run
             run.finish_manifest()
@@ -114,15 +119,16 @@ def connect(run: Run, inputs: Mapping[str, Product], key: str) -> None:
     run.key = key
     run.tag(_input_tags(inputs))
     _link_models(run, inputs)
+    run.flush()
 
 
-def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:
+def _open(stage: str, pair: str, parent: str | None, name: str, told: Mapping[str, object]) -> Run:
     client = store.client()
     joined = os.environ.pop("MLFLOW_RUN_ID", None)
     outer = active()
     if joined:
         info = client.get_run(joined).info
-        client.set_tag(joined, "mlflow.runName", name)
+        told = {**told, "mlflow.runName": name}
     else:
         parent = parent or (outer.run_id if outer else None)
         if outer and parent == outer.run_id:
@@ -130,12 +136,32 @@ def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:
         elif parent:
             experiment = client.get_run(parent).info.experiment_id
         else:
+            spool.deliver_pending(client)
             experiment = store.experiment_id(pair)
             reap(client, experiment)
-        tags = {"mlflow.user": store.user(), "mlflow.parentRunId": parent}
-        tags = {name: value for name, value in tags.items() if value is not None}
-        info = client.create_run(experiment, tags=tags, run_name=name).info
-    return Run(client, info.run_id, info.experiment_id, stage, pair, info.artifact_uri)
+        own = {"mlflow.user": store.user(), "mlflow.parentRunId": parent}
+        tags = as_tags({**own, **told})
+        info = _create(client, experiment, tags, name, within=outer is not None)
+    run = Run(client, info.run_id, info.experiment_id, stage, pair, info.artifact_uri)
+    if joined:
+        run.tag(told)
+        run.flush()
+    return run
+
+
+def _create(
+    client: MlflowClient, experiment: str, tags: dict[str, str], name: str, *, within: bool
+) -> RunInfo:
+    """Make a run; within another one, wait for a server that went away meanwhile."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return client.create_run(experiment, tags=tags, run_name=name).info
+        except Exception as error:
+            if not within or time.monotonic() > deadline or not store.is_outage(error):
+                raise
+            print(f"{name}: waits for the tracking server", file=sys.stderr)
+            time.sleep(_POLL_SECONDS)
 
 
 def reap(client: MlflowClient, experiment_id: str) -> None:
@@ -173,11 +199,9 @@ def _input_tags(inputs: Mapping[str, Product] | None) -> dict[str, object]:
 
 
 def _link_models(run: Run, inputs: Mapping[str, Product] | None) -> None:
-    from mlflow.entities import LoggedModelInput
-
-    models = [LoggedModelInput(item.model_id) for item in (inputs or {}).values() if item.model_id]
+    models = [product.model_id for product in (inputs or {}).values() if product.model_id]
     if models:
-        run.client.log_inputs(run.run_id, models=models)
+        run.outbox.send(writes.models_read(models))
 
 
 @contextmanager
