@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -67,7 +72,7 @@ def from_path(path: Path) -> Product:
 
 def from_run(run: Run, subfolder: str = "") -> Product:
     """A run's artifacts, as they are: ``altered`` tells whether they are whole."""
-    folder = local_folder(run.info.artifact_uri) or _download(f"runs:/{run.info.run_id}")
+    folder = local_folder(run.info.artifact_uri) or _fetch_run(run.info.run_id, subfolder)
     tags = dict(run.data.tags)
     uri = f"runs:/{run.info.run_id}" + (f"/{subfolder}" if subfolder else "")
     return Product(
@@ -123,7 +128,7 @@ def _load_model(uri: str) -> Product:
         raise XsdError(
             f"{uri}: no such model in {store.tracking_uri()}; xsd registry lists them"
         ) from error
-    folder = local_folder(model.artifact_location) or _download(f"models:/{model.model_id}")
+    folder = local_folder(model.artifact_location) or _fetch_model(model.model_id)
     hashed = {name for name in tags if name.startswith(_SHA_TAG)}
     digests = {name.removeprefix(_SHA_TAG): tags[name] for name in hashed}
     for name, digest in digests.items():
@@ -154,10 +159,39 @@ def _logged_model(name: str) -> tuple[LoggedModel, dict[str, str]]:
     return model, dict(model.tags)
 
 
-def _download(uri: str) -> Path:
+def _fetch_run(run_id: str, subfolder: str) -> Path:
+    """The folder of a run of another machine, once ``subfolder`` (or all) and manifest are in it.
+
+    What was fetched is kept as long as this process lives: a finished run does not change.
+    """
+    from mlflow.exceptions import MlflowException
+
+    folder = _fetched() / run_id
+    for name in (MANIFEST, subfolder) if subfolder else ("",):
+        if name and (folder / name).exists():
+            continue
+        folder.mkdir(exist_ok=True)
+        # What is not there is told by those who look for it: a run without files has no manifest.
+        with suppress(MlflowException, FileNotFoundError):
+            store.client().download_artifacts(run_id, name, str(folder))
+    return folder
+
+
+def _fetch_model(model_id: str) -> Path:
     import mlflow
 
-    return Path(mlflow.artifacts.download_artifacts(uri))
+    folder = _fetched() / model_id
+    if not folder.is_dir():
+        mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=str(folder))
+    return folder
+
+
+@lru_cache(maxsize=1)
+def _fetched() -> Path:
+    """Where this process keeps what it fetched from other machines."""
+    folder = Path(tempfile.mkdtemp(prefix="xsd-fetched-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _digest_of(path: Path) -> str:
