@@ -59,7 +59,11 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(root: Path) -> World:
+    """A pair, scenes, both halves of an extraction and the head, below ``root``."""
     config = miniature.save_pair(root / "pair")
     scenes = load_index(miniature.save_scenes(root / "scenes"))
     settings = ExtractConfig(max_new_tokens=8, max_questions=3, batch_clips=2)

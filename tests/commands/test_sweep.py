@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,19 +42,23 @@ def test_a_child_a_trial_and_the_best_is_a_candidate(
     values = [run.data.metrics["val.accepted_prefix_22"] for run in trials]
     assert len({run.data.params["cfg.learning_rate"] for run in trials}) == 3
     table = query.table(parent.info.run_id, "trials")
-    assert table["value"].tolist() == pytest.approx(
+    assert table["accept_length"].tolist() == pytest.approx(
         [max(point.value for point in _curve(run)) for run in trials], abs=1e-6
     )
+    assert table["run"].tolist() == [f"runs:/{run.info.run_id}" for run in trials]
     best = int(tags(parent)["best_trial"])
-    assert table["value"][best] == table["value"].max() >= max(values) - 1e-6
+    assert table["accept_length"][best] == table["accept_length"].max() >= max(values) - 1e-6
+    assert tags(parent)["best_run"] == table["run"][best]
     kept = products.load(f"runs:/{parent.info.run_id}")
     _, about = checkpoint.load(products.load(f"models:/{kept.model_id}").path, expect_level="L4")
     assert about["extra"]["training"]["learning_rate"] == pytest.approx(
         float(trials[best].data.params["cfg.learning_rate"])
     )
-    [folder] = Path("outputs/sweep").iterdir() if Path("outputs/sweep").is_dir() else [None]
-    assert folder is not None
-    assert [path.name for path in folder.glob("trial_*")] == [f"trial_{best:03d}"]
+    names = {path.stem for path in (kept.path / "figures").iterdir()}
+    assert names == {"history", "parallel_coordinates"}, "three trials explain no importance"
+    assert "3 trials (3 complete)" in tags(parent)["mlflow.note.content"]
+    [folder] = Path("outputs/sweep").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["study.log"], "runs keep the checkpoints"
     assert f"by trial {best}: learning_rate=" in capsys.readouterr().out
 
 
@@ -66,6 +74,82 @@ def test_more_trials_go_on_with_the_study(words: list[Any], runs: Callable[..., 
     second = next(run for run in runs("sweep") if run.info.run_id != first.info.run_id)
     assert [run.data.tags["trial"] for run in children(second)] == ["2"]
     assert tags(second)["resumes"] == f"runs:/{first.info.run_id}"
+
+
+@pytest.mark.slow
+def test_two_objectives_in_two_processes(
+    words: list[Any], runs: Callable[..., list[Any]]
+) -> None:
+    both = ["--objectives", "accept_length,latency_ms"]
+    xsd(*words, "--n_trials", 5, "--num_workers", 2, "--storage", "shared.log", *both)
+    [parent] = runs("sweep")
+    table = query.table(parent.info.run_id, "trials")
+    assert table["number"].tolist() == [0, 1, 2, 3, 4]
+    assert set(table["state"]) == {"complete"}
+    trials = {f"runs:/{run.info.run_id}": run for run in children(parent)}
+    assert set(trials) == set(table["run"])
+    latencies = [trials[uri].data.metrics["measured.latency_ms"] for uri in table["run"]]
+    assert table["latency_ms"].tolist() == pytest.approx(latencies, abs=1e-6)
+    assert len({tags(run)["xsd.process"] for run in trials.values()}) == 2
+    best = table.set_index("run").loc[tags(parent)["best_run"]]
+    assert best["on_front"] and best["accept_length"] == table["accept_length"].max()
+    kept = products.load(f"runs:/{parent.info.run_id}")
+    assert {"pareto.html", "history.html"} <= {p.name for p in (kept.path / "figures").iterdir()}
+    assert Path("shared.log").is_file() and not Path("outputs/sweep").exists()
+
+
+def test_conditioning_can_be_searched(
+    words: list[Any], world: World, runs: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pairs of the other conditioning are looked for, or made, as an input of their own."""
+    asked: list[str] = []
+
+    def find(config: Any, half: str, conditioning: str) -> dict[str, products.Product]:
+        asked.append(conditioning)
+        return {"data": products.from_path(world.data), "lm_head": products.from_path(world.head)}
+
+    monkeypatch.setattr("xsd.commands.sweep.find_inputs", find)
+    choices = "conditioning: {type: categorical, choices: [free_running, teacher_forced]}"
+    Path("space.yaml").write_text(choices)
+    xsd(*words, "--num_trials", 2, "--num_epochs", 1)
+    assert asked == ["teacher_forced", "free_running"]
+    [parent] = runs("sweep")
+    assert tags(parent)["input.data.free_running"] == str(world.data)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(words: list[Any], runs: Callable[..., list[Any]]) -> None:
+    arguments = [str(word) for word in (*words, "--num_trials", 4, "--num_epochs", 400)]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "xsd", *arguments, "--early_stopping", "0", "--pruner", "none"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    while not (trials := _running()) and child.poll() is None:
+        time.sleep(0.2)
+    child.kill()
+    child.wait()
+    assert trials, "it ended before it could be killed"
+    [journal] = Path("outputs/sweep").glob("*/study.log")
+    process = subprocess.run(
+        [sys.executable, "-m", "xsd", *arguments, "--early_stopping", "0", "--pruner", "none"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+        capture_output=True,
+    )
+    assert process.returncode == 0
+    [parent] = runs("sweep")
+    assert journal.is_file() and len(list(Path("outputs/sweep").iterdir())) == 1
+    table = query.table(parent.info.run_id, "trials")
+    assert len(table) == 4 and set(table["state"]) == {"complete"}
+    dead = store.client().get_run(trials[0].info.run_id)
+    assert dead.info.status == "KILLED"
+    assert dead.info.run_id not in {uri.removeprefix("runs:/") for uri in table["run"]}
+
+
+def _running() -> list[Any]:
+    condition = "tags.stage = 'trial' AND attributes.status = 'RUNNING'"
+    found = store.client().search_runs(store.experiment_ids(), condition)
+    return [run for run in found if "val.accept_length" in run.data.metrics]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Final
 from xsd import __version__, config
 from xsd.cli import seed_flags
 from xsd.errors import XsdError
+from xsd.tracking.credentials import redacted
 
 STAGES: Final = (
     *("scenes", "pretrain", "lm_head", "extract", "train", "evaluate", "two_phase"),
@@ -20,7 +21,7 @@ STAGES: Final = (
 )
 """The entry points of MLproject, in the order in which a tensor meets them."""
 
-VERBS: Final = ("generate", "levels", "registry", "lineage", "gc")
+VERBS: Final = ("generate", "levels", "registry", "lineage", "deliver", "gc")
 """Plain commands that make no run."""
 
 _REFUSALS: Final = (
@@ -28,6 +29,11 @@ _REFUSALS: Final = (
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 """What a disk refuses is the user's to mend; a file that we should have made is a defect."""
+
+_OUTAGE: Final = (
+    "the tracking server went away; what it missed is kept and sent with the next run,"
+    " so run this again when it is back"
+)
 
 COMMANDS: Final = {
     **{stage: f"xsd.commands.{stage}" for stage in STAGES},
@@ -78,12 +84,25 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return 128 + signal.SIGINT
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
+    except Exception as error:
+        if not _is_outage(error):
+            raise
+        return _refuse(prog, _OUTAGE)
     return 0
 
 
 def _refuse(prog: str, message: str) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    line = redacted(" ".join(message.split()))
+    print(f"{prog}: error: {line}", file=sys.stderr)
     return 2
+
+
+def _is_outage(error: BaseException) -> bool:
+    if "mlflow" not in sys.modules:
+        return False
+    from xsd.tracking import store
+
+    return store.is_outage(error)
 
 
 def _module(command: str) -> ModuleType:

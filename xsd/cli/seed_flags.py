@@ -82,6 +82,9 @@ SEED_FLAGS: Final = (
     SeedFlag("benchmark", "output_dir", "./tasks/", "output_dir", _RUN_FOLDER),
 )
 
+SYNONYMS: Final = (SeedFlag("sweep", "n_trials", None, "num_trials"),)
+"""Flags that a user of other tools would expect."""
+
 _VLM_ONLY: Final = "vlm_only"
 
 
@@ -94,7 +97,7 @@ def translate(stage: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         XsdError: ``--vlm_only`` beside another level than 5.
     """
-    rows = {row.name: row for row in SEED_FLAGS if row.stage == stage}
+    rows = {row.name: row for row in (*SEED_FLAGS, *SYNONYMS) if row.stage == stage}
     rows["chunked"] = SeedFlag(stage, "chunked", False, None, _ALWAYS_CHUNKED)
     words: list[str] = []
     notes: list[str] = []

@@ -90,7 +90,7 @@ def perform(config: Config) -> Product:
         "benchmark",
         config,
         resolve=resolve,
-        rooms=["pairs", "adapters", "decoding", "bench", "bench_batch", "speedup"],
+        rooms=["kernels", "pairs", "adapters", "decoding", "bench", "bench_batch", "speedup"],
         work=work,
     )
 

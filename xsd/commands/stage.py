@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from xsd.errors import XsdError
 from xsd.pairs.config import PairConfig
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def perform(
         work: does it, logging into the run.
     """
     from xsd.tracking import products, reuse
-    from xsd.tracking.run import connect, stage_run
+    from xsd.tracking.run import active, connect, stage_run
 
     values = _values(config)
     with ExitStack() as stack:
@@ -66,6 +67,13 @@ def perform(
         run = run or open_run()
         connect(run, inputs, key)
         work(run, inputs)
+    if run.outbox.has_undelivered:
+        raise XsdError(
+            f"the tracking server went away; run {run.run_id} is finished and kept in"
+            f" {run.outbox.folder}; the next run, or xsd deliver, sends it"
+        )
+    if active() is None:
+        print(f"run:    {run.link()}")
     return products.from_run(run.client.get_run(run.run_id))
 
 

@@ -12,19 +12,22 @@ from xsd.adapters.config import AdapterSizes
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.adapter_data import DataConfig, TrainingData, find_inputs
-from xsd.commands.progress import progress
 from xsd.config import Level, resolved
 from xsd.learning.config import FitConfig
 from xsd.pairs.config import PairConfig
 from xsd.search_config import SearchConfig
 
 if TYPE_CHECKING:
-    from xsd.search import TrialReport
+    from xsd.adapters.base import Adapter
+    from xsd.search.trials import Trial, TrialReport
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
     from xsd.types import EpochReport
 
 HELP = "search the hyperparameters of one level"
+ROOMS = ("adapters", "decoding/latency", "hidden", "learning", "metrics", "search")
+
+Inputs = Mapping[str, "Product"]
 
 
 @dataclass(frozen=True)
@@ -39,130 +42,216 @@ class Config(SearchConfig, FitConfig, AdapterSizes, DataConfig, PairConfig, stag
 
 def perform(config: Config) -> Product:
     """Search; the best trial's weights become the candidate that ``promote`` may take."""
-
-    def resolve() -> dict[str, Product]:
-        from xsd.tracking import products
-
-        inputs = find_inputs(config, "train", config.conditioning)
-        inputs["space"] = products.from_path(_space_file(config))
-        if config.val_data is not None:
-            inputs["val_data"] = products.load(config.val_data, {"pair": config.pair})
-        return inputs
-
     return stage.perform(
         "sweep",
         config,
-        resolve=resolve,
-        rooms=["adapters", "hidden", "learning", "metrics", "search"],
-        work=lambda run, inputs: _Sweep(run, inputs, config).run(),
+        resolve=lambda: _inputs(config),
+        rooms=ROOMS,
+        work=lambda run, inputs: _sweep(run, inputs, config),
         tags={"level": config.level},
     )
 
 
-class _Sweep:
-    """One study: its data are read once and serve all trials."""
+def _inputs(config: Config) -> dict[str, Product]:
+    """Training data of every conditioning that is searched, made once for all trials."""
+    from xsd.search.space import choices, read_space
+    from xsd.tracking import products
 
-    def __init__(self, run: Run, inputs: Mapping[str, Product], config: Config) -> None:
+    file = products.from_path(_space_file(config))
+    searched = choices(read_space(file.path, _searchable()), "conditioning")
+    inputs = {**find_inputs(config, "train", config.conditioning), "space": file}
+    for other in set(searched) - {config.conditioning}:
+        found = find_inputs(replace(config, data=None), "train", other)
+        inputs[f"data.{other}"] = found["data"]
+    if config.val_data is not None:
+        inputs["val_data"] = products.load(config.val_data, {"pair": config.pair})
+    return inputs
+
+
+def _sweep(run: Run, inputs: Inputs, config: Config) -> None:
+    """Search in as many processes as were asked for, then show and publish the best."""
+    from xsd.commands.workers import workers
+    from xsd.search.study import storage_of
+
+    # The same question, asked for more trials or in another place, goes on with its study.
+    elsewhere = {*("num_trials", "num_workers", "storage", "stale_minutes")}
+    elsewhere |= {"output_dir", "rerun", "space"}
+    asked = {name: text for name, text in resolved(config).items() if name not in elsewhere}
+    digests = {role: product.digest for role, product in inputs.items()}
+    from xsd.files import sha256_json
+
+    name = f"{config.pair}-{config.level}-{sha256_json([asked, digests])[:12]}"
+    storage = storage_of(config, config.output_dir / name)
+    search = _Search(name, storage, dict(inputs), config)
+    study = search.open()
+    run.tag({"study": name, "resumes": study.user_attrs.get("run")})
+    study.set_user_attr("run", run.uri)
+    with workers(config.num_workers, run.run_id) as pool:
+        for future in [pool.submit(search.run, run.run_id) for _ in range(config.num_workers)]:
+            future.result()
+    _publish(run, search)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What a process needs to take part; small enough to be sent to one."""
+
+    name: str
+    storage: str
+    inputs: Inputs
+    config: Config
+
+    def open(self) -> Any:
+        from xsd.search.study import open_study
+
+        config = self.config
+        return open_study(
+            self.storage, self.name, config, seed=config.seed, num_epochs=config.num_epochs
+        )
+
+    def run(self, parent: str) -> None:
+        """Try what nobody else tries, until the study has all its trials."""
+        from xsd.commands.progress import progress
+        from xsd.search.space import read_space
+        from xsd.search.study import counted
+        from xsd.search.trials import Claims, run_trials
+        from xsd.tracking import store
+
+        config, study = self.config, self.open()
+        space = read_space(self.inputs["space"].path, _searchable())
+        trials = _Trials(self, parent)
+        reports = run_trials(
+            trials.train,
+            study,
+            space,
+            Claims(store.this_process(), store.is_gone, 60 * config.stale_minutes),
+            metric=trials.metric,
+            num_trials=config.num_trials,
+        )
+        with progress("sweep", config.num_trials, "trials", len(counted(study))) as bar:
+            for report in reports:
+                bar.set_postfix_str(_outcome(report))
+                bar.update()
+
+
+class _Trials:
+    """Trains trials, in runs of their own; the data are read once and serve all."""
+
+    def __init__(self, search: _Search, parent: str) -> None:
         from xsd.adapters.catalog import level
-        from xsd.files import sha256_json
-        from xsd.search import read_space
 
-        self.parent, self.config = run, config
-        self.data = TrainingData.open(inputs)
-        self.space = read_space(inputs["space"].path, _searchable())
-        self.row = level(config.level)
-        # The same question, asked for more trials or in another place, goes on with its study.
-        elsewhere = {"num_trials", "output_dir", "rerun", "space"}
-        asked = {k: v for k, v in resolved(config).items() if k not in elsewhere}
-        digests = {role: product.digest for role, product in inputs.items()}
-        self.name = f"{config.pair}-{config.level}-{sha256_json([asked, digests])[:12]}"
-        self.folder = config.output_dir / self.name
+        self.config, self.inputs, self.parent = search.config, search.inputs, parent
+        self.folder = search.config.output_dir / search.name
+        self.metric = level(search.config.level).selection_metric
+        self._data: dict[str, TrainingData] = {}
 
-    def run(self) -> None:
-        """Pull trials, keep the best one's files, report."""
-        import pandas as pd
-
-        from xsd.search import best_trial, num_finished, open_study, run_trials
-        from xsd.tracking.store import lock
-
-        config, metric, rows = self.config, self.row.selection_metric, []
-        journal = self.folder / "study.log"
-        with lock(f"sweep-{self.name}"):
-            study = open_study(
-                journal, self.name, config, seed=config.seed, num_epochs=config.num_epochs
-            )
-            self.parent.tag({"resumes": study.user_attrs.get("run")})
-            study.set_user_attr("run", self.parent.uri)
-            reports = run_trials(
-                self.trial, study, self.space, metric=metric, num_trials=config.num_trials
-            )
-            with progress("sweep", config.num_trials, "trials", num_finished(study)) as bar:
-                for report in reports:
-                    self._keep_only_the_best(report)
-                    rows.append({**_summary(report), **report.params})
-                    bar.set_postfix_str(f"trial {report.number} {report.state}: {report.value}")
-                    bar.update()
-            number, params, value = best_trial(study)
-        self.parent.table("trials", pd.DataFrame(rows))
-        self._publish(number, params, value)
-
-    def trial(self, number: int, params: Mapping[str, Any]) -> Generator[EpochReport, None, None]:
-        """Train with ``params`` in a run of its own; ends KILLED where the search stops pulling."""
+    def train(self, trial: Trial) -> Generator[EpochReport, None, Mapping[str, float]]:
+        """One trial; its run ends KILLED where the search stops pulling."""
         from xsd.adapters import checkpoint
         from xsd.commands.train import about, fit_reports, log_epoch
         from xsd.tracking.run import stage_run
 
-        config = replace(self.config, **params)
-        with stage_run(
-            "trial",
-            config.pair,
-            resolved(config),
-            tags={"level": config.level, "trial": number},
-            name=f"trial {number}",
-            parent=self.parent.run_id,
-        ) as child:
-            adapter, reports = fit_reports(config, self.data)
-            for report in reports:
-                if report.is_best:
-                    extra = about(self.data, report, config)
-                    checkpoint.save(adapter, self._trial_folder(number), extra=extra)
-                log_epoch(child, report, self.row.selection_metric)
-                yield report
+        config = replace(self.config, **trial.params)
+        folder = self.folder / f"trial_{trial.number:03d}"
+        tags = {"level": config.level, "trial": trial.number}
+        tags |= {"mlflow.note.content": _listed(trial.params)}
+        title = f"trial {trial.number}"
+        try:
+            with stage_run(
+                "trial", config.pair, resolved(config), tags=tags, name=title, parent=self.parent
+            ) as child:
+                trial.note("run", child.uri)
+                data, best = self.data(config.conditioning), 0.0
+                adapter, reports = fit_reports(config, data)
+                for report in reports:
+                    if report.is_best:
+                        best = report.val[self.metric]
+                        checkpoint.save(adapter, folder, extra=about(data, report, config))
+                    log_epoch(child, report, self.metric)
+                    yield report
+                measured = self._latency(adapter, data)
+                child.log({f"measured.{name}": value for name, value in measured.items()})
+                if trial.leads({"accept_length": best, **measured}):
+                    child.artifacts(folder)
+            return measured
+        finally:
+            # What leads is kept by its run, wherever that keeps it.
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def _publish(self, number: int, params: Mapping[str, Any], value: float) -> None:
-        """The best trial's checkpoint as a logged model: a candidate, as ``train`` makes them."""
-        from xsd.adapters import checkpoint
-        from xsd.commands.train import model_tags, model_title
+    def data(self, conditioning: str) -> TrainingData:
+        if conditioning not in self._data:
+            inputs = dict(self.inputs)
+            inputs["data"] = inputs.get(f"data.{conditioning}", inputs["data"])
+            self._data[conditioning] = TrainingData.open(inputs)
+        return self._data[conditioning]
 
-        folder, metric = self._trial_folder(number), self.row.selection_metric
-        adapter, _ = checkpoint.load(folder)
-        self.parent.artifacts(folder)
-        tags = model_tags(self.data, adapter, replace(self.config, **params))
-        self.parent.tag({**tags, "best_trial": number})
-        self.parent.log_model(
-            model_title(tags),
-            [folder / "best_model.safetensors", folder / checkpoint.CONFIG],
-            params=params,
-            tags=tags,
-            metrics={f"val.{metric}": value, "val.accept_length": value},
-        )
-        chosen = ", ".join(f"{name}={item}" for name, item in params.items())
-        print(f"sweep {self.row.name}: {metric} {value:.3f} (val) by trial {number}: {chosen}")
+    def _latency(self, adapter: Adapter, data: TrainingData) -> dict[str, float]:
+        from xsd.decoding.latency import token_ms
+        from xsd.tracking import store
 
-    def _keep_only_the_best(self, report: TrialReport) -> None:
-        mine = self._trial_folder(report.number)
-        for folder in self.folder.glob("trial_*") if report.is_best else [mine]:
-            if folder != mine or not report.is_best:
-                shutil.rmtree(folder, ignore_errors=True)
+        if "latency_ms" not in self.config.objectives:
+            return {}
+        # The trials of one machine measure one after the other.
+        with store.lock("latency"):
+            return {"latency_ms": token_ms(adapter, data.head.lm_head)}
 
-    def _trial_folder(self, number: int) -> Path:
-        return self.folder / f"trial_{number:03d}"
+
+def _publish(run: Run, search: _Search) -> None:
+    """The trials as table and figures; the best one's checkpoint as a logged model, a candidate as
+    ``train`` makes them."""
+    from xsd.adapters import checkpoint
+    from xsd.commands.train import model_tags, model_title
+    from xsd.search.study import candidate
+    from xsd.tracking import products
+
+    study = search.open()
+    trials = _show(run, study)
+    best = candidate(study)
+    kept = products.load(str(best.notes["run"]))
+    adapter, _ = checkpoint.load(kept.path)
+    config = replace(search.config, **best.params)
+    metric = adapter.row.selection_metric
+    tags = model_tags(_Trials(search, run.run_id).data(config.conditioning), adapter, config)
+    files = [kept.path / "best_model.safetensors", kept.path / checkpoint.CONFIG]
+    for path in files:
+        run.artifact(path)
+    run.tag({**tags, "best_trial": best.number, "best_run": kept.uri})
+    metrics = {f"val.{metric}": best.accept_length, "val.accept_length": best.accept_length}
+    run.log_model(model_title(tags), files, params=best.params, tags=tags, metrics=metrics)
+    line = (
+        f"{metric} {best.accept_length:.3f} (val) by trial {best.number}: {_listed(best.params)}"
+    )
+    states = ", ".join(f"{num} {state}" for state, num in trials["state"].value_counts().items())
+    run.tag({"mlflow.note.content": f"{len(trials)} trials ({states}).\n\n{line}"})
+    print(f"sweep {adapter.row.name}: {line}")
+
+
+def _show(run: Run, study: Any) -> Any:
+    """Table, figures and the curve of the best so far; returns the frame of trials."""
+    from xsd.plots import sweep as plots
+    from xsd.search.study import importance_frame, trials_frame
+
+    trials, importance = trials_frame(study), importance_frame(study)
+    run.table("trials", trials)
+    parameters = sorted({name for trial in study.get_trials(deepcopy=False) for name in trial.params})
+    run.figure("history", plots.history(trials))
+    run.figure("parallel_coordinates", plots.parallel_coordinates(trials, parameters))
+    if not importance.empty:
+        run.table("importance", importance)
+        run.figure("importance", plots.importance(importance))
+    if "latency_ms" in trials:
+        run.figure("pareto", plots.pareto(trials))
+    complete = trials[trials["state"] == "complete"]
+    for number, best in zip(complete["number"], complete["accept_length"].cummax(), strict=True):
+        run.log({"best.accept_length": best}, step=int(number))
+    run.log({f"num_{state}": num for state, num in trials["state"].value_counts().items()})
+    return trials
 
 
 def _searchable() -> list[str]:
     """Options that a space may name: sizes and hyperparameters, but not the level or the data."""
     names = (field.name for room in (AdapterSizes, FitConfig) for field in fields(room))
-    return [name for name in names if name != "seed"]
+    return ["conditioning", *(name for name in names if name != "seed")]
 
 
 def _space_file(config: Config) -> Path:
@@ -175,9 +264,17 @@ def _space_file(config: Config) -> Path:
     return own if own.is_file() else folder / "sweep.yaml"
 
 
-def _summary(report: TrialReport) -> dict[str, Any]:
-    names = ("number", "state", "value", "num_epochs", "reason")
-    return {name: getattr(report, name) for name in names}
+def _listed(params: Mapping[str, Any]) -> str:
+    texts = {
+        name: f"{value:.4g}" if isinstance(value, float) else str(value)
+        for name, value in params.items()
+    }
+    return ", ".join(f"{name}={text}" for name, text in texts.items())
+
+
+def _outcome(report: TrialReport) -> str:
+    value = "" if report.accept_length is None else f" at {report.accept_length:.3f}"
+    return f"trial {report.number} {report.state}{value}{report.reason and f': {report.reason}'}"
 
 
 def run(config: Config) -> None:

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from xsd.errors import XsdError
-from xsd.files import sha256_file, sha256_json
-from xsd.tracking import store
+from xsd.files import sha256_file, sha256_json, write_json
+from xsd.tracking import store, writes
 from xsd.tracking.artifacts import local_folder, place
+from xsd.tracking.credentials import redacted
 from xsd.tracking.figures import Figure, write_figure
 from xsd.tracking.products import MANIFEST
+from xsd.tracking.spool import Outbox
+from xsd.tracking.writes import BATCH, PointOfCurve
 
 if TYPE_CHECKING:
     import pandas as pd
-    from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 _FLUSH_SECONDS: Final = 5.0
-_BATCH: Final = 1000
-_PARAMS_BATCH: Final = 100
 _VALUE_LENGTH: Final = 6000
 _TAG_LENGTH: Final = 5000
 
@@ -46,10 +46,15 @@ class Run:
     """The stage key, where it became known after the run was opened."""
     manifest: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Artifact path -> sha256 and size; written as an artifact when the run ends well."""
-    _metrics: list[Metric] = field(default_factory=list)
+    _metrics: list[PointOfCurve] = field(default_factory=list)
+    _params: dict[str, str] = field(default_factory=dict)
+    _tags: dict[str, str] = field(default_factory=dict)
     _flushed: float = field(default_factory=time.monotonic)
     _non_finite: set[str] = field(default_factory=set)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def __post_init__(self) -> None:
+        self.outbox = Outbox(self.client, self.run_id)
 
     @property
     def uri(self) -> str:
@@ -66,50 +71,38 @@ class Run:
         """The artifact folder, if it is one of this machine."""
         return local_folder(self.artifact_uri)
 
-    def log(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
+    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Buffer metrics. ``accept@0.90`` becomes ``accept_90``; values that are not finite are
         left out of the curve and named in the tag ``xsd.not_finite``."""
-        from mlflow.entities import Metric
-
-        now_ms = int(time.time() * 1000)
         with self._lock:
-            for name, value in metrics.items():
-                key = re.sub(r"@0?\.", "_", name)
-                if math.isfinite(value):
-                    self._metrics.append(Metric(key, float(value), now_ms, step, model_id=model_id))
-                else:
-                    self._non_finite.add(key)
-            if len(self._metrics) >= _BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._metrics += self._points(metrics, step)
+            if len(self._metrics) >= BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self.flush()
 
+    def _points(self, metrics: Mapping[str, float], step: int) -> list[PointOfCurve]:
+        now_ms = int(time.time() * 1000)
+        keyed = {re.sub(r"@0?\.", "_", name): float(value) for name, value in metrics.items()}
+        self._non_finite |= {key for key, value in keyed.items() if not math.isfinite(value)}
+        return [(key, value, now_ms, step) for key, value in keyed.items() if math.isfinite(value)]
+
     def flush(self) -> None:
+        """Write what is buffered, in one go."""
         with self._lock:
-            for start in range(0, len(self._metrics), _BATCH):
-                self.client.log_batch(self.run_id, metrics=self._metrics[start : start + _BATCH])
-            self._metrics.clear()
+            if self._metrics or self._params or self._tags:
+                self.outbox.send(writes.batch(self._metrics, self._params, self._tags))
+            self._metrics, self._params, self._tags = [], {}, {}
             self._flushed = time.monotonic()
 
     def params(self, config: Mapping[str, object]) -> None:
-        """Log a resolved configuration under ``cfg.``: bare names are MLproject's raw values."""
-        from mlflow.entities import Param
-
-        entities = [
-            Param(f"cfg.{name}", str(value)[:_VALUE_LENGTH] or "''")
-            for name, value in config.items()
-        ]
-        for start in range(0, len(entities), _PARAMS_BATCH):
-            self.client.log_batch(self.run_id, params=entities[start : start + _PARAMS_BATCH])
+        """Buffer a resolved configuration under ``cfg.``: bare names are MLproject's raw values."""
+        for name, value in config.items():
+            self._params[f"cfg.{name}"] = redacted(str(value))[:_VALUE_LENGTH] or "''"
 
     def tag(self, tags: Mapping[str, object]) -> None:
-        """Set tags; None is left out."""
-        from mlflow.entities import RunTag
-
-        entities = [
-            RunTag(name, str(value)[:_TAG_LENGTH])
-            for name, value in tags.items()
-            if value is not None
-        ]
-        self.client.log_batch(self.run_id, tags=entities)
+        """Buffer tags; None is left out."""
+        for name, value in tags.items():
+            if value is not None:
+                self._tags[name] = redacted(str(value))[:_TAG_LENGTH]
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep one file; hard-linked where the store is local, so it takes no second space.
@@ -120,11 +113,15 @@ class Run:
         if not path.is_file():
             raise XsdError(f"{path}: no such file to keep as an artifact")
         name = f"{folder}/{path.name}" if folder else path.name
+        self._place(path, name)
+        self.manifest[name] = {"sha256": sha256_file(path), "num_bytes": path.stat().st_size}
+
+    def _place(self, path: Path, name: str) -> None:
         if self.folder is None:
-            self.client.log_artifact(self.run_id, str(path), folder)
+            below = Path(name).parent.as_posix()
+            self.outbox.send(writes.artifact(path, None if below == "." else below))
         else:
             place(path, self.folder / name)
-        self.manifest[name] = {"sha256": sha256_file(path), "num_bytes": path.stat().st_size}
 
     def artifacts(self, root: Path, folder: str | None = None) -> None:
         """Keep every file below ``root``, hidden ones excepted, under the same relative path."""
@@ -164,13 +161,7 @@ class Run:
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Link a data set, by digest, as an input of the run."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        entity = Dataset(
-            name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source})
-        )
-        tags = [InputTag("mlflow.data.context", context)]
-        self.client.log_inputs(self.run_id, datasets=[DatasetInput(entity, tags)])
+        self.outbox.send(writes.dataset(name, digest, redacted(source), context))
 
     def log_model(
         self,
@@ -181,37 +172,25 @@ class Run:
         tags: Mapping[str, object] | None = None,
         metrics: Mapping[str, float] | None = None,
         step: int = 0,
-    ) -> str:
+    ) -> str | None:
         """Keep files (a checkpoint, its configuration) as a logged model.
 
         The model carries the sha256 of every file as tag ``sha256.<file>``, by which
-        ``registry.load_uri`` refuses one that was altered.
+        ``products.load`` refuses one that was altered.
 
         Returns:
-            The id of the model, whose URI is ``models:/<id>``.
+            The id of the model, whose URI is ``models:/<id>``; None: the server is away, and the
+            model is made when it is back.
         """
-        from mlflow.entities import LoggedModelOutput
-
-        digests = {f"sha256.{path.name}": sha256_file(path) for path in files}
-        model = self.client.create_logged_model(
+        write = writes.model(
             self.experiment_id,
-            name=name,
-            source_run_id=self.run_id,
-            tags={key: str(value) for key, value in {**(tags or {}), **digests}.items()},
-            params={key: str(value)[:_VALUE_LENGTH] for key, value in (params or {}).items()},
-            model_type="adapter",
+            name,
+            files,
+            {key: redacted(str(value))[:_VALUE_LENGTH] for key, value in (params or {}).items()},
+            {key: redacted(str(value)) for key, value in (tags or {}).items()},
+            self._points(metrics or {}, step),
         )
-        folder = local_folder(model.artifact_location)
-        for path in files:
-            if folder is None:
-                self.client.log_model_artifact(model.model_id, str(path))
-            else:
-                place(path, folder / path.name)
-        self.client.finalize_logged_model(model.model_id, "READY")
-        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
-        self.log(metrics or {}, step=step, model_id=model.model_id)
-        self.tag({"xsd.model_id": model.model_id})
-        return str(model.model_id)
+        return self.outbox.send(write)
 
     def link(self) -> str:
         """The page of this run in the UI."""
@@ -223,10 +202,12 @@ class Run:
 
     def end(self, status: str) -> None:
         """Write what is buffered, and set the final status."""
-        self.flush()
         if self._non_finite:
             self.tag({"xsd.not_finite": ", ".join(sorted(self._non_finite))})
-        self.client.set_terminated(self.run_id, status)
+        self.flush()
+        self.outbox.send(writes.end(status, int(time.time() * 1000)))
+        if self.outbox.has_undelivered:
+            self.outbox.retry(at_once=True)
 
     def finish_manifest(self) -> None:
         """Write the manifest, and tag the digest by which later stages know this product.
@@ -236,7 +217,7 @@ class Run:
         if self.manifest:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / MANIFEST
-                path.write_text(json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
-                self.client.log_artifact(self.run_id, str(path))
+                write_json(path, dict(sorted(self.manifest.items())))
+                self._place(path, MANIFEST)
         kept = {name: at for name, at in self.manifest.items() if not name.startswith("figures/")}
         self.tag({"xsd.digest": sha256_json(kept) if kept else None})

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
+import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -72,7 +69,7 @@ def from_path(path: Path) -> Product:
 
 def from_run(run: Run, subfolder: str = "") -> Product:
     """A run's artifacts, as they are: ``altered`` tells whether they are whole."""
-    folder = local_folder(run.info.artifact_uri) or _fetch_run(run.info.run_id, subfolder)
+    folder = local_folder(run.info.artifact_uri) or _fetched(run, subfolder)
     tags = dict(run.data.tags)
     uri = f"runs:/{run.info.run_id}" + (f"/{subfolder}" if subfolder else "")
     return Product(
@@ -128,7 +125,7 @@ def _load_model(uri: str) -> Product:
         raise XsdError(
             f"{uri}: no such model in {store.tracking_uri()}; xsd registry lists them"
         ) from error
-    folder = local_folder(model.artifact_location) or _fetch_model(model.model_id)
+    folder = local_folder(model.artifact_location) or _fetched_model(model.model_id)
     hashed = {name for name in tags if name.startswith(_SHA_TAG)}
     digests = {name.removeprefix(_SHA_TAG): tags[name] for name in hashed}
     for name, digest in digests.items():
@@ -159,39 +156,49 @@ def _logged_model(name: str) -> tuple[LoggedModel, dict[str, str]]:
     return model, dict(model.tags)
 
 
-def _fetch_run(run_id: str, subfolder: str) -> Path:
-    """The folder of a run of another machine, once ``subfolder`` (or all) and manifest are in it.
+def _fetched(run: Run, subfolder: str) -> Path:
+    """A copy of a run's artifacts, or of those below ``subfolder``, from a store elsewhere.
 
-    What was fetched is kept as long as this process lives: a finished run does not change.
+    What a finished run has is fetched once; ``xsd gc`` lists the copies.
     """
-    from mlflow.exceptions import MlflowException
-
-    folder = _fetched() / run_id
-    for name in (MANIFEST, subfolder) if subfolder else ("",):
-        if name and (folder / name).exists():
-            continue
-        folder.mkdir(exist_ok=True)
-        # What is not there is told by those who look for it: a run without files has no manifest.
-        with suppress(MlflowException, FileNotFoundError):
-            store.client().download_artifacts(run_id, name, str(folder))
+    client = store.client()
+    folder = downloads() / run.info.run_id
+    whole = folder / ".whole"
+    if whole.is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with store.lock(f"download-{run.info.run_id}"):
+        if not subfolder:
+            client.download_artifacts(run.info.run_id, "", str(folder))
+            if run.info.status == "FINISHED":
+                whole.touch()
+            return folder
+        has_manifest = any(item.path == MANIFEST for item in client.list_artifacts(run.info.run_id))
+        for name in (MANIFEST, subfolder) if has_manifest else (subfolder,):
+            if not (folder / name).exists():
+                with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                    client.download_artifacts(run.info.run_id, name, temporary)
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(temporary) / name).replace(folder / name)
     return folder
 
 
-def _fetch_model(model_id: str) -> Path:
+def _fetched_model(model_id: str) -> Path:
     import mlflow
 
-    folder = _fetched() / model_id
-    if not folder.is_dir():
-        mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=str(folder))
+    folder = downloads() / model_id
+    with store.lock(f"download-{model_id}"):
+        if not folder.is_dir():
+            temporary = folder.with_name(f".{model_id}.{os.getpid()}.tmp")
+            temporary.mkdir(parents=True)
+            mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=str(temporary))
+            temporary.replace(folder)
     return folder
 
 
-@lru_cache(maxsize=1)
-def _fetched() -> Path:
-    """Where this process keeps what it fetched from other machines."""
-    folder = Path(tempfile.mkdtemp(prefix="xsd-fetched-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def downloads() -> Path:
+    """Copies of what other machines keep."""
+    return store.local_root() / "downloads"
 
 
 def _digest_of(path: Path) -> str:

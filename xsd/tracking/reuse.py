@@ -16,8 +16,10 @@ from xsd.tracking.products import Product, altered, from_run, load
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-OUTPUTS: Final = frozenset({"output_dir", "output_path", "max_failures"})
-"""Configuration fields that change where a product goes, not what it is."""
+OUTPUTS: Final = frozenset(
+    {"output_dir", "output_path", "max_failures", "num_workers", "storage", "stale_minutes"}
+)
+"""Configuration fields that change where and how a product is made, not what it is."""
 
 
 def stage_key(
@@ -109,4 +111,5 @@ def _source_digest(room: str) -> str:
     files = [module] if module.is_file() else sorted(root.rglob("*.py"))
     if not files:
         raise ValueError(f"xsd has no room {room!r}")
-    return sha256_json({file.name: sha256_file(file) for file in files})
+    names = {file: file.relative_to(root.parent).as_posix() for file in files}
+    return sha256_json({name: sha256_file(file) for file, name in names.items()})

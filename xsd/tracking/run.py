@@ -12,20 +12,25 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from xsd.tracking import store
+from xsd.tracking import spool, store, writes
 from xsd.tracking.open_run import Run
 
 if TYPE_CHECKING:
+    from mlflow.entities import RunInfo
     from mlflow.tracking import MlflowClient
 
     from xsd.tracking.products import Product
 
 __all__ = ["Run", "Terminated", "active", "connect", "join", "reap", "stage_run"]
+
+_PATIENCE_SECONDS: Final = 1800.0
+_POLL_SECONDS: Final = 5.0
 
 _active: contextvars.ContextVar[Run | None] = contextvars.ContextVar("xsd_run", default=None)
 
@@ -83,6 +88,7 @@ def stage_run(
             run.params(config)
             run.tag({**_context_tags(stage, pair), **_input_tags(inputs), **(tags or {})})
             _link_models(run, inputs)
+            run.flush()
             yield run
             run.finish_manifest()
         # Set last: a run found by its key is complete.
@@ -114,6 +120,7 @@ def connect(run: Run, inputs: Mapping[str, Product], key: str) -> None:
     run.key = key
     run.tag(_input_tags(inputs))
     _link_models(run, inputs)
+    run.flush()
 
 
 def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:
@@ -130,12 +137,28 @@ def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:
         elif parent:
             experiment = client.get_run(parent).info.experiment_id
         else:
+            spool.deliver_pending(client)
             experiment = store.experiment_id(pair)
             reap(client, experiment)
         tags = {"mlflow.user": store.user(), "mlflow.parentRunId": parent}
         tags = {name: value for name, value in tags.items() if value is not None}
-        info = client.create_run(experiment, tags=tags, run_name=name).info
+        info = _create(client, experiment, tags, name, within=outer is not None)
     return Run(client, info.run_id, info.experiment_id, stage, pair, info.artifact_uri)
+
+
+def _create(
+    client: MlflowClient, experiment: str, tags: dict[str, str], name: str, *, within: bool
+) -> RunInfo:
+    """Make a run; within another one, wait for a server that went away meanwhile."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return client.create_run(experiment, tags=tags, run_name=name).info
+        except Exception as error:
+            if not within or time.monotonic() > deadline or not store.is_outage(error):
+                raise
+            print(f"{name}: waits for the tracking server", file=sys.stderr)
+            time.sleep(_POLL_SECONDS)
 
 
 def reap(client: MlflowClient, experiment_id: str) -> None:
@@ -173,11 +196,9 @@ def _input_tags(inputs: Mapping[str, Product] | None) -> dict[str, object]:
 
 
 def _link_models(run: Run, inputs: Mapping[str, Product] | None) -> None:
-    from mlflow.entities import LoggedModelInput
-
-    models = [LoggedModelInput(item.model_id) for item in (inputs or {}).values() if item.model_id]
+    models = [product.model_id for product in (inputs or {}).values() if product.model_id]
     if models:
-        run.client.log_inputs(run.run_id, models=models)
+        run.outbox.send(writes.models_read(models))
 
 
 @contextmanager

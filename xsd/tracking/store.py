@@ -12,10 +12,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xsd.errors import XsdError
+from xsd.tracking.credentials import redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -70,24 +72,69 @@ def _client(uri: str) -> MlflowClient:
             opened.search_experiments(max_results=1)
     except MlflowException as error:
         line = " ".join(str(error).split())
-        raise XsdError(f"tracking store {uri}: {line}; check MLFLOW_TRACKING_URI") from error
+        raise XsdError(
+            redacted(f"tracking store {uri}: {line}; check MLFLOW_TRACKING_URI")
+        ) from error
     return opened
 
 
+def is_server(uri: str) -> bool:
+    return urllib.parse.urlparse(uri).scheme in ("http", "https")
+
+
+def answers() -> bool:
+    """Whether the tracking server is there; a database of our own always is."""
+    return not is_server(tracking_uri()) or _silence(tracking_uri()) is None
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the tracking server is away or broken, and the same call may succeed later."""
+    if not is_server(tracking_uri()):
+        return False
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    is_about_the_server = False
+    cause: BaseException | None = error
+    while cause is not None:
+        is_about_the_server |= isinstance(cause, MlflowException | requests.RequestException)
+        response = getattr(cause, "response", None)
+        if getattr(response, "status_code", 0) >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return True
+        if isinstance(cause, requests.ConnectionError | requests.Timeout):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return is_about_the_server and not answers()
+
+
 def _refuse_a_silent_server(uri: str) -> None:
-    """Ask once, with a short patience: MLflow itself would retry for minutes."""
-    if urllib.parse.urlparse(uri).scheme not in ("http", "https"):
+    if not is_server(uri):
         return
-    try:
-        urllib.request.urlopen(uri, timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return  # it answered; authentication is MLflow's business
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
+    # MLflow itself would retry every call for minutes; what is lost is spooled here.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Its links open another view than ours.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    if (reason := _silence(uri)) is not None:
         raise XsdError(
-            f"tracking server {uri} does not answer ({reason});"
+            f"tracking server {redacted(uri)} does not answer ({reason});"
             " start it, or unset MLFLOW_TRACKING_URI to use the project's own store"
-        ) from error
+        )
+
+
+def _silence(uri: str) -> str | None:
+    """Why a server does not answer one short question; None: it does."""
+    parts = urllib.parse.urlsplit(uri)
+    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    try:
+        urllib.request.urlopen(plain.geturl(), timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        # It answered: authentication is MLflow's business.
+        return str(error) if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR else None
+    except (urllib.error.URLError, OSError) as error:
+        return str(getattr(error, "reason", error))
+    return None
 
 
 def _refuse_no_database(uri: str) -> None:
@@ -109,7 +156,7 @@ def lock(name: str) -> Iterator[None]:
     """Hold a named lock against other processes that use the same store."""
     from filelock import FileLock, Timeout
 
-    path = _lock_folder() / f".{name}.lock"
+    path = local_root() / f".{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path, timeout=_LOCK_SECONDS):
@@ -118,7 +165,8 @@ def lock(name: str) -> Iterator[None]:
         raise XsdError(f"{path}: held by another process for too long; end that one") from error
 
 
-def _lock_folder() -> Path:
+def local_root() -> Path:
+    """Where this machine keeps what belongs to the store: artifacts, locks, undelivered writes."""
     uri = tracking_uri()
     if uri.startswith("sqlite:///"):
         return Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns"
@@ -140,7 +188,7 @@ def experiment_id(pair: str) -> str:
             return str(found.experiment_id)
         location = None
         if tracking_uri().startswith("sqlite:///"):
-            location = (_lock_folder() / pair).as_uri()
+            location = (local_root() / pair).as_uri()
         try:
             return str(store.create_experiment(name, artifact_location=location))
         except MlflowException as error:
