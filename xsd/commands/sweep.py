@@ -218,9 +218,7 @@ def _publish(run: Run, search: _Search) -> None:
     run.tag({**tags, "best_trial": best.number, "best_run": kept.uri})
     metrics = {f"val.{metric}": best.accept_length, "val.accept_length": best.accept_length}
     run.log_model(model_title(tags), files, params=best.params, tags=tags, metrics=metrics)
-    line = (
-        f"{metric} {best.accept_length:.3f} (val) by trial {best.number}: {_listed(best.params)}"
-    )
+    line = f"{metric} {best.accept_length:.3f} (val) by trial {best.number}: {_listed(best.params)}"
     states = ", ".join(f"{num} {state}" for state, num in trials["state"].value_counts().items())
     run.tag({"mlflow.note.content": f"{len(trials)} trials ({states}).\n\n{line}"})
     print(f"sweep {adapter.row.name}: {line}")
@@ -233,7 +231,9 @@ def _show(run: Run, study: Any) -> Any:
 
     trials, importance = trials_frame(study), importance_frame(study)
     run.table("trials", trials)
-    parameters = sorted({name for trial in study.get_trials(deepcopy=False) for name in trial.params})
+    parameters = sorted(
+        {name for trial in study.get_trials(deepcopy=False) for name in trial.params}
+    )
     run.figure("history", plots.history(trials))
     run.figure("parallel_coordinates", plots.parallel_coordinates(trials, parameters))
     if not importance.empty:

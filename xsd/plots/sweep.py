@@ -111,7 +111,12 @@ def _axis(name: str, values: pd.Series) -> dict[str, Any]:
     if not pd.api.types.is_numeric_dtype(values):
         texts = sorted(map(str, values.unique()))
         codes = values.map(lambda value: texts.index(str(value)))
-        return {"label": title, "values": codes, "tickvals": [*range(len(texts))], "ticktext": texts}
+        return {
+            "label": title,
+            "values": codes,
+            "tickvals": [*range(len(texts))],
+            "ticktext": texts,
+        }
     if values.min() > 0 and np.log10(values.max() / values.min()) > _DECADES:
         ticks = np.linspace(np.log10(values.min()), np.log10(values.max()), 4)
         texts = [f"{10**tick:.2g}" for tick in ticks]
