@@ -14,6 +14,7 @@ import pandas as pd
 from xsd.config import variant
 from xsd.errors import XsdError
 from xsd.files import read_json
+from xsd.plots.style import kind
 from xsd.plots.timeline import Example, data_uri, trace_from
 from xsd.tracking import query
 from xsd.types import Trace
@@ -226,7 +227,8 @@ def samples(files: Bench) -> list[tuple[str, str]]:
 
 
 def drafting(files: Bench) -> Sequence[str]:
-    """The configs of a benchmark that draft, the fastest first."""
-    plain = files.traces[0].strategy
-    found = files.summary[files.summary["strategy"] != plain]
-    return [str(name) for name in found.sort_values("speedup", ascending=False)["strategy"]]
+    """The configs of a benchmark that draft: those of the gap lead, and the fastest of a kind."""
+    ranks = {"both": 0, "gap": 1, "decode": 2, "control": 3}
+    found = files.summary[files.summary["strategy"].map(kind) != "plain"]
+    found = found.assign(rank=found["strategy"].map(kind).map(ranks))
+    return list(found.sort_values(["rank", "speedup"], ascending=[True, False])["strategy"])

@@ -81,6 +81,8 @@ def table(
     Args:
         name: of the table, by which ``order`` means it.
         links: run id -> address; then the first column leads to the row's run.
+
+    Where the frame has a column ``kind``, the first cell wears its colour.
     """
     if order.table == name and order.column in frame:
         frame = frame.sort_values(
@@ -93,6 +95,8 @@ def table(
         address = (links or {}).get(str(row.get("run_id")))
         if address:
             cells[0] = html.A(cells[0], href=address, target="_blank", title="its run in MLflow")
+        if "kind" in row:
+            cells[0] = html.Span(cells[0], className=f"dot {row['kind']}")
         rows.append(html.Tr([html.Td(cell) for cell in cells]))
     body = html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)])
     return html.Div(body, className="wide")

@@ -93,11 +93,17 @@ def at_a_glance(frame: pd.DataFrame, order: Order, ui: str | None) -> Part:
     if len(configs):
         board = configs.sort_values("speedup", ascending=False, ignore_index=True)
         board = board.assign(verdict=board["lossless"].map({True: "yes", False: "NO"}))
-        note = "Of every config the newest measurement; a heading sorts, a name opens its run."
+        note = (
+            "Of every config the newest measurement. Blue drafts in the prefill gap, amber in "
+            "decode, green in both; violet are controls. A heading sorts, a name opens its run."
+        )
         shown = parts.table("configs", CONFIG_COLUMNS, board, order, pages)
         found.append(parts.card("Configs, measured", shown, note=note))
     if len(levels):
-        note = "Of every level the newest evaluation, on held-out recordings; modelled speedups rest on assumed costs."
+        note = (
+            "Of every level the newest evaluation, on held-out recordings; modelled speedups rest "
+            "on assumed costs."
+        )
         shown = parts.table("levels", LEVEL_COLUMNS, levels, order, pages)
         found.append(parts.card("Levels, offline", shown, note=note))
     agreed = overview.agreement_frame(measured, frame)
@@ -277,7 +283,7 @@ def of_upkeep(
             parts.card(
                 "The heaviest runs",
                 parts.table("heavy", HEAVY_COLUMNS, heavy, order, pages),
-                note="A file that several runs link is on disk once. 'xsd gc' removes what nothing refers to.",
+                note="A file that several runs link is on disk once; 'xsd gc' lists what can go.",
             ),
         ]
     )

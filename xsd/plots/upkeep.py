@@ -17,6 +17,8 @@ _STATUS_COLOURS: Final = {
     "KILLED": ORANGE,
     "FAILED": VERMILLION,
 }
+_BAR_MS: Final = 60_000_000
+"""Width of a day's bar: two thirds of it, in the unit of date axes."""
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -66,6 +68,7 @@ def outcomes(frame: pd.DataFrame) -> go.Figure:
             y=part["num"],
             name=status.lower(),
             marker_color=colour,
+            width=_BAR_MS,
             hovertemplate="%{x|%Y-%m-%d}: %{y} " + status.lower() + "<extra></extra>",
         )
     made.update_xaxes(type="date", tickformat="%d %b", nticks=12)
