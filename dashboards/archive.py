@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,6 +70,8 @@ class Archive:
         else:
             running = before.loc[before["status"] == "RUNNING", "run_id"]
             news = query.changed(before["started"].max(), running)
+            if news.empty:
+                return False
             kept = before[~before["run_id"].isin(news["run_id"])]
             after = pd.concat([news, kept], ignore_index=True)
             after = after.sort_values("started", ascending=False, ignore_index=True)
@@ -116,6 +118,11 @@ def newest_of(frame: pd.DataFrame, stage: str) -> dict[str, dict[str, Any]]:
     for row in rows.to_dict("records"):
         found.setdefault(variant(row["tags"]), row)
     return found
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a run's record that it has."""
+    return {str(k): v for k, v in row.items() if isinstance(v, float) and v == v}
 
 
 @lru_cache(maxsize=256)
@@ -211,7 +218,7 @@ def _scene(dataset: str, scene_key: str) -> Any:
         return next(scene for scene in load_index(Path(dataset)) if scene.key == scene_key)
     run_id = dataset.removeprefix("runs:/").partition("/")[0]
     try:
-        root = query.artifact(run_id, f"scenes/{INDEX_NAME}").parent
+        root = query.artifact(run_id, f"scenes/{INDEX_NAME}").parent.resolve()
     except XsdError:
         linked = read_json(query.artifact(run_id, LINK_NAME))["dataset_dir"]
         return next(scene for scene in load_index(Path(linked)) if scene.key == scene_key)

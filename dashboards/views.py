@@ -148,6 +148,7 @@ def of_levels(frame: pd.DataFrame, cost: Cost) -> Part:
     trained = archive.newest_of(frame, "train")
     curves = {name: archive.curve(trained[name]["run_id"]) for name in order if name in trained}
     curves = {name: curve for name, curve in curves.items() if len(curve)}
+    rates = {name: archive.numbers(evaluated[name]) for name in order}
     costs = overview.cost_frame(_levels(frame), overview.configs_frame(frame), cost)
     return html.Div(
         [
@@ -155,7 +156,7 @@ def of_levels(frame: pd.DataFrame, cost: Cost) -> Part:
             if len(costs)
             else parts.empty("None of these levels was timed: 'xsd benchmark' does it."),
             parts.graph(offline.acceptance_by_position(positions)) if positions else None,
-            parts.graph(offline.feature_against_tokens({n: evaluated[n] for n in order})),
+            parts.graph(offline.feature_against_tokens(rates)),
             parts.graph(learning.curves_comparison(curves)) if curves else None,
         ]
     )

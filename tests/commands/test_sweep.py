@@ -77,9 +77,7 @@ def test_more_trials_go_on_with_the_study(words: list[Any], runs: Callable[..., 
 
 
 @pytest.mark.slow
-def test_two_objectives_in_two_processes(
-    words: list[Any], runs: Callable[..., list[Any]]
-) -> None:
+def test_two_objectives_in_two_processes(words: list[Any], runs: Callable[..., list[Any]]) -> None:
     both = ["--objectives", "accept_length,latency_ms"]
     xsd(*words, "--n_trials", 5, "--num_workers", 2, "--storage", "shared.log", *both)
     [parent] = runs("sweep")

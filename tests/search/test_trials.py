@@ -73,9 +73,7 @@ def test_a_resumed_study_draws_what_an_unbroken_one_would(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("process", "minutes_ago"), [("here:dead:1", 0), ("there:7:7", 61)])
-def test_a_dead_process_s_trial_is_replaced(
-    tmp_path: Path, process: str, minutes_ago: int
-) -> None:
+def test_a_dead_process_s_trial_is_replaced(tmp_path: Path, process: str, minutes_ago: int) -> None:
     study = opened(tmp_path)
     trial = study.ask()
     trial.set_user_attr("process", process)

@@ -85,17 +85,16 @@ def test_a_server_that_comes_back_gets_all_in_order(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.json").write_text("{}")
-    with stage_run("main", "tiny", {}) as outer:
-        with stage_run("train", "tiny", {}) as run:
-            server.kill()
-            for step in range(3):
-                run.log({"loss": float(step)}, step)
-                run.flush()
-            run.artifact(tmp_path / "a.json")
-            server.start()
-            run.log({"loss": 3.0}, 3)
+    with stage_run("main", "tiny", {}) as outer, stage_run("train", "tiny", {}) as run:
+        server.kill()
+        for step in range(3):
+            run.log({"loss": float(step)}, step)
             run.flush()
-            assert not run.outbox.has_undelivered
+        run.artifact(tmp_path / "a.json")
+        server.start()
+        run.log({"loss": 3.0}, 3)
+        run.flush()
+        assert not run.outbox.has_undelivered
     assert query.history([run.run_id], ["loss"])["step"].tolist() == [0, 1, 2, 3]
     assert products.load(f"runs:/{run.run_id}/a.json").path.read_text() == "{}"
     tags = store.client().get_run(run.run_id).data.tags
