@@ -14,6 +14,7 @@ import pandas as pd
 from xsd import speedup
 from xsd.bench import BenchItem, Failure
 from xsd.decoding.config import BASELINE, GAP_LEVELS, HEAD_LEVELS
+from xsd.decoding.strategies import metric_name
 from xsd.files import write_json, write_text
 from xsd.pairs.base import ModelPair
 from xsd.plots import clock, timeline
@@ -51,6 +52,7 @@ def write(
             "media_ms_mean": sum(item.media_ms for item in items) / len(items),
             "summary": json.loads(summary.to_json(orient="records")),
             "traces": [asdict(trace) for trace in traces],
+            "pieces": pieces(traces, pair),
             "failures": [asdict(failure) for failure in failures],
         },
     )
@@ -96,14 +98,21 @@ def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair
     same = (fast.sample_key, fast.repeat, BASELINE)
     plain = next(t for t in traces if (t.sample_key, t.repeat, t.strategy) == same)
     media = next(item.media for item in items if item.sample.key == fast.sample_key)
-    tokens = pair.verifier.tokenizer.convert_ids_to_tokens(list(fast.token_ids))
+    texts = pieces([fast], pair)
     return Example(
         plain,
         fast,
-        tuple(token.replace("▁", " ") for token in tokens),
+        tuple(texts[str(token)] for token in fast.token_ids),
         tuple(data_uri(image) for image in media.event_images),
         tuple(data_uri(frame) for frame in media.frames),
     )
+
+
+def pieces(traces: Sequence[Trace], pair: ModelPair) -> dict[str, str]:
+    """Text of every token that was said, spaces included, by its id as JSON writes keys."""
+    ids = sorted({token for trace in traces for token in trace.token_ids})
+    tokens = pair.verifier.tokenizer.convert_ids_to_tokens(ids)
+    return {str(i): token.replace("▁", " ") for i, token in zip(ids, tokens, strict=True)}
 
 
 def metrics(summary: pd.DataFrame) -> dict[str, float]:
@@ -114,7 +123,7 @@ def metrics(summary: pd.DataFrame) -> dict[str, float]:
             "num_free", "num_different", "num_near_ties")  # fmt: skip
     found: dict[str, float] = {}
     for _, row in summary.iterrows():
-        name = re.sub(r"[^\w.-]+", "_", str(row["strategy"]))
+        name = metric_name(str(row["strategy"]))
         found |= {f"measured.{name}.{key}": float(row[key]) for key in kept if row[key] == row[key]}
     return found
 

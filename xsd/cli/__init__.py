@@ -22,7 +22,7 @@ STAGES: Final = (
 )
 """The entry points of MLproject, in the order in which a tensor meets them."""
 
-VERBS: Final = ("generate", "levels", "registry", "lineage", "store", "deliver", "gc")
+VERBS: Final = ("generate", "levels", "registry", "lineage", "store", "deliver", "dashboard", "gc")
 """Plain commands that make no run."""
 
 _REFUSALS: Final = (

@@ -104,6 +104,11 @@ def config_of(adapter: str) -> str:
     return level if level in CONTROL_HEADS else f"{level}_decode"
 
 
+def metric_name(strategy: str) -> str:
+    """A strategy in a metric's key, where few characters are allowed: ``L4+VL`` -> ``L4_VL``."""
+    return re.sub(r"[^\w.-]+", "_", strategy)
+
+
 def strict_rows(strategies: Iterable[Strategy], config: DecodingConfig) -> int | None:
     """The one row shape of ``--strict``: rows of the largest pass of any of them; None: not asked
     for."""

@@ -169,10 +169,17 @@ def end_labels(
     bottom, top = axis.domain or (0.0, 1.0)
     pixels = (target.layout.height - 170) * (top - bottom)
     gap = 15 * ((high - low) or 1.0) / max(1.0, pixels)
-    above = -float("inf")
-    for name, x, y in sorted(zip(names, xs, ys, strict=True), key=lambda point: point[2]):
-        above = max(y, above + gap)
-        shift = (above - y) / gap * 15
+    points = sorted(zip(names, xs, ys, strict=True), key=lambda point: point[2])
+    places: list[float] = []
+    for _, _, y in points:
+        places.append(max(y, places[-1] + gap) if places else y)
+    # A stack that would leave the panel at its top grows downwards instead.
+    limit = max(high, max((y for _, _, y in points), default=high))
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], limit)
+        limit = places[index] - gap
+    for (name, x, y), place in zip(points, places, strict=True):
+        shift = (place - y) / gap * 15
         label(target, x, y, name, level_colour(name), row=row, column=column, yshift=shift)
 
 

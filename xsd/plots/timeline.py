@@ -145,6 +145,22 @@ def prefill_hiding(example: Example) -> go.Figure:
     return made
 
 
+def lanes(example: Example) -> go.Figure:
+    """Both decodings on one clock alone, for a page that shows images and answer itself."""
+    plain, fast = example.plain, example.fast
+    frame = lanes_frame([plain, fast])
+    made = figure(
+        "What prefill hides" if fast.num_free else "What drafting saves",
+        f"{plain.total_ms:.1f} ms become {fast.total_ms:.1f} ms "
+        f"({plain.total_ms / fast.total_ms:.2f}{TIMES})",
+        height=150 + 64 * max(1, frame["lane"].nunique()),
+    )
+    draw_lanes(made, frame)
+    if fast.num_free:
+        made.add_vline(x=fast.prefill_ms, line={"color": INK, "width": 1, "dash": "dot"})
+    return made
+
+
 def stage_frame(
     costs: Costs, num_tokens: int, num_accepted: int | None, decode_speedup: float
 ) -> pd.DataFrame:

@@ -200,11 +200,7 @@ class Run:
 
     def link(self) -> str:
         """The page of this run in the UI."""
-        base = store.tracking_uri().rstrip("/")
-        if not base.startswith("http"):
-            base = "http://127.0.0.1:5000"
-        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"{base}{page}?workflowType=machine_learning"
+        return store.run_link(self.experiment_id, self.run_id)
 
     def end(self, status: str) -> None:
         """Write what is buffered, and set the final status."""
@@ -227,6 +223,7 @@ class Run:
                 self._place(path, MANIFEST)
         kept = {name: at for name, at in self.manifest.items() if not name.startswith("figures/")}
         self.tag({"xsd.digest": sha256_json(kept) if kept else None})
+        self.tag({"xsd.num_bytes": sum(entry["num_bytes"] for entry in self.manifest.values())})
 
 
 def as_tags(values: Mapping[str, object]) -> dict[str, str]:

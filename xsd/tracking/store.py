@@ -192,6 +192,20 @@ def local_root() -> Path:
     return project_root() / "mlruns"
 
 
+def run_link(experiment: str, run_id: str, ui: str | None = None) -> str:
+    """The page of a run in the MLflow UI, without credentials.
+
+    Args:
+        ui: where the UI is; None: at the tracking server, or at the usual port if it is a file.
+    """
+    parts = urllib.parse.urlsplit(ui or tracking_uri())
+    base = "http://127.0.0.1:5000"
+    if parts.scheme in ("http", "https"):
+        base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+    page = f"/#/experiments/{experiment}/runs/{run_id}"
+    return f"{base}{page}?workflowType=machine_learning"
+
+
 def experiment_id(pair: str) -> str:
     """The id of experiment ``xsd/<pair>``, made on first use."""
     from mlflow.exceptions import MlflowException

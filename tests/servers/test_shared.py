@@ -1,0 +1,96 @@
+"""Train, sweep, promote and benchmark against one server, as several people would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psycopg2
+import pytest
+
+from tests.commands.conftest import World, xsd
+from tests.servers.conftest import PASSWORD, SECRET, Server
+from xsd.tracking import figures, products, query, registry, store
+
+SPACE = "learning_rate: {type: float, low: 1.0e-3, high: 1.0e-2, log: true}\n"
+
+
+@pytest.fixture
+def workplace(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder whose store is the server; a client has no other credentials."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setattr(figures, "_browser_found", lambda: False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def finished(stage: str) -> list[Any]:
+    condition = f"tags.stage = '{stage}' AND attributes.status = 'FINISHED'"
+    return list(store.client().search_runs(store.experiment_ids(), condition))
+
+
+def everything(server: Server) -> bytes:
+    """All that clients left: the database's text, and the bucket's files."""
+    rows: list[bytes] = []
+    with psycopg2.connect(server.database) as connection, connection.cursor() as cursor:
+        for table in ("params", "tags", "runs", "experiments", "model_version_tags"):
+            cursor.execute(f"SELECT * FROM {table}")
+            rows += [str(row).encode() for row in cursor.fetchall()]
+    return b"\n".join([*rows, *objects(server).values()])
+
+
+def objects(server: Server) -> dict[str, bytes]:
+    keys = {"aws_access_key_id": "xsd", "aws_secret_access_key": SECRET}
+    client = boto3.client("s3", endpoint_url=server.bucket_url, region_name="us-east-1", **keys)
+    listed = client.get_paginator("list_objects_v2").paginate(Bucket="xsd")
+    names = [item["Key"] for page in listed for item in page.get("Contents", ())]
+    return {name: client.get_object(Bucket="xsd", Key=name)["Body"].read() for name in names}
+
+
+def test_train_sweep_promote_benchmark(server: Server, world: World, workplace: Path) -> None:
+    xsd("train", *world.train_flags, "--level", "E1", "--max_positions", 80)
+    [trained] = finished("train")
+    (workplace / "space.yaml").write_text(SPACE)
+    search = [sys.executable, "-m", "xsd", "sweep", *world.train_flags, "--space", "space.yaml"]
+    sweeps = [
+        subprocess.Popen(
+            [*search, "--level", level, "--num_trials", "2"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for level in ("L1", "L4")
+    ]  # fmt: skip
+    said = [sweep.communicate()[0] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0], said
+    given = ["--dataset_dir", world.scenes, "--num_answers", 1]
+    xsd("promote", *world.pair_flags, "--candidate", f"runs:/{trained.info.run_id}", *given)
+    champion = registry.champion(world.pair.pair, "E1")
+    assert champion is not None and champion.run_id == trained.info.run_id
+    words = ["--dataset_dir", world.scenes, "--data", world.data, "--configs", "E1_decode"]
+    words += ["--max_samples", 2, "--repeats", 1, "--warmup", 0, "--max_new_tokens", 8]
+    xsd("benchmark", *world.pair_flags, *words)
+    [measured] = finished("benchmark")
+    assert measured.data.tags["lossless"] == "true"
+    assert measured.data.metrics["measured.E1_decode.speedup"] > 0
+    assert measured.data.tags["input.adapter.E1"].startswith("models:/")
+
+    # Nothing went past the server, nothing was left on this machine's disk.
+    assert all(run.info.artifact_uri.startswith("mlflow-artifacts:") for run in finished("trial"))
+    assert not (workplace / "mlruns").is_dir() or not list((workplace / "mlruns").glob("*/*"))
+    kept = objects(server)
+    assert any(name.endswith("best_model.safetensors") for name in kept)
+    assert any("e2e_wallclock_" in name for name in kept)
+    assert len(query.table(measured.info.run_id, "benchmark")) == 2
+    loaded = products.load(registry.champion_uri(world.pair.pair, "E1"))
+    assert (loaded.path / "best_model.safetensors").is_file()
+    for secret in (PASSWORD, SECRET):
+        assert secret.encode() not in everything(server)
+        assert secret not in server.log.read_text()
