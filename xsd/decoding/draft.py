@@ -10,6 +10,7 @@ cut to the verifier's own rows before every cycle.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,13 @@ class VerifierTables:
     @classmethod
     def of(cls, verifier: Decoder) -> VerifierTables:
         return cls(verifier.embedding, verifier.lm_head, verifier.vocab_size, verifier.eos_ids)
+
+    def on(self, device: torch.device) -> VerifierTables:
+        """These, or a copy on another device for a drafter that lies there."""
+        if self.embedding.device == device:
+            return self
+        head = copy.deepcopy(self.lm_head).to(device)
+        return VerifierTables(self.embedding.to(device), head, self.vocab_size, self.eos_ids)
 
     def share(self) -> None:
         """Move them, in place, to where other processes can see them.
@@ -144,8 +152,9 @@ def coupled_drafts(
 
 
 def _for(adapter: Adapter, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-    """States of a model as an adapter takes them."""
-    return states.to(next(adapter.parameters()).dtype)
+    """States of a model as an adapter takes them, and where."""
+    like = next(adapter.parameters())
+    return states.to(like.device, like.dtype)
 
 
 def free_tokens(reader: DrafterReader, limit: int) -> Iterator[int]:

@@ -93,6 +93,8 @@ class LocalSpeculator:
         free = strategy.gap_mode == "free"
         gap_name = f"{strategy.gap}:free" if free else strategy.gap
         self.gap_adapter = adapters.get(gap_name) if gap_name is not None else None
+        # What drafts in the gap lies where the drafter does, a head where the verifier does.
+        self._gap_tables = tables if self.gap_adapter is None else tables.on(drafter.stack.device)
         self.head = head
         name = strategy.head
         if head is None and name is not None and name in LEVELS:
@@ -132,13 +134,13 @@ class LocalSpeculator:
             return free_tokens(self.reader, self.max_gap_drafts)
         assert self.gap_adapter is not None
         return coupled_drafts(
-            self.reader, self.gap_adapter, self.tables, self._projected, self.max_gap_drafts
+            self.reader, self.gap_adapter, self._gap_tables, self._projected, self.max_gap_drafts
         )
 
     def finish_gap(self, tokens: list[int]) -> list[int]:
         if self.strategy.gap_mode == "free" and self.gap_adapter is not None:
             assert self.reader is not None
-            return adapt_free(self.reader, tokens, self.gap_adapter, self.tables)
+            return adapt_free(self.reader, tokens, self.gap_adapter, self._gap_tables)
         return tokens
 
     @torch.inference_mode()

@@ -20,9 +20,11 @@ from torch.nn import functional
 
 from xsd.pairs.cache import KVCache
 from xsd.pairs.capture import Capture, Lane
+from xsd.pairs.four_bit import FourBitWeight
+from xsd.pairs.four_bit_kernels import project_four_bit
 from xsd.pairs.gpu_kernels import attend, project, rotate_and_append, silu_times
 from xsd.pairs.launch import Chip, HeadShape
-from xsd.pairs.modules import Layer, ModuleLayers, Tap, is_plain
+from xsd.pairs.modules import Layer, ModuleLayers, Products, Tap
 
 MAX_ROWS = 64
 """Longer passes are prefills."""
@@ -54,13 +56,9 @@ class GraphedLayers:
         self._chip = Chip.of(device)
         head_dim = int(model.layers[0].self_attn.head_dim)
         self._shape = HeadShape(self.eager.num_heads, self.eager.num_kv_heads, head_dim)
-        self._fuses = self.eager.final_norm.dtype in FUSED and all(
-            layer.qkv is not None
-            and layer.gate_up is not None
-            and is_plain(layer.out)
-            and is_plain(layer.down)
-            for layer in self.eager.layers
-        )
+        self._weights: list[Products | None] = [None] * len(self.eager.layers)
+        if self.eager.final_norm.dtype in FUSED:
+            self._weights = [Products.of(layer) for layer in self.eager.layers]
         self._width = int(model.config.hidden_size)
         self._position = torch.zeros(1, dtype=torch.int32, device=device)
         self._chain_depths = torch.arange(MAX_ROWS, dtype=torch.int32, device=device)
@@ -88,8 +86,7 @@ class GraphedLayers:
 
     def takes(self, num_rows: int, cache: KVCache) -> bool:
         """Whether such a pass is captured."""
-        # Over whole buffers attention sums in one order; a captured one splits what it reads.
-        plain = cache.batch == 1 and cache.pad is None and self.tap is None and not cache.whole
+        plain = cache.batch == 1 and cache.pad is None and self.tap is None
         return plain and 0 < num_rows <= MAX_ROWS
 
     def run(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
@@ -120,7 +117,9 @@ class GraphedLayers:
         end = cache.length + size
         assert end <= cache.max_length, f"cache of {cache.max_length} positions, {end} needed"
         self._place(cache, num_rows)
-        found = self._passes.setdefault(cache, {}).get((kind, size))
+        # Over whole buffers attention sums in one order, wherever the rows stand.
+        span = cache.max_length if cache.whole else 0
+        found = self._passes.setdefault(cache, {}).get((kind, size, span))
         if found is None:
             buffer = given.new_zeros(size, *given.shape[1:])
             buffer[:num_rows] = given
@@ -128,10 +127,10 @@ class GraphedLayers:
             layers = [(cache.keys[n, 0], cache.values[n, 0]) for n in range(len(cache.keys))]
 
             def work() -> T:
-                return finish(self._layers(begin(buffer), layers))
+                return finish(self._layers(begin(buffer), layers, span))
 
             found = _Pass(buffer, Capture(work, self._lane).replay)
-            self._passes[cache][kind, size] = found
+            self._passes[cache][kind, size, span] = found
         else:
             found.given[:num_rows].copy_(given, non_blocking=True)
         result: T = found.replay()
@@ -154,14 +153,19 @@ class GraphedLayers:
             self._ancestors[:num_rows, :num_rows].copy_(cache.tree.ancestors)
 
     def _layers(
-        self, rows: Float[Tensor, "R D"], buffers: Sequence[tuple[Tensor, Tensor]]
+        self,
+        rows: Float[Tensor, "R D"],
+        buffers: Sequence[tuple[Tensor, Tensor]],
+        span: int,
     ) -> Float[Tensor, "R D"]:
         """All layers and the final norm; reads no number from the device, waits for nothing."""
         eager = self.eager
         x = rows.clone()
-        for layer, (keys, values) in zip(eager.layers, buffers, strict=True):
+        for layer, weights, (keys, values) in zip(
+            eager.layers, self._weights, buffers, strict=True
+        ):
             queries = rotate_and_append(
-                self._normed_qkv(x, layer),
+                self._normed_qkv(x, layer, weights),
                 (eager.cos, eager.sin),
                 self._position,
                 self._depths,
@@ -170,33 +174,48 @@ class GraphedLayers:
                 self._shape,
             )
             attended = attend(
-                queries, keys, values, self._position, self._ancestors, self._shape, self._chip
+                queries,
+                keys,
+                values,
+                self._position,
+                self._ancestors,
+                self._shape,
+                self._chip,
+                span,
             )
-            self._add_rest(x, attended, layer)
+            self._add_rest(x, attended, layer, weights)
         return self._norm(x, eager.final_norm)
 
-    def _normed_qkv(self, x: Float[Tensor, "R D"], layer: Layer) -> Float[Tensor, "R qkv"]:
-        if self._fuses:
-            assert layer.qkv is not None
-            return project(x, layer.qkv, self._chip, norm=layer.norm_1, eps=self.eager.eps)
-        return layer.project_qkv(self._norm(x, layer.norm_1))
+    def _normed_qkv(
+        self, x: Float[Tensor, "R D"], layer: Layer, weights: Products | None
+    ) -> Float[Tensor, "R qkv"]:
+        if weights is None:
+            return layer.project_qkv(self._norm(x, layer.norm_1))
+        return self._project(x, weights.qkv, norm=layer.norm_1, eps=self.eager.eps)
 
     def _add_rest(
-        self, x: Float[Tensor, "R D"], attended: Float[Tensor, "R width"], layer: Layer
+        self,
+        x: Float[Tensor, "R D"],
+        attended: Float[Tensor, "R width"],
+        layer: Layer,
+        weights: Products | None,
     ) -> None:
         """Add attention's output, then the feed-forward block's, to ``x``."""
-        if self._fuses:
-            assert layer.gate_up is not None
-            project(attended, layer.out.weight, self._chip, onto=x)
-            inner = project(
-                x, layer.gate_up, self._chip,
-                norm=layer.norm_2, eps=self.eager.eps, gated=True,
-            )  # fmt: skip
-            project(inner, layer.down.weight, self._chip, onto=x)
+        if weights is None:
+            Layer.add(layer.out, attended, x)
+            gate_up = layer.project_gate_up(self._norm(x, layer.norm_2))
+            Layer.add(layer.down, silu_times(gate_up), x)
             return
-        Layer.add(layer.out, attended, x)
-        gate_up = layer.project_gate_up(self._norm(x, layer.norm_2))
-        Layer.add(layer.down, silu_times(gate_up), x)
+        self._project(attended, weights.out, onto=x)
+        inner = self._project(x, weights.gate_up, norm=layer.norm_2, eps=self.eager.eps, gated=True)
+        self._project(inner, weights.down, onto=x)
+
+    def _project(
+        self, x: Float[Tensor, "R _"], weight: Tensor | FourBitWeight, **how: Any
+    ) -> Float[Tensor, "R _"]:
+        if isinstance(weight, FourBitWeight):
+            return project_four_bit(x, weight, self._chip, **how)
+        return project(x, weight, self._chip, **how)
 
     def _norm(self, x: Float[Tensor, "R D"], weight: Tensor) -> Float[Tensor, "R D"]:
         return functional.rms_norm(x, (self._width,), weight, self.eager.eps)
