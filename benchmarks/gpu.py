@@ -88,7 +88,7 @@ def plans(options: argparse.Namespace) -> dict[str, Any]:
         found[f"{shape} {rows} {plan}"] = ms / count
         exact = _reference(x, weights[0], gated)
         apart = float((said.double() - exact).norm() / exact.norm())
-        assert apart < 0.01, f"{shape} {rows} {plan}: {apart}"
+        assert apart < 0.02, f"{shape} {rows} {plan}: {apart}"
     for shape, rows in itertools.product(SHAPES, (1, 22)):
         mine = {k: v for k, v in found.items() if k.startswith(f"{shape} {rows} ")}
         best = sorted((v, k) for k, v in mine.items() if isinstance(v, float))[:4]
@@ -105,14 +105,9 @@ def _random_weight(num_outs: int, num_ins: int, device: torch.device) -> Any:
     def draw(*size: int) -> torch.Tensor:
         return torch.randint(0, 256, size, device=device, dtype=torch.uint8)
 
-    groups = num_outs * num_ins // (64 * 256)
-    return FourBitWeight(
-        draw(num_outs, num_ins // 2),
-        draw(num_outs, num_ins // 64),
-        torch.tensor(NF4, device=device),
-        torch.linspace(-1, 1, 256, device=device),
-        torch.rand(2, groups, device=device) * 0.01,
-    )
+    scales = torch.rand(num_ins // 64, num_outs, device=device) / num_ins**0.5
+    packed = draw(num_outs, num_ins // 2)
+    return FourBitWeight(packed, scales.half(), torch.tensor(NF4, device=device))
 
 
 def _reference(x: torch.Tensor, weight: Any, gated: bool) -> torch.Tensor:

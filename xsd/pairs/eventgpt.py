@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from xsd.errors import XsdError
 from xsd.files import read_json, write_json
 from xsd.pairs.base import Media, Prompt
+from xsd.pairs.capture import Again
 from xsd.pairs.checkpoint import Placement, load_config, load_weights, staged
 from xsd.pairs.llama import LlamaDecoder
 from xsd.pairs.processing import ImageProcessing, prompt_around
@@ -181,6 +182,7 @@ class EventGPTDecoder(LlamaDecoder):
     def __init__(self, model: EventGPT, tokenizer: Any, processing: ImageProcessing) -> None:
         super().__init__(model.model, model.lm_head, tokenizer, model.generation_config)
         self.model = model
+        self._visual = Again(model.visual_tokens)
         self.processing = processing
         self.max_sequence = model.config.tokenizer_model_max_length or MAX_SEQUENCE
 
@@ -195,11 +197,11 @@ class EventGPTDecoder(LlamaDecoder):
         )
 
     def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
-        return self.processing(media.event_images)
+        return self.processing(media.event_images, self.stack.device)
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
-        return self.model.visual_tokens(pixels.to(self.stack.device))
+        return self._visual(pixels.to(self.stack.device))
 
     def embed_prompt(
         self, prompt: Prompt, visual: Float[Tensor, "visual D"]

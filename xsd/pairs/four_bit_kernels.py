@@ -49,13 +49,10 @@ def project_four_bit(
         weight.packed,
         weight.scales,
         weight.values,
-        weight.scale_values,
-        weight.outer,
         out,
         num_rows,
         num_outs,
         num_ins,
-        weight.outer.shape[1],
         eps,
         NORMED=norm is not None,
         GATED=gated,
@@ -101,13 +98,10 @@ def _project_four_bit(
     packed,
     scales,
     values,
-    scale_values,
-    outer,
     out,
     num_rows,
     num_outs,
     num_ins,
-    num_groups,
     eps,
     NORMED: tl.constexpr,
     GATED: tl.constexpr,
@@ -129,9 +123,19 @@ def _project_four_bit(
     summed = tl.zeros([OUTS, ROWS], tl.float32)
     second = tl.zeros([OUTS, ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
+    twice: tl.constexpr = 2 if GATED else 1
+    # Scales are read a round ahead: nothing here would hide how long that takes.
+    block = tl.arange(0, BLOCKS)
+    num_blocks = num_ins // 64
+    at_scale = block[None, :] * num_outs * twice + source[:, None]
+    scale = tl.load(scales + at_scale)
+    other = tl.load(scales + at_scale + num_outs) if GATED else scale
     for begin in range(0, num_ins, 64 * BLOCKS):
-        for block in tl.static_range(BLOCKS):
-            start = begin + 64 * block
+        ahead = tl.minimum(begin // 64 + BLOCKS, num_blocks - BLOCKS) * num_outs * twice
+        scale_ahead = tl.load(scales + ahead + at_scale)
+        other_ahead = tl.load(scales + ahead + at_scale + num_outs) if GATED else scale_ahead
+        for number in tl.static_range(BLOCKS):
+            start = begin + 64 * number
             at = start + tl.arange(0, 64)
             given = tl.load(
                 x + row[:, None] * num_ins + at[None, :], mask=is_row[:, None], other=0.0
@@ -144,18 +148,14 @@ def _project_four_bit(
             even = tl.trans(even)
             odd = tl.trans(odd)
             cell = source[:, None] * (num_ins // 2) + start // 2 + byte[None, :]
-            number = source * (num_ins // 64) + start // 64
-            summed += _block(
-                packed + cell, scales + number, number // 256, even, odd,
-                values, scale_values, outer, num_groups, BY_BITS,
-            )  # fmt: skip
+            product = _block(packed + cell, even, odd, values, BY_BITS)
+            summed += product * _column(scale, number, BLOCKS)
             if GATED:
                 cell += num_outs * (num_ins // 2)
-                number += num_outs * (num_ins // 64)
-                second += _block(
-                    packed + cell, scales + number, number // 256, even, odd,
-                    values, scale_values, outer, num_groups, BY_BITS,
-                )  # fmt: skip
+                product = _block(packed + cell, even, odd, values, BY_BITS)
+                second += product * _column(other, number, BLOCKS)
+        scale = scale_ahead
+        other = other_ahead
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     if NORMED:
@@ -173,14 +173,19 @@ def _project_four_bit(
 
 @triton.jit
 @no_type_check
-def _block(
-    cells, scales, group, even, odd, values, scale_values, outer, num_groups, BY_BITS: tl.constexpr
-):
-    """A block of every output times its inputs of every row: [OUTS, ROWS]."""
+def _block(cells, even, odd, values, BY_BITS: tl.constexpr):
+    """A block of every output times its inputs of every row, not yet scaled: [OUTS, ROWS]."""
     first, second = _unpack(
         tl.load(cells, eviction_policy="evict_first"), values, even.dtype, BY_BITS
     )
-    product = tl.dot(second, odd, tl.dot(first, even))
-    inner = tl.load(scale_values + tl.load(scales).to(tl.int32))
-    scale = inner * tl.load(outer + group) + tl.load(outer + num_groups + group)
-    return product * scale[:, None]
+    return tl.dot(second, odd, tl.dot(first, even))
+
+
+@triton.jit
+@no_type_check
+def _column(scales, number: tl.constexpr, BLOCKS: tl.constexpr):
+    """One of the columns, beside products: [OUTS, 1]."""
+    if BLOCKS == 1:
+        return scales.to(tl.float32)
+    chosen = tl.arange(0, BLOCKS)[None, :] == number
+    return tl.sum(tl.where(chosen, scales.to(tl.float32), 0.0), 1)[:, None]

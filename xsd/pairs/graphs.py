@@ -3,7 +3,9 @@
 At a few rows a GPU computes faster than a host launches. So passes of up to ``MAX_ROWS`` rows
 over one row of a batch run as CUDA graphs, one a cache and row count, over buffers that stay where
 they are; what changes from pass to pass (ids or rows, the cache's length, the tree) is written
-into them, and nothing waits for the device. Everything else runs as ``ModuleLayers``.
+into them, and nothing waits for the device. A prefill that
+comes again with as many rows is captured too: hundreds of launches would keep the interpreter from
+whoever drafts beside it. Everything else runs as ``ModuleLayers``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from xsd.pairs.modules import Layer, ModuleLayers, Products, Tap
 
 MAX_ROWS = 64
 """Longer passes are prefills."""
+MAX_PREFILL, MAX_PREFILLS = 4096, 32
+"""Rows of prompts whose prefill is captured when their length comes again, and lengths a cache."""
 FUSED = (torch.bfloat16, torch.float16)
 """Precisions in which norms, gates and sums are part of the products that they stand beside."""
 
@@ -67,6 +71,9 @@ class GraphedLayers:
         ).tril()
         self._depths, self._ancestors = self._chain_depths.clone(), self._chain_ancestors.clone()
         self._holds_tree = False
+        self._prefills: WeakKeyDictionary[KVCache, dict[int, _Pass[Tensor] | None]] = (
+            WeakKeyDictionary()
+        )
         self._passes: WeakKeyDictionary[KVCache, dict[object, _Pass[Any]]] = WeakKeyDictionary()
 
     @property
@@ -83,6 +90,7 @@ class GraphedLayers:
         self.eager.set_rotation(cos, sin)
         # They read the tables that these replace.
         self._passes.clear()
+        self._prefills.clear()
 
     def takes(self, num_rows: int, cache: KVCache) -> bool:
         """Whether such a pass is captured."""
@@ -90,10 +98,35 @@ class GraphedLayers:
         return plain and 0 < num_rows <= MAX_ROWS
 
     def run(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
+        if self._begins(x, cache):
+            return self._prefill(x, cache)
         if not self.takes(x.shape[1], cache):
             return self.eager.run(x, cache)
         # A caller may keep the states; the next pass overwrites what a capture returns.
         return self.replay("states", x[0], cache, _as_is, _as_is)[None, : x.shape[1]].clone()
+
+    def _begins(self, x: Float[Tensor, "B R D"], cache: KVCache) -> bool:
+        """Whether it is a prefill as it has come before, and worth a capture."""
+        plain = cache.batch == 1 and cache.pad is None and self.tap is None
+        if not plain or cache.length or not MAX_ROWS < x.shape[1] <= MAX_PREFILL:
+            return False
+        passes = self._prefills.setdefault(cache, {})
+        if x.shape[1] in passes:
+            return True
+        # Once is no reason to keep a capture.
+        if len(passes) < MAX_PREFILLS:
+            passes[x.shape[1]] = None
+        return False
+
+    def _prefill(self, x: Float[Tensor, "1 R D"], cache: KVCache) -> Float[Tensor, "1 R D"]:
+        passes = self._prefills[cache]
+        found = passes[x.shape[1]]
+        if found is None:
+            buffer, rows = x.clone(), cache.first_rows(1)
+            found = _Pass(buffer, Capture(lambda: self.eager.run(buffer, rows), self._lane).replay)
+            passes[x.shape[1]] = found
+        found.given.copy_(x)
+        return found.replay().clone()
 
     def replay(
         self,

@@ -17,10 +17,10 @@ from torch import Tensor
 from xsd.errors import XsdError
 from xsd.files import read_json, write_json
 from xsd.pairs.base import Prompt
+from xsd.pairs.resample import BICUBIC, resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = 3
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,44 @@ class ImageProcessing:
         }
         write_json(folder / "preprocessor_config.json", config)
 
-    def __call__(self, images: Iterable[UInt8[np.ndarray, "_h _w 3"]]) -> Float[Tensor, "N 3 H W"]:
-        """RGB bytes to a model's ``pixel_values``; sizes may differ from image to image."""
+    def __call__(
+        self,
+        images: Iterable[UInt8[np.ndarray, "_h _w 3"]],
+        device: torch.device | None = None,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """RGB bytes to a model's ``pixel_values``; sizes may differ from image to image.
+
+        Args:
+            device: where they are wanted; a GPU computes them itself, to the same bits.
+        """
+        if device is not None and device.type == "cuda":
+            return self.on(device, list(images))
         cropped = [self.resize_and_crop(image) for image in images]
         pixels = np.empty((len(cropped), 3, *self.crop), np.float32)
         for row, image in zip(pixels, cropped, strict=True):
             for channel in range(3):
                 np.take(self._table[channel], image[:, :, channel], out=row[channel], mode="clip")
         return torch.from_numpy(pixels)
+
+    def on(
+        self, device: torch.device, images: Sequence[UInt8[np.ndarray, "_h _w 3"]]
+    ) -> Float[Tensor, "N 3 H W"]:
+        """The same, computed on a device, all images of one size together."""
+        same = len({image.shape for image in images}) == 1
+        parts = [np.stack(images)] if same else [image[None] for image in images]
+        return torch.cat([self._together(torch.from_numpy(part).to(device)) for part in parts])
+
+    def _together(self, images: UInt8[Tensor, "N h w 3"]) -> Float[Tensor, "N 3 H W"]:
+        height, width = self._resized(*images.shape[1:3])
+        top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+        resized = None
+        if self.resample == BICUBIC and min(top, left) >= 0:
+            resized = resize(images.movedim(-1, 1), height, width)
+        if resized is None:
+            return self(images.cpu().numpy()).to(images.device)
+        cropped = resized[:, :, top : top + self.crop[0], left : left + self.crop[1]].long()
+        table = torch.from_numpy(self._table).to(images.device)
+        return torch.stack([table[c][cropped[:, c]] for c in range(3)], dim=1)
 
     @cached_property
     def _table(self) -> Float[np.ndarray, "3 256"]:
@@ -111,19 +141,21 @@ class ImageProcessing:
 
     def resize_and_crop(self, image: UInt8[np.ndarray, "_h _w 3"]) -> UInt8[np.ndarray, "H W 3"]:
         """The geometric half, still bytes: shortest edge resized, centre cropped."""
-        height, width = image.shape[:2]
-        edge = self.shortest_edge
-        if width <= height:
-            size = (edge, int(edge * height / width))
-        else:
-            size = (int(edge * width / height), edge)
-        resized = np.asarray(Image.fromarray(image).resize(size, self.resample))
+        height, width = self._resized(*image.shape[:2])
+        resized = np.asarray(Image.fromarray(image).resize((width, height), self.resample))
         top, left = (
             (have - want) // 2 for have, want in zip(resized.shape, self.crop, strict=False)
         )
         if top < 0 or left < 0:
             return self._pad(resized)
         return resized[top : top + self.crop[0], left : left + self.crop[1]]
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width when the shortest edge is as long as wanted."""
+        edge = self.shortest_edge
+        if width <= height:
+            return int(edge * height / width), edge
+        return edge, int(edge * width / height)
 
     def _pad(self, image: UInt8[np.ndarray, "_h _w 3"]) -> UInt8[np.ndarray, "H W 3"]:
         """A crop larger than the image: black around it, cropped where it is the larger one."""
