@@ -20,7 +20,7 @@ STAGES: Final = (
 )
 """The entry points of MLproject, in the order in which a tensor meets them."""
 
-VERBS: Final = ("generate", "levels", "registry", "lineage", "gc")
+VERBS: Final = ("generate", "levels", "registry", "lineage", "gc", "import-run")
 """Plain commands that make no run."""
 
 _REFUSALS: Final = (
@@ -31,7 +31,7 @@ _REFUSALS: Final = (
 
 COMMANDS: Final = {
     **{stage: f"xsd.commands.{stage}" for stage in STAGES},
-    **{verb: f"xsd.cli.{verb}" for verb in VERBS},
+    **{verb: f"xsd.cli.{verb.replace('-', '_')}" for verb in VERBS},
 }
 
 
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     prog = f"xsd {command}"
     try:
         module = _module(command)
+        positional = getattr(module, "POSITIONAL", None)
+        if positional and words and not words[0].startswith("-"):
+            words.insert(0, f"--{positional}")
         words, notes = seed_flags.translate(command, words)
         for note in notes:
             print(f"{prog}: {note}", file=sys.stderr)

@@ -61,14 +61,16 @@ class FourBitWeight:
         """The weights in single precision."""
         codes = torch.stack([self.packed >> 4, self.packed & 15], dim=-1).flatten(1)
         blocks = self.values[codes.int()].unflatten(1, (-1, BLOCK))
-        return (blocks * self.scales.t().float()[..., None]).flatten(1)
+        restored: Tensor = (blocks * self.scales.t().float()[..., None]).flatten(1)
+        return restored
 
 
 def _scales(state: Any) -> Float[Tensor, " blocks"]:
     """Of the blocks, from the 8 bits in which bitsandbytes keeps them, 256 at a time."""
     inner, outer = state.state2.code[state.absmax.int()], state.state2
     repeated: Tensor = outer.absmax.repeat_interleave(outer.blocksize)[: len(inner)]
-    return inner * repeated + state.offset
+    scales: Tensor = inner * repeated + state.offset
+    return scales
 
 
 def _fits(module: Any) -> bool:
