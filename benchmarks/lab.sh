@@ -7,14 +7,14 @@ set -euo pipefail
 RECIPE=${RECIPE:-experiments/lab.yaml} WORK=${WORK:-outputs/lab}
 LEVELS=${LEVELS:-E1 E3 B1 E2 text X1 L4}
 DEVICES=${DEVICES:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-xsd() { python -m xsd "$@"; }
+xsd() { echo "== $SECONDS s: xsd $1" && python -m xsd "$@"; }
 mkdir -p "$WORK"
 
 make_pair() {
     # Rendering first; what trains afterwards leaves the cores to the scenes.
     xsd pretrain --config "$RECIPE" --output_dir "$WORK/pretrain" &
     local pretraining=$!
-    (sleep "${SCENES_AFTER:-75}" && xsd scenes --config "$RECIPE" --output_dir "$WORK/scenes") &
+    (sleep "${SCENES_AFTER:-60}" && xsd scenes --config "$RECIPE" --output_dir "$WORK/scenes") &
     wait $! && wait $pretraining
 }
 

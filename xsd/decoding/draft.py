@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -423,10 +423,11 @@ class _Tree:
     def draft(self, size: int) -> Draft:
         """The likeliest ``size`` nodes; a node is no likelier than its parent, so they connect."""
         kept = self.best(list(range(len(self.tokens))), size)
-        number = {-1: -1} | {node: i for i, node in enumerate(kept)}
-        return Draft(
-            [self.tokens[node] for node in kept],
-            [number[self.parents[node]] for node in kept],
-            None,
-            [self.confidence[node] for node in kept],
-        )
+        confidence = [self.confidence[node] for node in kept]
+        return replace(subtree(self.tokens, self.parents, kept), confidence=confidence)
+
+
+def subtree(tokens: Sequence[int], parents: Sequence[int], kept: Sequence[int]) -> Draft:
+    """The nodes ``kept``, each behind its parent, as a draft."""
+    number = {-1: -1} | {node: i for i, node in enumerate(kept)}
+    return Draft([tokens[node] for node in kept], [number[parents[node]] for node in kept])

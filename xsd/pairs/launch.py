@@ -131,8 +131,11 @@ def plan_projection(num_rows: int, num_outs: int, chip: Chip, gated: bool) -> Pr
 def plan_four_bit(num_rows: int, num_outs: int, chip: Chip, gated: bool) -> FourBitPlan:
     """As ``plan_projection``; a block of 64 weights takes 32 bytes."""
     rows = max(16, power_from(num_rows))
-    outs = min(64, max(16, power_from(2 * num_outs // chip.num_processors)))
-    return FourBitPlan(rows, outs, 1 if gated else 2, True, 4, 4)
+    outs = min(64, max(16, power_from(num_outs // chip.num_processors)))
+    if rows > 16:
+        outs = outs if outs == 64 else 16
+    blocks = {64: 1, 32: 2, 16: 4}[outs]
+    return FourBitPlan(rows, outs, blocks, True, 4, 3 if outs > 16 else 4)
 
 
 def power_from(number: int) -> int:

@@ -26,6 +26,9 @@ from xsd.scenes.facts import Facts
 from xsd.scenes.language import House, answer
 from xsd.scenes.questions import QUESTIONS
 
+MAX_LOADERS = 3
+"""Processes that word lessons; two of them keep up with a GPU."""
+
 
 class Readout(nn.Module):
     """Linear readings of the scene's facts from one layer, each at a visual position of its own.
@@ -271,7 +274,8 @@ def teach_language(
     batches = DataLoader(
         lessons,
         batch_size=None,
-        num_workers=config.num_workers,
+        # Each is begun only when the one before has loaded PyTorch: many cost minutes.
+        num_workers=min(config.num_workers, MAX_LOADERS),
         collate_fn=_as_it_is,
         # A fork of a process that holds a GPU takes many seconds.
         multiprocessing_context="spawn" if config.num_workers else None,

@@ -145,17 +145,23 @@ def _side_by_side(
         try:
             for report in pretrain_one("verifier", config, corpus, models):
                 yield report
-                while mine.poll():
-                    yield mine.recv()
-            while True:
-                yield mine.recv()
-        except EOFError:
+                yield from _arrived(mine)
             process.join()
+            yield from _arrived(mine)
         finally:
             process.terminate()
         if not path.is_file():
             raise XsdError("the drafter's training ended early; see its output above")
         load_model(models.drafter, path)
+
+
+def _arrived(reports: Connection) -> Iterator[PretrainReport]:
+    """What the other process has reported by now; nothing more once it has ended."""
+    try:
+        while reports.poll():
+            yield reports.recv()
+    except EOFError:
+        return
 
 
 def _train_drafter(config: PretrainConfig, corpus: Corpus, path: Path, reports: Connection) -> None:
