@@ -1,9 +1,9 @@
 """What only a GPU shows, at 7B shapes unless said; ``engine.py`` has passes, peer and formula.
 
-    python benchmarks/gpu.py --only plans                       # NF4 launches against each other
-    python benchmarks/gpu.py --only steps --quant 4bit          # captured passes against bitsandbytes
-    python benchmarks/gpu.py --only hiding,gap                  # a second GPU is used where it is
-    python benchmarks/gpu.py --only loading --folder /tmp/x     # checkpoints are written there
+    python benchmarks/gpu.py --only plans                     # NF4 launches against each other
+    python benchmarks/gpu.py --only steps --quant 4bit        # captured against bitsandbytes
+    python benchmarks/gpu.py --only hiding,gap                # a second GPU is used where it is
+    python benchmarks/gpu.py --only loading --folder /tmp/x   # checkpoints are written there
     python benchmarks/gpu.py --only processor
 
 Every number is a median over interleaved rounds; ``--json`` takes them all.
@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def plans(options: argparse.Namespace) -> dict[str, Any]:
             said = project_four_bit(x, weights[0], chip, **how)
             if options.part is not None:
                 continue
-            ms = _graphed_ms(lambda: [project_four_bit(x, w, chip, **how) for w in weights])
+            ms = _graphed_ms(partial(_all_products, x, weights, chip, how))
         except Exception as error:  # noqa: BLE001 - a launch that does not fit is a finding
             found[f"{shape} {rows} {plan}"] = f"{type(error).__name__}: {str(error)[:80]}"
             continue
@@ -96,6 +97,13 @@ def plans(options: argparse.Namespace) -> dict[str, Any]:
         for ms, name in best:
             print(f"  {name:<44}{1e3 * ms:7.1f} us  {size / ms / 1e9:.2f} TB/s")
     return found
+
+
+def _all_products(x: torch.Tensor, weights: Sequence[Any], chip: Any, how: dict[str, Any]) -> None:
+    from xsd.pairs.four_bit_kernels import project_four_bit
+
+    for weight in weights:
+        project_four_bit(x, weight, chip, **how)
 
 
 def _random_weight(num_outs: int, num_ins: int, device: torch.device) -> Any:
@@ -163,11 +171,11 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
     times = interleaved(tasks, bench.device, options.repeats, settle=1)
     floor = bench.floor()
     middle = {name: statistics.median(found) for name, found in times.items()}
-    print(
-        f"  floor {floor['floor_ms']:.3f} ms; V(1) is {middle['V(1)'] / floor['floor_ms']:.2f} times it"
-    )
+    one = middle["V(1)"]
+    print(f"  floor {floor['floor_ms']:.3f} ms; V(1) is {one / floor['floor_ms']:.2f} times it")
     for rows in ROWS:
-        line = f"  V({rows:<2}) {engine.spread(times[f'V({rows})'])}  {middle[f'V({rows})'] / middle['V(1)']:.2f} t"
+        name = f"V({rows})"
+        line = f"  {name:<6}{engine.spread(times[name])}  {middle[name] / one:.2f} t"
         if f"eager V({rows})" in middle:
             ratio = middle[f"eager V({rows})"] / middle[f"V({rows})"]
             line += f"   eager {middle[f'eager V({rows})']:8.2f}  {ratio:.1f} times ours"
@@ -252,12 +260,13 @@ def hiding(options: argparse.Namespace) -> dict[str, Any]:
     for name, found in middle.items():
         if "beside" not in name:
             continue
-        drafter_alone = middle[f"{name.partition(',')[0]}, alone"]["drafter_ms"]
+        beside = middle[f"{name.partition(',')[0]}, alone"]["drafter_ms"]
+        kappas = found["prefill_ms"] / alone, found["drafter_ms"] / beside
         print(
-            f"  {name}: verifier {found['prefill_ms']:.2f} (kappa {found['prefill_ms'] / alone:.2f}), "
-            f"drafter {found['drafter_ms']:.2f} (kappa {found['drafter_ms'] / drafter_alone:.2f}), "
-            f"both after {found['wall_ms']:.2f} = {found['wall_ms'] / max(alone, drafter_alone):.3f} "
-            f"of the longer, {found['num_free']:.0f} drafts ready"
+            f"  {name}: verifier {found['prefill_ms']:.2f} (kappa {kappas[0]:.2f}), drafter "
+            f"{found['drafter_ms']:.2f} (kappa {kappas[1]:.2f}), both after {found['wall_ms']:.2f} "
+            f"= {found['wall_ms'] / max(alone, beside):.3f} of the longer, "
+            f"{found['num_free']:.0f} drafts ready"
         )
     return {"median": middle, "rows": rows}
 
@@ -301,7 +310,7 @@ class _SeedGap:
 
 
 def gap(options: argparse.Namespace) -> dict[str, Any]:
-    """Decode speedup of the published L4's acceptance, beside what measured costs and counts give."""
+    """Decode speedup at the published L4's acceptance, beside what costs and counts give."""
     bench = _bench(options)
     total = {"plain_ms": 0.0, "spent_ms": 0.0, "formula_plain_ms": 0.0, "formula_ms": 0.0}
     works = {str(rows): bench.verify("verifier", rows) for rows in (1, *range(2, 24))}

@@ -86,6 +86,8 @@ class StreamSpeculator:
 
     def _work(self, media: Media, question: str, watch: Stopwatch) -> None:
         try:
+            # On another GPU the verifier's own stream would be waited for.
+            watch = watch.on(self._device)
             with torch.inference_mode(), self._on_stream():
                 self._local.start(media, question, watch)
                 if self._local.strategy.gap is not None:
