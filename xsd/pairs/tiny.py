@@ -63,6 +63,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
         "lab": Size(192, 384, 4, 3, Text(32, 768, 2048, 12, 5), Text(4, 512, 1408, 8, 4)),
     }
 )
+WIDTH = SIZES["tiny"].verifier.width
 Name = Literal["tiny", "lab"]
 
 
