@@ -51,10 +51,8 @@ def test_records_become_runs_that_say_what_is_missing(
     assert found.data.params["cfg.seed"] == "0" and found.data.tags["input.data"] == "somewhere"
     assert found.data.tags["xsd.not_kept"] == "models/weights.safetensors"
     assert found.data.tags["xsd.not_finite"] == "bad"
-    assert [x.path for x in client.list_artifacts(found.info.run_id)] == [
-        "manifest.json",
-        "note.md",
-    ]
+    kept = [artifact.path for artifact in client.list_artifacts(found.info.run_id)]
+    assert kept == ["manifest.json", "note.md"]
 
 
 def test_what_was_altered_or_never_ended_is_refused(
