@@ -460,6 +460,7 @@ def load_adapters(
         XsdError: an adapter is missing, of another level, of other widths, or not deployable.
     """
     loaded: dict[str, Adapter] = {}
+    gaps = {strategy.gap for strategy in strategies}
     for name in dict.fromkeys(n for strategy in strategies for n in adapter_names(strategy)):
         if name not in adapters:
             raise XsdError(f"no adapter for {name}; train and promote it, or name its folder")
@@ -468,7 +469,8 @@ def load_adapters(
             expect_level=name.partition(":")[0],
             expect_widths=(pair.drafter.width, pair.verifier.width),
         )
-        loaded[name] = adapter.to(pair.verifier.stack.device).eval()
+        partner = pair.drafter if name.partition(":")[0] in gaps else pair.verifier
+        loaded[name] = adapter.to(partner.stack.device).eval()
     return loaded
 
 

@@ -107,7 +107,10 @@ def _loss(
     """Summed cross-entropy of the reference answers, and their number of tokens."""
     (eos,) = decoder.eos_ids
     answers = [
-        torch.tensor([*decoder.tokenizer.encode(text, add_special_tokens=False), eos])
+        torch.tensor(
+            [*decoder.tokenizer.encode(text, add_special_tokens=False), eos],
+            device=decoder.embedding.device,
+        )
         for text in references
     ]
     states = torch.cat(teacher_force(decoder, prompts, answers))
@@ -169,9 +172,11 @@ def render(card: Mapping[str, Any]) -> str:
     rows = [f"| {n} | {share(verifier, n)} | {share(drafter, n)} |" for n in names]
     size = card["num_parameters"]
     config = card["config"]
+    is_lab = config["size"] == "lab"
+    place = "GPU" if is_lab else "CPU"
     return "\n".join(
         [
-            "# The tiny pair",
+            f"# The {'lab' if is_lab else 'tiny'} pair",
             "",
             "Two small multimodal models trained from scratch on synthetic driving scenes, so that",
             "every stage of xsd runs for real on a laptop. They are test equipment: they know",
@@ -181,7 +186,7 @@ def render(card: Mapping[str, Any]) -> str:
             f"{config['num_scenes']} training clips. Made {card['made']}.",
             "",
             f"The figures are of {config['num_held_out']} clips from recordings that were never",
-            "trained on, all ten questions each, by the weights as they are saved, on a CPU.",
+            f"trained on, all ten questions each, by the weights as they are saved, on a {place}.",
             "",
             "| | verifier | drafter |",
             "|---|---|---|",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,12 @@ class Stopwatch:
         self._cuda = device if device.type == "cuda" else None
         self._synchronize()
         self.origin_ns = time.monotonic_ns()
+
+    def on(self, device: torch.device) -> Stopwatch:
+        """The same clock for who works on another device: it waits for that one's stream."""
+        twin = copy.copy(self)
+        twin._cuda = device if device.type == "cuda" else None
+        return twin
 
     def ms(self) -> float:
         self._synchronize()

@@ -84,6 +84,35 @@ def test_captured_chains_are_the_heads_own(
         assert Replayed.made == (6 if level == "E3" else 3)
 
 
+@pytest.mark.parametrize("level", ["E1", "E3"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_captured_trees_are_the_heads_own(
+    level: str, width: int, device: torch.device, pair: ModelPair, adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from xsd.decoding import tree_graphs
+
+    monkeypatch.setattr(tree_graphs, "Capture", graphs.Capture)
+    verifier = on(device, pair).verifier
+    head = checkpoint.load(adapters[level])[0].to(device).eval()
+    tables = VerifierTables.of(verifier)
+    options = HeadOptions(tree_width=width, tree_nodes=10)
+    plain = HeadDrafter(head, tables, MAX_NEW, options)
+    captured = tree_graphs.CapturedTreeHead(head, tables, MAX_NEW, options)
+    draw = torch.Generator().manual_seed(0)
+    for num_visual in (9, 9, 5):
+        visual = torch.randn(num_visual, verifier.width, generator=draw).to(device)
+        for party in (plain, captured):
+            party.begin("?", visual, None)
+        tokens: list[int] = []
+        for fresh, gamma in ((19, 4), (4, 4), (1, 4), (4, 1)):
+            tokens += torch.randint(3, 200, (fresh,), generator=draw).tolist()
+            states = torch.randn(fresh, verifier.width, generator=draw).to(device)
+            expected = plain.propose(tokens, states, gamma)
+            found = captured.propose(tokens, states, gamma)
+            assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
+
+
 def test_what_reads_the_drafter_or_branches_is_not_captured(
     adapters: dict[str, Path],
 ) -> None:

@@ -67,9 +67,21 @@ class Branching(Scripted):
         return Draft(drafted, parents)
 
 
-@pytest.fixture(scope="module", params=["bf16", "4bit"])
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "bf16 cpu",
+        "4bit cpu",
+        pytest.param("bf16 cuda", marks=needs_gpu),
+        pytest.param("4bit cuda", marks=needs_gpu),
+    ],
+)
 def rough(request: pytest.FixtureRequest) -> ModelPair:
-    return load_pair(PairConfig(quant=request.param, device="cpu"))
+    quant, device = request.param.split()
+    return load_pair(PairConfig(quant=quant, device=device))
 
 
 def test_states_are_the_plain_ones_bit_by_bit(rough: ModelPair, items: list[BenchItem]) -> None:

@@ -138,7 +138,7 @@ def test_language_is_learned(corpus: Corpus, models: TinyModels) -> None:
     pupil = Pupil.of("drafter", copy.deepcopy(models))
     lessons = lessons_of(pupil, corpus, 21)
     lessons.num_steps = 75
-    readout = Readout(pupil.language_model, 128, SLOTS["drafter"])
+    readout = Readout(pupil.language_model, 128, SLOTS["drafter"], 2)
     labels = label_facts(corpus.facts, SLOTS["drafter"])
     tokens = torch.randn(len(corpus.facts), 21, 128)
     reports = list(

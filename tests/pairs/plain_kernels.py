@@ -1,11 +1,15 @@
-"""What ``xsd.pairs.gpu_kernels`` computes, in plain torch: for machines without Triton."""
+"""What ``xsd.pairs.gpu_kernels`` and ``four_bit_kernels`` compute, in plain torch: for machines
+without Triton."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from xsd.pairs.four_bit import FourBitWeight
 from xsd.pairs.launch import Chip, HeadShape
 
 
@@ -36,6 +40,7 @@ def attend(
     ancestors: Tensor,
     shape: HeadShape,
     chip: Chip,
+    span: int = 0,
 ) -> Tensor:
     num_rows, start = len(queries), int(position)
     before = torch.ones(num_rows, start, dtype=torch.bool, device=queries.device)
@@ -66,6 +71,10 @@ def project(
     if gated:
         out = silu_times(out)
     return out if onto is None else onto.add_(out)
+
+
+def project_four_bit(x: Tensor, weight: FourBitWeight, chip: Chip, **how: Any) -> Tensor:
+    return project(x, weight.restore().to(x.dtype), chip, **how)
 
 
 def silu_times(gate_up: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         # In double precision nothing is folded.
         device, dtype = torch.device("cpu"), torch.float64
         # Wherever Triton is, a module of its kernels must not be left with these in their place.
-        monkeypatch.setitem(sys.modules, "xsd.pairs.gpu_kernels", plain_kernels)
+        for name in ("gpu_kernels", "four_bit_kernels"):
+            monkeypatch.setitem(sys.modules, f"xsd.pairs.{name}", plain_kernels)
         monkeypatch.delitem(sys.modules, "xsd.pairs.graphs", raising=False)
         graphs = import_module("xsd.pairs.graphs")
         monkeypatch.setattr(graphs, "FUSED", (dtype,) if "fused" in request.param else ())

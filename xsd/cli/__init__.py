@@ -22,7 +22,10 @@ STAGES: Final = (
 )
 """The entry points of MLproject, in the order in which a tensor meets them."""
 
-VERBS: Final = ("generate", "levels", "registry", "lineage", "store", "deliver", "dashboard", "gc")
+VERBS: Final = (
+    *("generate", "levels", "registry", "lineage", "store", "deliver", "dashboard", "gc"),
+    "import-run",
+)
 """Plain commands that make no run."""
 
 _REFUSALS: Final = (
@@ -38,7 +41,7 @@ _OUTAGE: Final = (
 
 COMMANDS: Final = {
     **{stage: f"xsd.commands.{stage}" for stage in STAGES},
-    **{verb: f"xsd.cli.{verb}" for verb in VERBS},
+    **{verb: f"xsd.cli.{verb.replace('-', '_')}" for verb in VERBS},
 }
 
 

@@ -26,7 +26,7 @@ class Config(PretrainConfig, stage.StageConfig):
     """Options of the pretrain stage."""
 
     pair: str = "tiny"
-    """The pair whose experiment the run goes to."""
+    """The pair whose experiment the run goes to: lab for --size lab."""
     output_dir: Path = Path("outputs/pretrain")
     """Where the weights and the card are written; copy them to xsd/pairs/tiny_weights to ship."""
 
@@ -81,7 +81,8 @@ def write_card(folder: Path, config: PretrainConfig, held_out: Any, made: str) -
     from xsd.files import write_json, write_text
     from xsd.pairs.catalog import load_folder
 
-    card = examine_pair(load_folder(folder), held_out, config, made)
+    device = config.device if config.size == "lab" else "cpu"
+    card = examine_pair(load_folder(folder, device), held_out, config, made)
     write_json(folder / "card.json", card)
     write_text(folder / "README.md", render(card))
     print(json.dumps(card["verifier"]["facts_right"], indent=2))

@@ -46,10 +46,16 @@ def perform(
         rooms: the source that decides the product; part of the key.
         work: does it, logging into the run.
     """
-    from xsd.tracking import products, reuse
+    from xsd.tracking import products, records, reuse
     from xsd.tracking.run import active, connect, stage_run
 
     values = _values(config)
+    if (folder := records.root()) is not None:
+        inputs = resolve()
+        key = stage_key(stage, config, inputs, rooms)
+        with records.record(folder, stage, config.pair, values, inputs, tags, key) as noted:
+            work(noted, inputs)
+        return records.product(noted.path)
     with ExitStack() as stack:
 
         def open_run() -> Run:
@@ -105,10 +111,12 @@ def upstream(
         filters: tags or ``cfg.`` values that a finished run must have (``newest_finished``).
         overrides: fields of the earlier stage's configuration.
     """
-    from xsd.tracking import products, reuse
+    from xsd.tracking import products, records, reuse
 
     if given is not None:
         return products.load(given, {"pair": config.pair})
+    if (folder := records.root()) is not None:
+        return records.newest(folder, stage, config.pair, filters or {})
     found = reuse.newest_finished(stage, config.pair, filters)
     if found is not None and not reuse.damage(found):
         print(f"{stage}: takes {found.uri}")

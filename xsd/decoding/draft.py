@@ -10,6 +10,7 @@ cut to the verifier's own rows before every cycle.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -54,6 +55,13 @@ class VerifierTables:
     @classmethod
     def of(cls, verifier: Decoder) -> VerifierTables:
         return cls(verifier.embedding, verifier.lm_head, verifier.vocab_size, verifier.eos_ids)
+
+    def on(self, device: torch.device) -> VerifierTables:
+        """These, or a copy on another device for a drafter that lies there."""
+        if self.embedding.device == device:
+            return self
+        head = copy.deepcopy(self.lm_head).to(device)
+        return VerifierTables(self.embedding.to(device), head, self.vocab_size, self.eos_ids)
 
     def share(self) -> None:
         """Move them, in place, to where other processes can see them.
@@ -203,8 +211,9 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def _for(adapter: Adapter, states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-    """States of a model as an adapter takes them."""
-    return states.to(next(adapter.parameters()).dtype)
+    """States of a model as an adapter takes them, and where."""
+    like = next(adapter.parameters())
+    return states.to(like.device, like.dtype)
 
 
 def free_tokens(reader: DrafterReader, limit: int) -> Iterator[int]:
@@ -520,11 +529,12 @@ class _Tree:
     def draft(self, size: int, num_levels: int) -> Draft:
         """The likeliest ``size`` nodes; a node is no likelier than its parent, so they connect."""
         kept = self.best(list(range(len(self.tokens))), size)
-        number = {-1: -1} | {node: i for i, node in enumerate(kept)}
-        return Draft(
-            [self.tokens[node] for node in kept],
-            [number[self.parents[node]] for node in kept],
-            None,
-            [self.confidence[node] for node in kept],
-            num_levels,
-        )
+        confidence = [self.confidence[node] for node in kept]
+        draft = subtree(self.tokens, self.parents, kept)
+        return replace(draft, confidence=confidence, num_levels=num_levels)
+
+
+def subtree(tokens: Sequence[int], parents: Sequence[int], kept: Sequence[int]) -> Draft:
+    """The nodes ``kept``, each behind its parent, as a draft."""
+    number = {-1: -1} | {node: i for i, node in enumerate(kept)}
+    return Draft([tokens[node] for node in kept], [number[parents[node]] for node in kept])

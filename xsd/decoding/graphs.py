@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xsd.adapters.base import Adapter
@@ -162,8 +162,14 @@ def head_drafter(
 ) -> HeadDrafter:
     """Who drafts with a head: on a GPU by captured chains, where they are of that kind."""
     on_gpu = tables.embedding.device.type == "cuda"
-    fits = fits_captures(head, options or HeadOptions())
-    kind = CapturedHead if on_gpu and fits else HeadDrafter
+    options, policy = options or HeadOptions(), policy or Policy()
+    kind: type[HeadDrafter] = HeadDrafter
+    if on_gpu and fits_captures(head, options):
+        kind = CapturedHead
+    elif on_gpu and fits_trees(head, options, policy):
+        from xsd.decoding.tree_graphs import CapturedTreeHead
+
+        kind = CapturedTreeHead
     return kind(head, tables, max_new_tokens, options, policy)
 
 
@@ -176,6 +182,11 @@ def fits_captures(head: Adapter, options: HeadOptions) -> bool:
     """Whether its chains are of the kind that ``CapturedHead`` drafts."""
     is_chain = options.tree_width == 0 and options.sampling is None
     return can_capture(head) and is_chain
+
+
+def fits_trees(head: Adapter, options: HeadOptions, policy: Policy) -> bool:
+    """Whether its trees are of the kind that ``CapturedTreeHead`` grows."""
+    return can_capture(head) and bool(options.tree_width) and not policy.asks_confidence
 
 
 @dataclass(frozen=True)
@@ -198,11 +209,15 @@ class _Rows(Past):
         head_dim = config.d_verifier // config.num_heads
         shape = (2, 1, config.num_heads, length, head_dim)
         self._buffers = [like.new_zeros(shape).detach() for _ in head.blocks]
-        self._columns = torch.arange(length, device=like.device)
+        self.columns = torch.arange(length, device=like.device)
 
     def begin(self, at: Int[Tensor, " R"]) -> None:
         self._at = at
-        self.mask = self._columns <= at[:, None]
+        self.mask = self.columns <= at[:, None]
+
+    def begin_tree(self, slots: Int[Tensor, " R"], visible: Bool[Tensor, "R length"]) -> None:
+        """Rows of a draft tree: written at ``slots``, seeing what they follow."""
+        self._at, self.mask = slots, visible
 
     def extend(self, layer: int, new: KeyValue) -> KeyValue:
         return self._buffers[layer].index_copy_(3, self._at, new)

@@ -99,9 +99,13 @@ class LocalSpeculator:
         free = strategy.gap_mode == "free"
         gap_name = f"{strategy.gap}:free" if free else strategy.gap
         self.gap_adapter = adapters.get(gap_name) if gap_name is not None else None
+        # What drafts in the gap lies where the drafter does, a head where the verifier does.
+        self._gap_tables = tables if self.gap_adapter is None else tables.on(drafter.stack.device)
         self.coupled: CoupledDrafter | None = None
         if self.reader is not None and self.gap_adapter is not None and not free:
-            self.coupled = CoupledDrafter(self.reader, self.gap_adapter, tables, max_new_tokens)
+            self.coupled = CoupledDrafter(
+                self.reader, self.gap_adapter, self._gap_tables, max_new_tokens
+            )
         self.head = head
         name = strategy.head
         if head is None and name is not None and name in LEVELS:
@@ -156,7 +160,7 @@ class LocalSpeculator:
     def finish_gap(self, tokens: list[int]) -> list[int]:
         if self.strategy.gap_mode == "free" and self.gap_adapter is not None:
             assert self.reader is not None
-            return adapt_free(self.reader, tokens, self.gap_adapter, self.tables)
+            return adapt_free(self.reader, tokens, self.gap_adapter, self._gap_tables)
         return tokens
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
-"""Real overlap on one GPU: the drafter in a thread, on a stream of its own.
+"""Real overlap on GPUs: the drafter in a thread, on a stream of its own, on one device or two.
 
-Both models' kernels share the device, and the host's waits for one leave the interpreter to the
+On one device both models' kernels share it; the host's waits for one leave the interpreter to the
 other. ``overlap`` is the same for CPUs, where two models in one interpreter would only hinder each
 other.
 """
@@ -32,7 +32,9 @@ class StreamSpeculator:
         """``device``: where the drafter lies."""
         self._local = local
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # The verifier's prefill fills a GPU for its whole time: at the same priority the drafter's
+        # kernels would wait until it ends, and nothing would be drafted in the gap.
+        self._stream = torch.cuda.Stream(device, -1) if device.type == "cuda" else None
         self.wants_projected = local.wants_projected
         self.wants_prefilled = local.wants_prefilled
         self._thread: Thread | None = None
@@ -56,7 +58,8 @@ class StreamSpeculator:
 
     def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None:
         # Kept here too, so that its memory is nobody else's while the thread reads it.
-        self._visual = visual
+        # Copied here, before the prefill is launched: a copy to another GPU waits for its source's.
+        self._visual = visual.to(self._device, non_blocking=True)
         self._follow_caller()
         self._seen.set()
 
@@ -98,6 +101,8 @@ class StreamSpeculator:
 
     def _work(self, media: Media, question: str, watch: Stopwatch) -> None:
         try:
+            # On another GPU the verifier's own stream would be waited for.
+            watch = watch.on(self._device)
             with torch.inference_mode(), self._on_stream():
                 self._local.start(media, question, watch)
                 if self._local.strategy.gap is not None:

@@ -15,6 +15,7 @@ from xsd.pairs.config import PairConfig
 PAIRS: Mapping[str, PairSpec] = MappingProxyType(
     {
         "tiny": released.spec("fp32", released.embedded),
+        "lab": released.spec("bf16", released.given),
         "eventgpt-video-llava": released.spec("bf16", released.given),
     }
 )
@@ -86,10 +87,10 @@ def load_drafter(config: PairConfig, vocab_size: int) -> Decoder:
     return drafter
 
 
-def load_folder(folder: Path) -> ModelPair:
+def load_folder(folder: Path, device: str = "cpu") -> ModelPair:
     """A pair as ``pretrain`` leaves it: ``drafter``, ``verifier`` and their ``tokenizer``."""
     spec = released.spec("fp32", lambda _: released.inside(folder))
-    return _load(spec, PairConfig(device="cpu"))
+    return _load(spec, PairConfig(device=device))
 
 
 def _load(spec: PairSpec, config: PairConfig) -> ModelPair:

@@ -15,7 +15,7 @@ class PairConfig:
     """The model pair of a stage."""
 
     pair: str = "tiny"
-    """tiny (embedded), eventgpt-video-llava, or a module with a pair (docs/pairs.md)."""
+    """tiny (embedded), lab, eventgpt-video-llava, or a module with a pair (docs/pairs.md)."""
     drafter: str | None = None
     """Folder or hub id of the drafter; null: the pair's own default."""
     verifier: str | None = None

@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from xsd.errors import XsdError
 from xsd.files import read_json, write_json
 from xsd.pairs.base import Media, Prompt
+from xsd.pairs.capture import Again
 from xsd.pairs.checkpoint import Placement, load_config, load_weights, staged
 from xsd.pairs.llama import LlamaDecoder
 from xsd.pairs.processing import ImageProcessing, prompt_around
@@ -188,6 +189,7 @@ class EventGPTDecoder(LlamaDecoder):
         self.model = model
         self.processing = processing
         self.features = features_of(model.tower, layer=-1)
+        self._visual = Again(partial(model.visual_tokens, tower_features=self.features))
         self.max_sequence = model.config.tokenizer_model_max_length or MAX_SEQUENCE
 
     def prompt(self, question: str) -> Prompt:
@@ -201,11 +203,11 @@ class EventGPTDecoder(LlamaDecoder):
         )
 
     def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
-        return self.processing(media.event_images)
+        return self.processing(media.event_images, self.stack.device)
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
-        return self.model.visual_tokens(pixels.to(self.stack.device), self.features)
+        return self._visual(pixels.to(self.stack.device))
 
     def embed_prompt(
         self, prompt: Prompt, visual: Float[Tensor, "visual D"]

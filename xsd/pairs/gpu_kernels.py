@@ -70,8 +70,14 @@ def attend(
     ancestors: UInt8[Tensor, "max_rows max_rows"],
     shape: HeadShape,
     chip: Chip,
+    span: int = 0,
 ) -> Float[Tensor, "R width"]:
-    """Attention of R rows to ``position`` cached ones and to those of themselves they follow."""
+    """Attention of R rows to ``position`` cached ones and to those of themselves they follow.
+
+    Args:
+        span: split so many positions over programs, however few there are; then sums are made in
+            the same order wherever the rows stand. 0: as many as there are.
+    """
     num_rows = queries.shape[0]
     width = max(16, triton.next_power_of_2(shape.head_dim))
     is_exact = queries.dtype == torch.float32
@@ -89,6 +95,7 @@ def attend(
         sums,
         stats,
         num_rows,
+        span,
         keys.stride(0),
         values.stride(0),
         ancestors.stride(0),
@@ -180,8 +187,8 @@ def silu_times(gate_up: Float[Tensor, "R twice"]) -> Float[Tensor, "R ffn"]:
 
 
 def _kernel(function: Any) -> Any:
-    """A count of rows is no reason to compile anew."""
-    return triton.jit(function, do_not_specialize=["num_rows"])
+    """Counts are no reason to compile anew."""
+    return triton.jit(function, do_not_specialize=["num_rows", "span"])
 
 
 @_kernel
@@ -242,6 +249,7 @@ def _attend(
     sums,
     stats,
     num_rows,
+    span,
     key_stride,
     value_stride,
     ancestor_stride,
@@ -262,7 +270,7 @@ def _attend(
     split = tl.program_id(2)
     start = tl.load(position)
     end = start + num_rows
-    share = tl.cdiv(tl.cdiv(end, NUM_SPLITS), COLUMNS) * COLUMNS
+    share = tl.cdiv(tl.cdiv(tl.maximum(end, span), NUM_SPLITS), COLUMNS) * COLUMNS
     first = split * share
     last = tl.minimum(first + share, end)
     lane = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -71,6 +71,19 @@ class ProjectionPlan(NamedTuple):
     num_stages: int
 
 
+class FourBitPlan(NamedTuple):
+    """A launch of a product of some rows with an NF4 weight."""
+
+    rows: int
+    outs: int
+    blocks: int
+    """Blocks of 64 inputs that are on their way together."""
+    by_bits: bool
+    """Look values up in registers; else in memory."""
+    num_warps: int
+    num_stages: int
+
+
 def plan_attention(num_rows: int, shape: HeadShape, chip: Chip, is_exact: bool) -> AttentionPlan:
     """About one program a multiprocessor.
 
@@ -113,6 +126,16 @@ def plan_projection(num_rows: int, num_outs: int, chip: Chip, gated: bool) -> Pr
     while step > 16 and num_stages * a_stage() > chip.shared_bytes:
         step //= 2
     return ProjectionPlan(rows, outs, step, num_warps, num_stages)
+
+
+def plan_four_bit(num_rows: int, num_outs: int, chip: Chip, gated: bool) -> FourBitPlan:
+    """As ``plan_projection``; a block of 64 weights takes 32 bytes."""
+    rows = max(16, power_from(num_rows))
+    outs = min(64, max(16, power_from(num_outs // chip.num_processors)))
+    if rows > 16:
+        outs = outs if outs == 64 else 16
+    blocks = {64: 1, 32: 2, 16: 4}[outs]
+    return FourBitPlan(rows, outs, blocks, True, 4, 3 if outs > 16 else 4)
 
 
 def power_from(number: int) -> int:

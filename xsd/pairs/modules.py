@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xsd.pairs.cache import KVCache, LayerWindow
+from xsd.pairs.four_bit import FourBitWeight
 
 Tap = Callable[[int, Tensor], None]
 """Number of a layer, from 1, and its output rows [B, R, D]."""
@@ -118,6 +120,28 @@ class Layer:
             onto.addmm_(x, linear.weight.t())
         else:
             onto.add_(linear(x))
+
+
+@dataclass(frozen=True)
+class Products:
+    """A layer's products, as kernels that fold in what stands beside them take them."""
+
+    qkv: Tensor | FourBitWeight
+    out: Tensor | FourBitWeight
+    gate_up: Tensor | FourBitWeight
+    down: Tensor | FourBitWeight
+
+    @classmethod
+    def of(cls, layer: Layer) -> Products | None:
+        """None: they are of another kind."""
+        if layer.qkv is not None and layer.gate_up is not None:
+            if not (is_plain(layer.out) and is_plain(layer.down)):
+                return None
+            return cls(layer.qkv, layer.out.weight, layer.gate_up, layer.down.weight)
+        groups = (layer.qkv_modules, [layer.out], layer.gate_up_modules, [layer.down])
+        found = [FourBitWeight.of(modules) for modules in groups]
+        known = [weight for weight in found if weight is not None]
+        return cls(*known) if len(known) == len(found) else None
 
 
 def is_plain(linear: Any) -> bool:

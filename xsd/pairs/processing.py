@@ -18,10 +18,10 @@ from xsd import kernels
 from xsd.errors import XsdError
 from xsd.files import read_json, write_json
 from xsd.pairs.base import Prompt
+from xsd.pairs.resample import BICUBIC, resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = 3
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,19 @@ class ImageProcessing:
         }
         write_json(folder / "preprocessor_config.json", config)
 
-    def __call__(self, images: Iterable[UInt8[np.ndarray, "_h _w 3"]]) -> Float[Tensor, "N 3 H W"]:
-        """RGB bytes to a model's ``pixel_values``; sizes may differ from image to image."""
+    def __call__(
+        self,
+        images: Iterable[UInt8[np.ndarray, "_h _w 3"]],
+        device: torch.device | None = None,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """RGB bytes to a model's ``pixel_values``; sizes may differ from image to image.
+
+        Args:
+            device: where they are wanted; a GPU computes them itself, to the same bits.
+        """
         given = [*images]
+        if device is not None and device.type == "cuda":
+            return self.on(device, given)
         pixels = np.empty((len(given), 3, *self.crop), np.float32)
         for image, out in zip(given, pixels, strict=True):
             taps = self._taps(*image.shape[:2])
@@ -104,6 +114,26 @@ class ImageProcessing:
             else:
                 kernels.normalise_image(np.ascontiguousarray(image), *taps, self._table, out)
         return torch.from_numpy(pixels)
+
+    def on(
+        self, device: torch.device, images: Sequence[UInt8[np.ndarray, "_h _w 3"]]
+    ) -> Float[Tensor, "N 3 H W"]:
+        """The same, computed on a device, all images of one size together."""
+        same = len({image.shape for image in images}) == 1
+        parts = [np.stack(images)] if same else [image[None] for image in images]
+        return torch.cat([self._together(torch.from_numpy(part).to(device)) for part in parts])
+
+    def _together(self, images: UInt8[Tensor, "N h w 3"]) -> Float[Tensor, "N 3 H W"]:
+        height, width = self._resized(*images.shape[1:3])
+        top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+        resized = None
+        if self.resample == BICUBIC and min(top, left) >= 0:
+            resized = resize(images.movedim(-1, 1), height, width)
+        if resized is None:
+            return self(images.cpu().numpy()).to(images.device)
+        cropped = resized[:, :, top : top + self.crop[0], left : left + self.crop[1]].long()
+        table = torch.from_numpy(self._table).to(images.device)
+        return torch.stack([table[c][cropped[:, c]] for c in range(3)], dim=1)
 
     def _by_pillow(self, image: UInt8[np.ndarray, "_h _w 3"], out: np.ndarray) -> None:
         cropped = self.resize_and_crop(image)
@@ -149,6 +179,7 @@ class ImageProcessing:
         return resized[top : top + self.crop[0], left : left + self.crop[1]]
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width when the shortest edge is as long as wanted."""
         edge = self.shortest_edge
         if width <= height:
             return int(edge * height / width), edge

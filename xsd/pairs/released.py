@@ -74,7 +74,9 @@ def _tokenizer(folder: Path | None, config: PairConfig) -> Path:
     if config.weights == "random" and (folder is None or not tokens.is_in(folder)):
         return tiny.weights_folder() / "tokenizer"
     assert folder is not None, "only random weights need no folder"
-    return folder
+    shared = folder.parent / "tokenizer"
+    # ``pretrain`` keeps one for both.
+    return shared if tokens.is_in(shared) and not tokens.is_in(folder) else folder
 
 
 def spec(default_quant: str, locate: Locate) -> PairSpec:

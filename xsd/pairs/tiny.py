@@ -7,11 +7,13 @@ processors) is the real pair's code at smaller sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, VideoLlavaConfig
@@ -27,7 +29,42 @@ VOCAB_SIZE = 1024
 VERIFIER_VOCAB_SIZE = 1032
 """The verifier's head has a few rows more than the tokenizer, as the released one."""
 IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 1024, 1025
-WIDTH = 128
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sizes of a language model."""
+
+    num_layers: int
+    width: int
+    ffn: int
+    num_heads: int
+    first_layers: int
+    """So many learn the facts and the first words; the others are grown on top of them."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a pair whose images and words are the tiny one's."""
+
+    vision_width: int
+    vision_ffn: int
+    verifier_vision_layers: int
+    drafter_vision_layers: int
+    verifier: Text
+    drafter: Text
+
+
+SIZES: Mapping[str, Size] = MappingProxyType(
+    {
+        # Deep and narrow: on a CPU a step costs by the layer, so depth is what makes it slow. The
+        # drafter is shallow, as a drafter should be.
+        "tiny": Size(96, 192, 3, 2, Text(12, 128, 256, 4, 5), Text(2, 128, 256, 4, 2)),
+        "lab": Size(192, 384, 4, 3, Text(32, 768, 2048, 12, 5), Text(4, 512, 1408, 8, 4)),
+    }
+)
+WIDTH = SIZES["tiny"].verifier.width
+Name = Literal["tiny", "lab"]
 
 
 def weights_folder() -> Path:
@@ -41,10 +78,10 @@ def processing() -> ImageProcessing:
     return ImageProcessing.square(IMAGE_SIZE)
 
 
-def _vision_config(num_layers: int) -> CLIPVisionConfig:
+def _vision_config(num_layers: int, size: Size) -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
+        hidden_size=size.vision_width,
+        intermediate_size=size.vision_ffn,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
@@ -53,14 +90,14 @@ def _vision_config(num_layers: int) -> CLIPVisionConfig:
     )
 
 
-def _text_config(num_layers: int, vocab_size: int) -> dict[str, Any]:
+def _text_config(text: Text, vocab_size: int) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
-        "hidden_size": WIDTH,
-        "intermediate_size": 256,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "hidden_size": text.width,
+        "intermediate_size": text.ffn,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_heads,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,
         "bos_token_id": 1,
@@ -70,13 +107,12 @@ def _text_config(num_layers: int, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def verifier_config() -> VideoLlavaConfig:
-    """Deep and narrow: on a CPU a step costs by the layer, so depth is what makes it slow."""
-    vision = _vision_config(3)
+def verifier_config(name: Name = "tiny") -> VideoLlavaConfig:
+    size = SIZES[name]
     tokens_per_frame = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
     return VideoLlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**_text_config(12, VERIFIER_VOCAB_SIZE)),
+        vision_config=_vision_config(size.verifier_vision_layers, size),
+        text_config=LlamaConfig(**_text_config(size.verifier, VERIFIER_VOCAB_SIZE)),
         image_token_index=IMAGE_TOKEN_ID,
         video_token_index=VIDEO_TOKEN_ID,
         image_seq_length=tokens_per_frame - 1,
@@ -85,10 +121,12 @@ def verifier_config() -> VideoLlavaConfig:
     )
 
 
-def drafter_config() -> EventGPTConfig:
-    """Two layers: shallow, as a drafter should be."""
+def drafter_config(name: Name = "tiny") -> EventGPTConfig:
+    size = SIZES[name]
     return EventGPTConfig(
-        **_text_config(2, VOCAB_SIZE), vision_config=_vision_config(2), event_feature_adaptor=True
+        **_text_config(size.drafter, VOCAB_SIZE),
+        vision_config=_vision_config(size.drafter_vision_layers, size),
+        event_feature_adaptor=True,
     )
 
 

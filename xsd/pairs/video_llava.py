@@ -22,6 +22,7 @@ from transformers import (
 
 from xsd.errors import XsdError
 from xsd.pairs.base import Media, Prompt
+from xsd.pairs.capture import Again
 from xsd.pairs.checkpoint import Placement, load_config, load_weights, staged
 from xsd.pairs.llama import LlamaDecoder
 from xsd.pairs.processing import ImageProcessing, prompt_split
@@ -119,14 +120,15 @@ class VideoLlavaDecoder(LlamaDecoder):
         self.model = model
         self.processing = processing
         self.features = features_of(model.model.video_tower, model.config.vision_feature_layer)
+        self._visual = Again(partial(visual_tokens, model, features=self.features))
 
     def prompt(self, question: str) -> Prompt:
         text = f"USER: <video>\n{question} ASSISTANT:"
         return prompt_split(self.tokenizer, text, self.model.config.video_token_index)
 
     def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
-        return self.processing(media.frames)
+        return self.processing(media.frames, self.stack.device)
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
-        return visual_tokens(self.model, pixels.to(self.stack.device), self.features)
+        return self._visual(pixels.to(self.stack.device))

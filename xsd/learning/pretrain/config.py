@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,12 @@ class PretrainConfig:
     """Clips of unseen recordings that the card's figures are measured on."""
     clips_per_recording: int = 12
     """Clips that share time of day, roadside and appearance."""
-    size: int = 96
+    frame_size: int = 96
     """Side of the rendered frames, in pixels."""
+    size: Literal["tiny", "lab"] = "tiny"
+    """Of the models: tiny for CPUs, or lab, 240 M parameters for a GPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: products of the training passes are made in it; weights stay in fp32."""
     facts_epochs: int = 10
     """Epochs of teaching the visual tokens the scene's facts."""
     facts_batch: int = 32

@@ -63,7 +63,9 @@ def _make_clip(
     config, recording, index = job
     facts, seed = _draw(config, recording, index)
     appearance = int(np.random.default_rng((config.seed, recording, 1)).integers(2**31))
-    frames, events = scene_tensors(facts, seed, config.size, tiny.NUM_EVENT_IMAGES, appearance)
+    frames, events = scene_tensors(
+        facts, seed, config.frame_size, tiny.NUM_EVENT_IMAGES, appearance
+    )
     resize = tiny.processing().resize_and_crop
     return facts, np.stack([resize(x) for x in frames]), np.stack([resize(x) for x in events])
 

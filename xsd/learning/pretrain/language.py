@@ -19,12 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from xsd.learning.pretrain.config import PretrainConfig
 from xsd.learning.pretrain.corpus import Slots
-from xsd.learning.pretrain.vision import PretrainReport
+from xsd.learning.pretrain.vision import PretrainReport, products_in
 from xsd.pairs.base import Decoder
 from xsd.pairs.segments import attend_in_segments
 from xsd.scenes.facts import Facts
 from xsd.scenes.language import House, answer
 from xsd.scenes.questions import QUESTIONS
+
+MAX_LOADERS = 3
+"""Processes that word lessons; two of them keep up with a GPU."""
 
 
 class Readout(nn.Module):
@@ -36,12 +39,12 @@ class Readout(nn.Module):
     word calls for it. Training aid only.
     """
 
-    def __init__(self, language_model: Any, width: int, slots: Slots) -> None:
+    def __init__(self, language_model: Any, width: int, slots: Slots, depth: int) -> None:
+        """``depth``: the layer that is read, counted from 1."""
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.outputs = nn.ModuleList([nn.Linear(width, len(values)) for values in slots.values()])
-        num_layers = len(language_model.layers)
-        self.depth = num_layers if num_layers < 4 else 5 * num_layers // 12
+        self.depth = depth
         self._state: Tensor | None = None
         self._hook = language_model.layers[self.depth - 1].register_forward_hook(self._keep)
 
@@ -139,8 +142,9 @@ def teach_gathering(
         for chosen in order[: num_batches * config.gathering_batch].split(config.gathering_batch):
             start = language_model.embed_tokens(before).expand(len(chosen), -1, -1)
             prefix = torch.cat([start, visual[chosen]], dim=1)
-            language_model(inputs_embeds=prefix, use_cache=False)
-            loss = readout.loss(prefix.shape[1], labels[chosen])
+            with products_in(config, visual.device):
+                language_model(inputs_embeds=prefix, use_cache=False)
+                loss = readout.loss(prefix.shape[1], labels[chosen])
             optimizers.step(loss)
             running += loss.detach()
         yield PretrainReport(
@@ -270,7 +274,8 @@ def teach_language(
     batches = DataLoader(
         lessons,
         batch_size=None,
-        num_workers=config.num_workers,
+        # Each is begun only when the one before has loaded PyTorch: many cost minutes.
+        num_workers=min(config.num_workers, MAX_LOADERS),
         collate_fn=_as_it_is,
         # A fork of a process that holds a GPU takes many seconds.
         multiprocessing_context="spawn" if config.num_workers else None,
@@ -278,8 +283,9 @@ def teach_language(
     running = torch.zeros((), device=visual.device)
     for step, rows in enumerate(batches):
         rows = rows.to(visual.device)
-        loss = _language_loss(model.lm_head, language_model, visual[rows.clips], rows)
-        facts_loss = readout.loss(rows.num_prefix, labels[rows.clips])
+        with products_in(config, visual.device):
+            loss = _language_loss(model.lm_head, language_model, visual[rows.clips], rows)
+            facts_loss = readout.loss(rows.num_prefix, labels[rows.clips])
         optimizers.step(loss + facts_loss)
         running = loss.detach() if step == 0 else 0.95 * running + 0.05 * loss.detach()
         if (step + 1) % 25 == 0 or step + 1 == len(lessons):

@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import numpy as np
 import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from xsd.errors import XsdError
+from xsd.files import atomic_path
 from xsd.learning.pretrain.config import PretrainConfig
 from xsd.learning.pretrain.corpus import SLOTS, Corpus, label_facts
 from xsd.learning.pretrain.language import (
@@ -43,8 +49,8 @@ class TinyModels:
     @classmethod
     def new(cls, config: PretrainConfig) -> TinyModels:
         torch.manual_seed(config.seed)
-        drafter = EventGPT(tiny.drafter_config())
-        verifier = VideoLlava(tiny.verifier_config())
+        drafter = EventGPT(tiny.drafter_config(config.size))
+        verifier = VideoLlava(tiny.verifier_config(config.size))
         return cls(drafter, verifier, tiny.train_tokenizer(_texts(config)))
 
     def save(self, folder: Path) -> None:
@@ -115,9 +121,55 @@ class Pupil:
 def pretrain(
     config: PretrainConfig, corpus: Corpus, models: TinyModels
 ) -> Iterator[PretrainReport]:
-    """Train both models in place, one after the other; neither depends on the other."""
+    """Train both models in place; neither depends on the other, so a GPU trains them at once."""
+    if choose_device(config.device).type == "cuda":
+        yield from _side_by_side(config, corpus, models)
+        return
     yield from pretrain_one("verifier", config, corpus, models)
     yield from pretrain_one("drafter", config, corpus, models)
+
+
+def _side_by_side(
+    config: PretrainConfig, corpus: Corpus, models: TinyModels
+) -> Iterator[PretrainReport]:
+    """The drafter in a process of its own, on a second GPU where there is one."""
+    context = mp.get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    beside = replace(config, device="cuda:1" if torch.cuda.device_count() > 1 else "cuda")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "drafter.safetensors"
+        seen = Corpus(corpus.facts, corpus.frames[:0], corpus.events)
+        process = context.Process(target=_train_drafter, args=(beside, seen, path, theirs))
+        process.start()
+        theirs.close()
+        try:
+            for report in pretrain_one("verifier", config, corpus, models):
+                yield report
+                yield from _arrived(mine)
+            process.join()
+            yield from _arrived(mine)
+        finally:
+            process.terminate()
+        if not path.is_file():
+            raise XsdError("the drafter's training ended early; see its output above")
+        load_model(models.drafter, path)
+
+
+def _arrived(reports: Connection) -> Iterator[PretrainReport]:
+    """What the other process has reported by now; nothing more once it has ended."""
+    try:
+        while reports.poll():
+            yield reports.recv()
+    except EOFError:
+        return
+
+
+def _train_drafter(config: PretrainConfig, corpus: Corpus, path: Path, reports: Connection) -> None:
+    models = TinyModels.new(config)
+    for report in pretrain_one("drafter", config, corpus, models):
+        reports.send(report)
+    with atomic_path(path) as temporary:
+        save_model(models.drafter.cpu(), str(temporary))
 
 
 def pretrain_one(
@@ -135,7 +187,8 @@ def pretrain_one(
         pupil.visual, pupil.visual_parameters, images, labels, slots, config, house
     )
     tokens = visual_table(pupil.visual, images)
-    readout = Readout(pupil.language_model, tokens.shape[2], slots).to(device)
+    depth = getattr(tiny.SIZES[config.size], house).first_layers
+    readout = Readout(pupil.language_model, tokens.shape[2], slots, depth).to(device)
     with shallow(pupil.language_model, readout.depth):
         yield from teach_gathering(
             pupil.prompts, pupil.language_model, readout, tokens, labels, house, config

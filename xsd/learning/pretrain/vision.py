@@ -27,6 +27,11 @@ class PretrainReport:
     metrics: dict[str, float]
 
 
+def products_in(config: PretrainConfig, device: torch.device) -> torch.autocast:
+    """A training pass in the precision that is asked for."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 class AttributeHead(nn.Module):
     """A small encoder over the visual tokens with one query a fact. Training aid only."""
 
@@ -78,11 +83,13 @@ def teach_facts(
         for chosen in order.to(tokens.device).split(batch):
             if len(chosen) < batch:
                 break
-            outputs = head(visual(normalise(images[chosen])))
-            losses = [
-                functional.cross_entropy(out, labels[chosen, i]) for i, out in enumerate(outputs)
-            ]
-            loss = torch.stack(losses).sum()
+            with products_in(config, tokens.device):
+                outputs = head(visual(normalise(images[chosen])))
+                losses = [
+                    functional.cross_entropy(out, labels[chosen, i])
+                    for i, out in enumerate(outputs)
+                ]
+                loss = torch.stack(losses).sum()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
