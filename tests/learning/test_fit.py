@@ -114,7 +114,9 @@ def test_nan_loss_is_one_line() -> None:
 
 def test_empty_training_data_is_refused() -> None:
     with pytest.raises(XsdError, match="no training batches"):
-        next(fit(make_adapter("L1"), lambda epoch, skip: iter(()), CONFIG, constant, lm_head=LM_HEAD))
+        next(
+            fit(make_adapter("L1"), lambda epoch, skip: iter(()), CONFIG, constant, lm_head=LM_HEAD)
+        )
 
 
 def test_learning_rate_warms_up_then_falls_to_eta_min() -> None:

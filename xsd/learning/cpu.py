@@ -134,7 +134,7 @@ class _Dropout(torch.autograd.Function):
         return (outer[0] * ctx.scale).mul_(mask), None
 
 
-def _drawn(shape: torch.Size, kept: int) -> Bool[Tensor, "..."]:
+def _drawn(shape: torch.Size, kept: int) -> Bool[Tensor, ...]:
     count = shape.numel()
     numbers = torch.empty(-(-count // 4), dtype=torch.int64)
     numbers.random_(torch.iinfo(torch.int64).min, None)

@@ -183,7 +183,7 @@ def agreement(frame: pd.DataFrame) -> go.Figure:
     )
     made.add_vline(x=1, line={"color": INK, "width": 1, "dash": "dot"})
     for row in rows.itertuples():
-        line = {"color": rgba(KIND_COLOURS[row.kind], 0.5), "width": 3}
+        line = {"color": rgba(KIND_COLOURS[str(row.kind)], 0.5), "width": 3}
         ends = {"x0": row.modelled, "x1": row.measured, "y0": row.strategy, "y1": row.strategy}
         made.add_shape(type="line", line=line, layer="below", **ends)
     for name, part in rows.groupby("kind", sort=False):

@@ -83,7 +83,9 @@ class FolderRun(Run):
         self.manifest[name] = {"sha256": sha256_file(path), "num_bytes": path.stat().st_size}
         write_json(self.path / MANIFEST, self.manifest)
 
-    def figure(self, name: str, figure: Figure, output_dir: Path | None = None) -> list[Path]:
+    def figure(
+        self, name: str, figure: Figure, output_dir: Path | None = None, *, still: bool = True
+    ) -> list[Path]:
         """Left out: a figure shows what the tables hold."""
         return []
 
