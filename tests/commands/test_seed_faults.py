@@ -24,9 +24,9 @@
  8  a baseline counts whose speculative run failed                 tests/test_speedup.py
                                                                    test_failed_sample_leaves_both_sides_and_is_counted
     exceptions are swallowed; the last chunk never lands           below
-    an interruption loses answers; resuming reads all chunks       tests/hidden/test_extract.py
-                                                                   test_a_kill_at_any_moment_leaves_no_trace
-                                                                   test_only_what_is_missing_is_answered_again
+    an interruption loses answers; resuming reads all chunks       tests/hidden/test_resume.py
+                                                                   test_a_death_at_every_touch_of_the_disk
+                                                                   test_sigkill_at_random_moments
  9  event features pass the adaptor twice                          tests/pairs/test_eventgpt.py
                                                                    test_visual_tokens_pool_after_projector_and_adaptor
                                                                    tests/pairs/test_eventgpt_golden.py
