@@ -105,7 +105,9 @@ def test_hub_checkpoints(
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(XsdError, match="unknown pair 'huge'; choose one of tiny, lab, eventgpt-video"):
+    with pytest.raises(
+        XsdError, match="unknown pair 'huge'; choose one of tiny, lab, eventgpt-video"
+    ):
         load_pair(PairConfig(pair="huge"))
     with pytest.raises(XsdError, match="needs --drafter"):
         load_pair(PairConfig(pair="eventgpt-video-llava"))
