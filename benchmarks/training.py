@@ -254,12 +254,14 @@ class Bench:
 
 
 def summarise(runs: Sequence[dict[str, Arm]], num_samples: int) -> dict[str, Any]:
-    """Of each arm: samples a second in its fastest and its median epoch, shares, metrics by seed."""
+    """Of each arm: samples a second (fastest and median epoch), shares, metrics by seed."""
     found: dict[str, Any] = {}
     for name in runs[0]:
         arms = [run[name] for run in runs]
         seconds = [x for arm in arms for x in arm.seconds]
-        parts = {part: sum(arm.times.seconds[part] for arm in arms) for part in arms[0].times.seconds}
+        parts = {
+            part: sum(arm.times.seconds[part] for arm in arms) for part in arms[0].times.seconds
+        }
         found[name] = {
             "samples_per_second": num_samples / min(seconds),
             "samples_per_second_median": num_samples / statistics.median(seconds),
@@ -301,7 +303,10 @@ def log(found: dict[str, Any], options: argparse.Namespace) -> None:
     from xsd.tracking.run import stage_run
 
     config = {name: str(value) for name, value in vars(options).items()}
-    with stage_run("benchmark_training", "synthetic", config) as run, tempfile.TemporaryDirectory() as to:
+    with (
+        stage_run("benchmark_training", "synthetic", config) as run,
+        tempfile.TemporaryDirectory() as to,
+    ):
         for width, arms in found.items():
             for name, values in arms.items():
                 short = name.replace("'", "").replace(" ", "_")

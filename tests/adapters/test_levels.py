@@ -108,9 +108,7 @@ def test_parallel_unrolled_and_live_agree(row: Level, streams: Streams) -> None:
 
     def check(out: Tensor, k: int, anchor: int) -> None:
         real = streams.mask[:, anchor + row.shift + k]
-        torch.testing.assert_close(
-            out[real, -1], chains[k][real, anchor], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(out[real, -1], chains[k][real, anchor], rtol=1e-5, atol=1e-5)
 
     for anchor in range(length - num_steps - 1):
         out = adapter.step(live_rows(adapter, streams, anchor, anchor), cache)

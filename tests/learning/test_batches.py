@@ -19,7 +19,13 @@ from xsd.hidden.plan import Batch, Extracted
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.writer import HiddenWriter
 from xsd.learning import batches
-from xsd.learning.batches import OrderedBatches, TrainBatch, TrainBatches, check_level, held_out_keys
+from xsd.learning.batches import (
+    OrderedBatches,
+    TrainBatch,
+    TrainBatches,
+    check_level,
+    held_out_keys,
+)
 from xsd.types import ClipVisual, HiddenSample, Sample, Scene
 
 VOCAB, D_DRAFTER, D_VERIFIER = 30, 3, 4

@@ -44,13 +44,13 @@ class Layout:
         self._table = table
         self.cells, self.positions, self.remaining = table.unbind(0)
 
-    def pad(self, rows: Shaped[Tensor, "N *rest"]) -> Shaped[Tensor, "A T *rest"]:
+    def pad(self, rows: Shaped[Tensor, N * rest]) -> Shaped[Tensor, "A T *rest"]:
         """A row an answer; zero where there is nothing."""
         num = len(self.lengths)
         padded: Tensor = _Pad.apply(rows, self.cells, num * self.length)  # type: ignore[no-untyped-call]
         return padded.view(num, self.length, *rows.shape[1:])
 
-    def unpad(self, padded: Shaped[Tensor, "A T *rest"]) -> Shaped[Tensor, "N *rest"]:
+    def unpad(self, padded: Shaped[Tensor, "A T *rest"]) -> Shaped[Tensor, N * rest]:
         rows: Tensor = _Unpad.apply(padded.flatten(0, 1), self.cells)  # type: ignore[no-untyped-call]
         return rows
 

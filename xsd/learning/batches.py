@@ -116,7 +116,7 @@ class TrainBatches:
 
     def __call__(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
         """The batches of an epoch, without the first ``skip``."""
-        windows = []
+        windows: list[list[_Pool]] = []
         for window in self._windows(epoch):
             if not windows and skip >= (num := sum(len(pool.order) for pool in window)):
                 skip -= num

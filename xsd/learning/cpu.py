@@ -126,7 +126,8 @@ class _Dropout(torch.autograd.Function):
         ctx.save_for_backward(mask)
         # By the share that is really kept, so that the mean stays.
         ctx.scale = _STEPS / kept if kept else 0.0
-        return (x * ctx.scale).mul_(mask)
+        out: Tensor = (x * ctx.scale).mul_(mask)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
@@ -134,7 +135,7 @@ class _Dropout(torch.autograd.Function):
         return (outer[0] * ctx.scale).mul_(mask), None
 
 
-def _drawn(shape: torch.Size, kept: int) -> Bool[Tensor, "..."]:
+def _drawn(shape: torch.Size, kept: int) -> Bool[Tensor, ...]:
     count = shape.numel()
     numbers = torch.empty(-(-count // 4), dtype=torch.int64)
     numbers.random_(torch.iinfo(torch.int64).min, None)

@@ -120,7 +120,7 @@ class _Objective(nn.Module):
             batch.streams,
             loss=self.config.loss,
             unroll_steps=self.config.unroll_steps,
-            lm_head=self.lm_head,
+            lm_head=self.__dict__["lm_head"],
             lengths=batch.lengths,
         )
         return loss * 0.0 if batch.is_idle else loss
@@ -179,7 +179,7 @@ class _Training:
 
     def _step(self, batch: TrainBatch, step: int) -> Tensor:
         accelerator, config = self._accelerator, self.config
-        # Dropout depends on seed, step and share alone, so a resumed run needs no generator's state.
+        # Dropout depends on seed, step and share alone: no generator's state need be kept.
         seeds = np.random.SeedSequence([config.seed, step, accelerator.process_index])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         for group in self.optimizer.param_groups:
@@ -193,7 +193,8 @@ class _Training:
         with self.part("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_norm)
             self.optimizer.step()
-        return loss.detach()
+        taken: Tensor = loss.detach()
+        return taken
 
     def _timed(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
         while True:
