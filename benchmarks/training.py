@@ -254,7 +254,7 @@ class Bench:
 
 
 def summarise(runs: Sequence[dict[str, Arm]], num_samples: int) -> dict[str, Any]:
-    """Of each arm: samples a second in its fastest and its median epoch, shares, metrics by seed."""
+    """Of each arm: samples a second (fastest and median epoch), shares, metrics by seed."""
     found: dict[str, Any] = {}
     for name in runs[0]:
         arms = [run[name] for run in runs]

@@ -197,7 +197,7 @@ def score_chain(
     lm_head: Float[Tensor, "V Dv"],
     max_gamma: int,
 ) -> Scored:
-    """Count a chain that was unrolled already, of ``max_gamma`` steps where the level feeds back."""
+    """Count an unrolled chain, of ``max_gamma`` steps where the level feeds back."""
     _, layout = packed.packed()
     hits, ranks = draft_hits(chain, packed, row.shift, lm_head)
     same = PositionCounts()
@@ -220,7 +220,7 @@ def draft_hits(
     shift: int,
     lm_head: Float[Tensor, "V Dv"],
 ) -> tuple[Bool[Tensor, "G A T"], Int[Tensor, " M"]]:
-    """Whether element k of the chain from t says the stored token at t + shift + k, a row an answer.
+    """Whether element k of the chain from t says token t + shift + k; a row an answer.
 
     And of the first element, the tokens that it held more likely than the stored one, at each of
     the M positions that have a target.

@@ -10,6 +10,7 @@ import torch
 
 from tests.adapters.conftest import D_VERIFIER, make_adapter, make_streams
 from xsd.adapters.base import Adapter, Streams
+from xsd.adapters.catalog import LEVELS
 from xsd.errors import XsdError
 from xsd.learning.batches import TrainBatch
 from xsd.learning.config import FitConfig
@@ -133,3 +134,16 @@ def test_learning_rate_warms_up_then_falls_to_eta_min() -> None:
 def test_bad_hyperparameters_are_named(bad: dict[str, float]) -> None:
     with pytest.raises(XsdError, match=next(iter(bad))):
         FitConfig(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_every_level_trains_in_mixed_precision(name: str) -> None:
+    def losses(mixed: str) -> list[float]:
+        config = replace(CONFIG, num_epochs=2, mixed_precision=mixed)
+        adapter = make_adapter(name)
+        reports = list(fit(adapter, batches, config, constant, lm_head=LM_HEAD))
+        assert all(x.dtype == torch.float32 for x in adapter.parameters())
+        return [report.train["loss"] for report in reports]
+
+    half, full = losses("bf16"), losses("no")
+    assert half == pytest.approx(full, rel=0.05) and half != full

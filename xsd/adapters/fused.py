@@ -25,10 +25,12 @@ class FusedEagleAdapter(EagleAdapter):
     def embed(
         self, rows: StepInputs, at: Positions
     ) -> tuple[Float[Tensor, "B R Dv"], Float[Tensor, "B R Dv"]]:
-        e, v = self.enter(rows.drafter), rows.verifier
+        v = rows.verifier
         assert v is not None, "L5F reads verifier states"
+        # In mixed precision a layer's output comes halved.
+        e = self.enter(rows.drafter).to(v.dtype)
         both = torch.cat((e, v), dim=-1)
-        fused = torch.lerp(v, e, torch.sigmoid(self.gate(both))) + self.mix(both)
+        fused = torch.lerp(v, e, torch.sigmoid(self.gate(both)).to(v.dtype)) + self.mix(both)
         return self.norm_in(fused) + self.positions[at], v
 
     def compiled(self) -> CompiledHead | None:

@@ -126,7 +126,8 @@ class _Dropout(torch.autograd.Function):
         ctx.save_for_backward(mask)
         # By the share that is really kept, so that the mean stays.
         ctx.scale = _STEPS / kept if kept else 0.0
-        return (x * ctx.scale).mul_(mask)
+        out: Tensor = (x * ctx.scale).mul_(mask)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:

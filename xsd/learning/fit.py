@@ -179,7 +179,7 @@ class _Training:
 
     def _step(self, batch: TrainBatch, step: int) -> Tensor:
         accelerator, config = self._accelerator, self.config
-        # Dropout depends on seed, step and share alone: a resumed run needs no generator's state.
+        # Dropout depends on seed, step and share alone: no generator's state need be kept.
         seeds = np.random.SeedSequence([config.seed, step, accelerator.process_index])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         for group in self.optimizer.param_groups:
@@ -193,8 +193,8 @@ class _Training:
         with self.part("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_norm)
             self.optimizer.step()
-        detached: Tensor = loss.detach()
-        return detached
+        taken: Tensor = loss.detach()
+        return taken
 
     def _timed(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
         while True:
