@@ -21,7 +21,9 @@ _CHECKED = [
 ]
 install_import_hook(_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import contextlib
 import shutil
+import sqlite3
 from collections.abc import Iterator
 
 import pytest
@@ -58,6 +60,9 @@ def _initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
         from xsd.tracking import store
 
         store.client()
+    # What is copied is the database, not its write-ahead log.
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return path
 
 

@@ -23,11 +23,43 @@ def model(tmp_path: Path) -> str:
 def test_registry_lists_champions(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["registry"]) == 0
     assert "no adapter" in capsys.readouterr().out
-    tags = {"metric_name": "accepted_prefix_22", "metric": 5.5}
+    tags = {"metric": "accepted_prefix_22", "accept_length": 5.5}
     registry.promote("tiny", "L4", model, lambda _: [], tags)
     assert main(["registry"]) == 0
     row = capsys.readouterr().out.splitlines()[1].split()
     assert row[:5] == ["xsd-tiny-L4", "1", "champion", "accepted_prefix_22", "5.5"]
+
+
+def test_registry_shows_and_rolls_back(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tags = {"metric": "accepted_prefix_22", "accept_length": 5.5, "dataset_digest": "d1"}
+    registry.promote("tiny", "L4", model, lambda _: [], tags)
+    refused = {"champion": "models:/xsd-tiny-L4@champion", "promoted": "false", "reasons": "worse"}
+    with stage_run("promote", "tiny", {}, tags=refused | {"input.candidate": "runs:/x"}):
+        pass
+    assert main(["registry", "show", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "xsd-tiny-L4 version 1 champion" in shown and "dataset_digest  d1" in shown
+    assert "refused runs:/x: worse" in shown
+    assert main(["registry", "rollback", "L4"]) == 2
+    assert "no previous_champion" in capsys.readouterr().err
+    other = tmp_path / "other" / "best_model.safetensors"
+    other.parent.mkdir()
+    other.write_text("other")
+    with stage_run("train", "tiny", {}, tags={"level": "L4"}) as run:
+        second = run.log_model("adapter", [other], tags={"pair": "tiny", "level": "L4"})
+    registry.promote("tiny", "L4", second, lambda _: [], tags)
+    assert main(["registry", "rollback", "xsd-tiny-L4"]) == 0
+    assert "is version 1 again" in capsys.readouterr().out
+    for words, message in (
+        (["show"], "of what?"),
+        (["show", "L9"], "unknown level"),
+        (["show", "E1"], "no such registered model"),
+        (["burn"], "one of list, show"),
+    ):
+        assert main(["registry", *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_lineage_walks_back(model: str, capsys: pytest.CaptureFixture[str]) -> None:

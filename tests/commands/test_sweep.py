@@ -58,7 +58,8 @@ def test_a_child_a_trial_and_the_best_is_a_candidate(
     assert names == {"history", "parallel_coordinates"}, "three trials explain no importance"
     assert "3 trials (3 complete)" in tags(parent)["mlflow.note.content"]
     [folder] = Path("outputs/sweep").iterdir()
-    assert [path.name for path in folder.iterdir()] == ["study.log"], "runs keep the checkpoints"
+    assert not list(folder.glob("trial_*")), "runs keep the checkpoints"
+    assert (folder / "study.log").is_file()
     assert f"by trial {best}: learning_rate=" in capsys.readouterr().out
 
 
@@ -88,12 +89,14 @@ def test_two_objectives_in_two_processes(words: list[Any], runs: Callable[..., l
     assert set(trials) == set(table["run"])
     latencies = [trials[uri].data.metrics["measured.latency_ms"] for uri in table["run"]]
     assert table["latency_ms"].tolist() == pytest.approx(latencies, abs=1e-6)
-    assert len({tags(run)["xsd.process"] for run in trials.values()}) == 2
+    processes = {tags(run)["xsd.process"] for run in trials.values()}
+    # A fast worker may leave the other nothing.
+    assert 1 <= len(processes) <= 2 and tags(parent)["xsd.process"] not in processes
     best = table.set_index("run").loc[tags(parent)["best_run"]]
     assert best["on_front"] and best["accept_length"] == table["accept_length"].max()
     kept = products.load(f"runs:/{parent.info.run_id}")
     assert {"pareto.html", "history.html"} <= {p.name for p in (kept.path / "figures").iterdir()}
-    assert Path("shared.log").is_file() and not Path("outputs/sweep").exists()
+    assert Path("shared.log").is_file() and not list(Path("outputs").rglob("study.log"))
 
 
 def test_conditioning_can_be_searched(

@@ -77,7 +77,7 @@ def test_a_dead_process_s_trial_is_replaced(tmp_path: Path, process: str, minute
     study = opened(tmp_path)
     trial = study.ask()
     trial.set_user_attr("process", process)
-    trial.set_user_attr("seen", time.time() - 60 * minutes_ago)
+    trial.set_user_attr("progress", {"seen": time.time() - 60 * minutes_ago})
     reports, study = search(tmp_path, Objective(), num_trials=2, pruner="none")
     assert [state_of(trial) for trial in study.trials] == ["lost", "complete", "complete"]
     assert len(reports) == 2
@@ -108,7 +108,7 @@ def test_a_trial_that_began_long_ago_but_reports_is_alive(
     study = opened(tmp_path)
     theirs = study.ask()
     theirs.set_user_attr("process", "there:7:7")
-    theirs.set_user_attr("seen", time.time() + 2 * 3600)
+    theirs.set_user_attr("progress", {"seen": time.time() + 2 * 3600})
     monkeypatch.setattr(
         "xsd.search.trials.time.sleep", lambda _: study.tell(theirs, 2.0, skip_if_finished=True)
     )
@@ -180,6 +180,7 @@ def test_processes_share_a_study(tmp_path: Path, storage: str) -> None:
     opened(tmp_path, storage=_at(tmp_path, storage))
     body = f"""
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tests.search.conftest import CLAIMS, Objective, search
 claims = replace(CLAIMS, process=f"here:{{sys.argv[1]}}:1")

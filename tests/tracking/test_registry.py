@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +90,102 @@ def test_another_pair_or_level_is_refused_by_name(tmp_path: Path) -> None:
         products.load(uri, {"pair": "real"})
     with pytest.raises(XsdError, match="made for drafter_dim '96', not '4096'"):
         products.load(uri, {"drafter_dim": 4096})
+
+
+def test_rollback_goes_back_and_can_be_undone(tmp_path: Path) -> None:
+    with pytest.raises(XsdError, match="no previous_champion"):
+        registry.rollback("xsd-tiny-L4")
+    for content in ("first", "second"):
+        registry.promote("tiny", "L4", train(tmp_path, content), agree, {})
+    uri = registry.champion_uri("tiny", "L4")
+    for expected in ("first", "second"):
+        registry.rollback("xsd-tiny-L4")
+        assert (products.load(uri).path / "best_model.safetensors").read_text() == expected
+    rolled = {version.version: version.tags for version in registry.versions("tiny")}
+    assert all("rolled_back" in tags for tags in rolled.values())
+
+
+PROMOTE = """
+import sys, time
+from pathlib import Path
+from xsd.tracking import registry
+mine, model, gate = float(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+
+def better(incumbent):
+    if incumbent is None:
+        # All are here before any goes on: each has seen that there is no champion.
+        (gate / str(mine)).touch()
+        while len(list(gate.iterdir())) < 3:
+            time.sleep(0.01)
+        return []
+    theirs = float(incumbent.tags["accept_length"])
+    return [] if mine > theirs else [f"{mine} does not beat {theirs}"]
+
+outcome = registry.promote("tiny", "L4", model, better, {"accept_length": mine})
+print(outcome.promoted)
+"""
+
+
+@pytest.mark.slow
+def test_promotions_at_once_cannot_both_win(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROMOTE, str(value), train(tmp_path, str(value)), str(gate)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for value in (1.0, 2.0, 3.0)
+    ]
+    won = [process.communicate(timeout=300)[0].strip() for process in processes]
+    assert won[2] == "True", "the best is never refused"
+    found = sorted(registry.versions("tiny"), key=lambda version: int(version.version))
+    values = [float(version.tags["accept_length"]) for version in found]
+    assert values == sorted(set(values)), "each promotion beat the champion of its moment"
+    assert len(values) == won.count("True")
+    champion = registry.champion("tiny", "L4")
+    assert champion is not None and champion.tags["accept_length"] == "3.0"
+
+
+LOCKED = """
+import sys, time
+from pathlib import Path
+from xsd.tracking import registry
+inside, log = Path(sys.argv[1]), []
+for _ in range(3):
+    with registry._server_lock("xsd-tiny-L4"):
+        log.append(inside.exists())
+        inside.touch()
+        time.sleep(0.05)
+        inside.unlink()
+print(any(log))
+"""
+
+
+@pytest.mark.slow
+def test_the_server_s_lock_holds_one_at_a_time(tmp_path: Path) -> None:
+    """The lock between machines, on any store: here two processes that share no file lock."""
+    command = [sys.executable, "-c", LOCKED, str(tmp_path / "inside")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=300)[0].strip() for process in processes] == ["False"] * 2
+
+
+def test_a_dead_holder_s_lock_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = store.client()
+    gone = store.this_process().replace(f":{os.getpid()}:", ":999999999:")
+    client.create_registered_model("m.lock", tags={"process": gone})
+    with registry._server_lock("m"):
+        pass
+    client.create_registered_model("m.lock", tags={"process": "elsewhere:1:1"})
+    monkeypatch.setattr(registry, "_LOCK_SECONDS", 0.2)
+    with pytest.raises(XsdError, match="another machine"), registry._server_lock("m"):
+        pass
+    late = time.time() + 61
+    monkeypatch.setattr(registry, "_LOCK_SECONDS", 60.0)
+    monkeypatch.setattr("xsd.tracking.registry.time.time", lambda: late)
+    with registry._server_lock("m"):
+        pass
 
 
 def test_an_altered_model_is_refused(tmp_path: Path) -> None:

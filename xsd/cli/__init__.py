@@ -44,7 +44,8 @@ COMMANDS: Final = {
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     """Run one command; returns the exit code.
 
-    A command module has ``HELP`` (one line), ``Config`` (a dataclass) and ``run(config)``.
+    A command module has ``HELP`` (one line), ``Config`` (a dataclass) and ``run(config)``; perhaps
+    ``POSITIONAL``, the fields that leading words without a flag are for.
     ``python -m xsd.commands.train`` is ``xsd train``: its tail calls ``main(command="train")``.
 
     Exit codes: 0; 2 for a user's mistake, told in one line; 130 after Ctrl-C; 143 after SIGTERM.
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     prog = f"xsd {command}"
     try:
         module = _module(command)
-        words, notes = seed_flags.translate(command, words)
+        words, notes = seed_flags.translate(command, _named(module, words))
         for note in notes:
             print(f"{prog}: {note}", file=sys.stderr)
         settings = config.parse(
@@ -89,6 +90,15 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
             raise
         return _refuse(prog, _OUTAGE)
     return 0
+
+
+def _named(module: ModuleType, words: list[str]) -> list[str]:
+    """Give leading words the names that the module has for them: ``show L4``."""
+    names = getattr(module, "POSITIONAL", ())
+    count = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    count = min(count, len(names))
+    given = zip(names, words[:count], strict=False)
+    return [text for name, word in given for text in (f"--{name}", word)] + words[count:]
 
 
 def _refuse(prog: str, message: str) -> int:

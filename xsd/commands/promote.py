@@ -58,7 +58,7 @@ def perform(config: Config) -> Product:
         "promote",
         config,
         resolve=resolve,
-        rooms=["adapters", "decoding", "metrics", "bench"],
+        rooms=["kernels", "adapters", "decoding", "metrics", "bench"],
         work=lambda run, inputs: _judge(run, inputs, config),
         tags={"level": config.level},
     )
@@ -118,7 +118,11 @@ class _Gate:
         self.inputs, self.tags, self.config = inputs, tags, config
         self.scores: dict[str, float] = {}
         """Accept lengths, as ``candidate`` and ``incumbent``."""
-        self.version_tags: dict[str, object] = {"val_digest": tags["val_digest"]}
+        self.version_tags: dict[str, object] = {
+            "val_digest": tags["val_digest"],
+            "dataset_digest": tags["data_digest"],
+            "metric": tags["selection_metric"],
+        }
 
     def __call__(self, incumbent: Any) -> list[str]:
         from xsd.adapters import checkpoint
@@ -129,9 +133,11 @@ class _Gate:
         try:
             # Finite weights and matching hashes are what loading demands.
             model = products.load(f"models:/{self.inputs['candidate'].model_id}")
-            adapter, _ = checkpoint.load(model.path, expect_level=self.tags["level"])
+            adapter, about = checkpoint.load(model.path, expect_level=self.tags["level"])
         except XsdError as error:
             return [str(error)]
+        widths = {name: getattr(adapter.config, name) for name in ("d_drafter", "d_verifier")}
+        self.version_tags |= {**widths, "sha256": about["sha256"]["best_model"]}
         if not adapter.deployable:
             return ["its attention sees the future, so it cannot draft live"]
         return self._worse(adapter, incumbent) or self._lossy(adapter, model.path)

@@ -157,10 +157,11 @@ class _Trials:
         tags |= {"mlflow.note.content": _listed(trial.params)}
         title = f"trial {trial.number}"
         try:
+            # The parent has the options that all trials share.
             with stage_run(
-                "trial", config.pair, resolved(config), tags=tags, name=title, parent=self.parent
+                "trial", config.pair, trial.params, tags=tags, name=title, parent=self.parent
             ) as child:
-                trial.note("run", child.uri)
+                trial.run = child.uri
                 data, best = self.data(config.conditioning), 0.0
                 adapter, reports = fit_reports(config, data)
                 for report in reports:
@@ -207,7 +208,7 @@ def _publish(run: Run, search: _Search) -> None:
     study = search.open()
     trials = _show(run, study)
     best = candidate(study)
-    kept = products.load(str(best.notes["run"]))
+    kept = products.load(best.run)
     adapter, _ = checkpoint.load(kept.path)
     config = replace(search.config, **best.params)
     metric = adapter.row.selection_metric
@@ -234,13 +235,18 @@ def _show(run: Run, study: Any) -> Any:
     parameters = sorted(
         {name for trial in study.get_trials(deepcopy=False) for name in trial.params}
     )
-    run.figure("history", plots.history(trials))
-    run.figure("parallel_coordinates", plots.parallel_coordinates(trials, parameters))
+    figures = {
+        "history": plots.history(trials),
+        "parallel_coordinates": plots.parallel_coordinates(trials, parameters),
+    }
     if not importance.empty:
         run.table("importance", importance)
-        run.figure("importance", plots.importance(importance))
+        figures["importance"] = plots.importance(importance)
     if "latency_ms" in trials:
-        run.figure("pareto", plots.pareto(trials))
+        figures["pareto"] = plots.pareto(trials)
+    for name, figure in figures.items():
+        # To be hovered over and filtered; a browser for stills would take longer than some sweeps.
+        run.figure(name, figure, still=False)
     complete = trials[trials["state"] == "complete"]
     for number, best in zip(complete["number"], complete["accept_length"].cummax(), strict=True):
         run.log({"best.accept_length": best}, step=int(number))

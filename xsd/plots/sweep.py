@@ -1,4 +1,4 @@
-"""Figures of a search, from ``search.study``'s frames: history, importance, what trades for what."""
+"""Figures of a search, from the frames of ``search.study``."""
 
 from __future__ import annotations
 

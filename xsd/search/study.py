@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import optuna
 import pandas as pd
+from filelock import FileLock
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -33,6 +34,7 @@ _STATES: Final = {
 }
 _MIN_TRIALS: Final = 4
 """Completed trials below which the importance of a parameter is a guess."""
+_OWN_JOURNAL: Final = "study.log"
 _SQLITE_SECONDS: Final = 120
 
 
@@ -43,8 +45,8 @@ class Candidate:
     number: int
     params: Mapping[str, Any]
     accept_length: float
-    notes: Mapping[str, Any]
-    """What its objective noted of it."""
+    run: str
+    """URI of what it left."""
 
 
 def storage_of(config: SearchConfig, folder: Path) -> str:
@@ -55,7 +57,7 @@ def storage_of(config: SearchConfig, folder: Path) -> str:
     """
     given = config.storage
     if given is None:
-        return os.environ.get(STORAGE_VARIABLE) or str(folder / "study.log")
+        return os.environ.get(STORAGE_VARIABLE) or str(folder / _OWN_JOURNAL)
     if "://" in given and _url(given).password:
         raise XsdError(f"--storage holds a password; put the URL into {STORAGE_VARIABLE} instead")
     return given
@@ -118,7 +120,7 @@ def candidate(study: optuna.Study) -> Candidate:
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         raise XsdError("no trial was completed; see the failed ones, or widen --space")
     best = max(study.best_trials, key=lambda trial: (trial.values[0], -trial.number))
-    return Candidate(best.number, best.params, best.values[0], best.user_attrs)
+    return Candidate(best.number, best.params, best.values[0], best.user_attrs["progress"]["run"])
 
 
 def leads(study: optuna.Study, values: Mapping[str, float]) -> bool:
@@ -146,6 +148,7 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     for trial in counted(study):
         reported = trial.intermediate_values
         values = trial.values or [max(reported.values())] if trial.values or reported else []
+        progress = trial.user_attrs.get("progress", {})
         began, ended = trial.datetime_start, trial.datetime_complete
         rows.append(
             {
@@ -153,10 +156,10 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
                 "state": state_of(trial),
                 **{name: float("nan") for name in names},
                 **dict(zip(names, values, strict=False)),
-                "num_epochs": trial.user_attrs.get("num_epochs", len(reported)),
+                "num_epochs": progress.get("num_epochs", 0),
                 "seconds": (ended - began).total_seconds() if began and ended else float("nan"),
                 "on_front": trial.number in front,
-                "run": trial.user_attrs.get("run", ""),
+                "run": progress.get("run", ""),
                 "reason": trial.user_attrs.get("reason", ""),
                 **trial.params,
             }
@@ -186,7 +189,24 @@ def importance_frame(study: optuna.Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-class _Numbered(BaseSampler):
+class _KernelLock:
+    """For a journal of this machine: costs no change of a folder, and dies with its process.
+
+    Optuna's own, by links, is for disks that machines share.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self._lock = FileLock(f"{journal}.lock")
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+class _Numbered(BaseSampler):  # type: ignore[misc]
     """TPE whose random numbers hang on the trial's number.
 
     So one process searches the same trials again from the same seed, and several processes, on
@@ -229,7 +249,8 @@ def _open(storage: str) -> BaseStorage:
     if "://" not in storage:
         path = Path(storage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path)))
+        lock = _KernelLock(path) if path.name == _OWN_JOURNAL else None
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     wait = {"timeout": _SQLITE_SECONDS} if _url(storage).drivername.startswith("sqlite") else {}
     return RDBStorage(storage, engine_kwargs={"connect_args": wait})
 

@@ -19,18 +19,15 @@ from xsd.types import EpochReport
 _POLL_SECONDS: Final = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trial:
     """What is to be tried."""
 
     number: int
     params: Mapping[str, Any]
     _study: optuna.Study
-    _trial: optuna.Trial
-
-    def note(self, name: str, value: str | float) -> None:
-        """Keep something beside the trial: ``run``, the URI of what it leaves."""
-        self._trial.set_user_attr(name, value)
+    run: str = ""
+    """URI of what it leaves: set by the objective, and kept by the study."""
 
     def leads(self, values: Mapping[str, float]) -> bool:
         """Whether no completed trial is as good in every objective."""
@@ -105,7 +102,7 @@ def _bury(study: optuna.Study, claims: Claims) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         process = trial.user_attrs.get("process")
         began = trial.datetime_start.timestamp() if trial.datetime_start else now
-        silent = now - trial.user_attrs.get("seen", began)
+        silent = now - trial.user_attrs.get("progress", {}).get("seen", began)
         if (process and claims.is_gone(process)) or silent > claims.stale_seconds:
             _tell_lost(study, trial)
 
@@ -131,7 +128,8 @@ def _claim(
 def _run(
     objective: Objective, study: optuna.Study, trial: optuna.Trial, metric: str
 ) -> TrialReport:
-    reports = objective(Trial(trial.number, trial.params, study, trial))
+    tried = Trial(trial.number, trial.params, study)
+    reports = objective(tried)
     best, num_epochs, reason = -math.inf, 0, ""
     state = TrialState.COMPLETE
     values: list[float] | None = None
@@ -146,6 +144,7 @@ def _run(
             num_epochs += 1
             # The kept checkpoint is the best epoch's, so a trial is judged by its best so far.
             best = max(report.val[metric], best)
+            _note_progress(trial, tried, num_epochs)
             if _falls_behind(study, trial, best, num_epochs):
                 state = TrialState.PRUNED
                 break
@@ -154,6 +153,7 @@ def _run(
     except XsdError as error:
         state, values, reason = TrialState.FAIL, None, str(error)
         trial.set_user_attr("reason", reason)
+        _note_progress(trial, tried, num_epochs)
     except BaseException:
         study.tell(trial, state=TrialState.FAIL)
         raise
@@ -170,10 +170,14 @@ def _run(
     )
 
 
+def _note_progress(trial: optuna.Trial, tried: Trial, num_epochs: int) -> None:
+    """In one go: processes that share a study wait for its storage."""
+    progress = {"num_epochs": num_epochs, "seen": time.time(), "run": tried.run}
+    trial.set_user_attr("progress", progress)
+
+
 def _falls_behind(study: optuna.Study, trial: optuna.Trial, best: float, num_epochs: int) -> bool:
     """Report an epoch; with several objectives there is no order, and nothing is pruned."""
-    trial.set_user_attr("seen", time.time())
-    trial.set_user_attr("num_epochs", num_epochs)
     if len(study.directions) > 1:
         return False
     trial.report(best, step=num_epochs)

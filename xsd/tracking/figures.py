@@ -21,12 +21,12 @@ class Figure(Protocol):
     def write_image(self, file: Path) -> None: ...
 
 
-def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``name.html`` and, where kaleido finds a browser, ``name.png`` into ``folder``."""
+def write_figure(figure: Figure, folder: Path, name: str, *, still: bool = True) -> list[Path]:
+    """Write ``name.html`` and, if ``still`` and a browser is found, ``name.png``."""
     html = folder / f"{name}.html"
     with atomic_path(html) as temporary:
         figure.write_html(temporary, include_plotlyjs=True)
-    if not _browser_found():
+    if not still or not _browser_found():
         return [html]
     image = folder / f"{name}.png"
     with atomic_path(image) as temporary, warnings.catch_warnings():

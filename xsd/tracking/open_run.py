@@ -17,7 +17,7 @@ from xsd.errors import XsdError
 from xsd.files import sha256_file, sha256_json, write_json
 from xsd.tracking import store, writes
 from xsd.tracking.artifacts import local_folder, place
-from xsd.tracking.credentials import redacted
+from xsd.tracking.credentials import redacted, redactor
 from xsd.tracking.figures import Figure, write_figure
 from xsd.tracking.products import MANIFEST
 from xsd.tracking.spool import Outbox
@@ -71,19 +71,22 @@ class Run:
         """The artifact folder, if it is one of this machine."""
         return local_folder(self.artifact_uri)
 
-    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+    def log(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
         """Buffer metrics. ``accept@0.90`` becomes ``accept_90``; values that are not finite are
         left out of the curve and named in the tag ``xsd.not_finite``."""
         with self._lock:
-            self._metrics += self._points(metrics, step)
+            self._metrics += self._points(metrics, step, model_id)
             if len(self._metrics) >= BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self.flush()
 
-    def _points(self, metrics: Mapping[str, float], step: int) -> list[PointOfCurve]:
+    def _points(
+        self, metrics: Mapping[str, float], step: int, model_id: str | None = None
+    ) -> list[PointOfCurve]:
         now_ms = int(time.time() * 1000)
         keyed = {re.sub(r"@0?\.", "_", name): float(value) for name, value in metrics.items()}
         self._non_finite |= {key for key, value in keyed.items() if not math.isfinite(value)}
-        return [(key, value, now_ms, step) for key, value in keyed.items() if math.isfinite(value)]
+        finite = {key: value for key, value in keyed.items() if math.isfinite(value)}
+        return [(key, value, now_ms, step, model_id) for key, value in finite.items()]
 
     def flush(self) -> None:
         """Write what is buffered, in one go."""
@@ -95,14 +98,13 @@ class Run:
 
     def params(self, config: Mapping[str, object]) -> None:
         """Buffer a resolved configuration under ``cfg.``: bare names are MLproject's raw values."""
+        hide = redactor()
         for name, value in config.items():
-            self._params[f"cfg.{name}"] = redacted(str(value))[:_VALUE_LENGTH] or "''"
+            self._params[f"cfg.{name}"] = hide(str(value))[:_VALUE_LENGTH] or "''"
 
     def tag(self, tags: Mapping[str, object]) -> None:
         """Buffer tags; None is left out."""
-        for name, value in tags.items():
-            if value is not None:
-                self._tags[name] = redacted(str(value))[:_TAG_LENGTH]
+        self._tags |= as_tags(tags)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep one file; hard-linked where the store is local, so it takes no second space.
@@ -133,18 +135,21 @@ class Run:
                 below = (Path(folder or ".") / relative.parent).as_posix()
                 self.artifact(path, None if below == "." else below)
 
-    def figure(self, name: str, figure: Figure, output_dir: Path | None = None) -> list[Path]:
-        """Keep a plotly figure as ``figures/<name>.html`` (and .png where a browser is found).
+    def figure(
+        self, name: str, figure: Figure, output_dir: Path | None = None, *, still: bool = True
+    ) -> list[Path]:
+        """Keep a plotly figure as ``figures/<name>.html`` and, if ``still``, as .png where a
+        browser is found.
 
         Returns the files in ``output_dir``; empty if none was given.
         """
         if output_dir is not None:
-            written = write_figure(figure, output_dir, name)
+            written = write_figure(figure, output_dir, name, still=still)
             for path in written:
                 self.artifact(path, "figures")
             return written
         with tempfile.TemporaryDirectory() as folder:
-            for path in write_figure(figure, Path(folder), name):
+            for path in write_figure(figure, Path(folder), name, still=still):
                 self.artifact(path, "figures")
         return []
 
@@ -182,12 +187,13 @@ class Run:
             The id of the model, whose URI is ``models:/<id>``; None: the server is away, and the
             model is made when it is back.
         """
+        hide = redactor()
         write = writes.model(
             self.experiment_id,
             name,
             files,
-            {key: redacted(str(value))[:_VALUE_LENGTH] for key, value in (params or {}).items()},
-            {key: redacted(str(value)) for key, value in (tags or {}).items()},
+            {key: hide(str(value))[:_VALUE_LENGTH] for key, value in (params or {}).items()},
+            {key: hide(str(value)) for key, value in (tags or {}).items()},
             self._points(metrics or {}, step),
         )
         return self.outbox.send(write)
@@ -218,3 +224,11 @@ class Run:
         kept = {name: at for name, at in self.manifest.items() if not name.startswith("figures/")}
         self.tag({"xsd.digest": sha256_json(kept) if kept else None})
         self.tag({"xsd.num_bytes": sum(entry["num_bytes"] for entry in self.manifest.values())})
+
+
+def as_tags(values: Mapping[str, object]) -> dict[str, str]:
+    """Texts that MLflow takes, without credentials; None is left out."""
+    hide = redactor()
+    return {
+        name: hide(str(value))[:_TAG_LENGTH] for name, value in values.items() if value is not None
+    }

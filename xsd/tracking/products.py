@@ -162,7 +162,7 @@ def _fetched(run: Run, subfolder: str) -> Path:
     What a finished run has is fetched once; ``xsd gc`` lists the copies.
     """
     client = store.client()
-    folder = downloads() / run.info.run_id
+    folder = downloads() / str(run.info.run_id)
     whole = folder / ".whole"
     if whole.is_file():
         return folder
@@ -186,7 +186,7 @@ def _fetched(run: Run, subfolder: str) -> Path:
 def _fetched_model(model_id: str) -> Path:
     import mlflow
 
-    folder = downloads() / model_id
+    folder = downloads() / str(model_id)
     with store.lock(f"download-{model_id}"):
         if not folder.is_dir():
             temporary = folder.with_name(f".{model_id}.{os.getpid()}.tmp")

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from xsd.tracking import spool, store, writes
-from xsd.tracking.open_run import Run
+from xsd.tracking.open_run import Run, as_tags
 
 if TYPE_CHECKING:
     from mlflow.entities import RunInfo
@@ -74,7 +74,8 @@ def stage_run(
     Raises:
         XsdError: the tracking server does not answer.
     """
-    run = _open(stage, pair, parent, name or _run_name(stage, tags))
+    told = {**_context_tags(stage, pair), **_input_tags(inputs), **(tags or {})}
+    run = _open(stage, pair, parent, name or _run_name(stage, tags), told)
     token = _active.set(run)
     status = "FAILED"
     killing: tuple[type[BaseException], ...] = (
@@ -86,9 +87,7 @@ def stage_run(
     try:
         with _terminating():
             run.params(config)
-            run.tag({**_context_tags(stage, pair), **_input_tags(inputs), **(tags or {})})
             _link_models(run, inputs)
-            run.flush()
             yield run
             run.finish_manifest()
         # Set last: a run found by its key is complete.
@@ -123,13 +122,13 @@ def connect(run: Run, inputs: Mapping[str, Product], key: str) -> None:
     run.flush()
 
 
-def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:
+def _open(stage: str, pair: str, parent: str | None, name: str, told: Mapping[str, object]) -> Run:
     client = store.client()
     joined = os.environ.pop("MLFLOW_RUN_ID", None)
     outer = active()
     if joined:
         info = client.get_run(joined).info
-        client.set_tag(joined, "mlflow.runName", name)
+        told = {**told, "mlflow.runName": name}
     else:
         parent = parent or (outer.run_id if outer else None)
         if outer and parent == outer.run_id:
@@ -140,10 +139,14 @@ def _open(stage: str, pair: str, parent: str | None, name: str) -> Run:
             spool.deliver_pending(client)
             experiment = store.experiment_id(pair)
             reap(client, experiment)
-        tags = {"mlflow.user": store.user(), "mlflow.parentRunId": parent}
-        tags = {name: value for name, value in tags.items() if value is not None}
+        own = {"mlflow.user": store.user(), "mlflow.parentRunId": parent}
+        tags = as_tags({**own, **told})
         info = _create(client, experiment, tags, name, within=outer is not None)
-    return Run(client, info.run_id, info.experiment_id, stage, pair, info.artifact_uri)
+    run = Run(client, info.run_id, info.experiment_id, stage, pair, info.artifact_uri)
+    if joined:
+        run.tag(told)
+        run.flush()
+    return run
 
 
 def _create(

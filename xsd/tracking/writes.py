@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Write = Mapping[str, Any]
 """``kind``, and the arguments of what below has its name. JSON can hold it."""
 
-PointOfCurve = tuple[str, float, int, int]
-"""Key, value, timestamp in ms, step."""
+PointOfCurve = tuple[str, float, int, int, str | None]
+"""Key, value, timestamp in ms, step, and the logged model that it is of."""
 
 BATCH: Final = 1000
 _PARAMS_BATCH: Final = 100
@@ -105,7 +105,9 @@ def _send_batch(client: MlflowClient, run_id: str, write: Write) -> None:
 def _points(points: Sequence[Sequence[Any]], model_id: str | None = None) -> list[Metric]:
     from mlflow.entities import Metric
 
-    return [Metric(key, value, at, step, model_id=model_id) for key, value, at, step in points]
+    return [
+        Metric(key, value, at, step, model_id=model_id or of) for key, value, at, step, of in points
+    ]
 
 
 def _send_dataset(client: MlflowClient, run_id: str, write: Write) -> None:
