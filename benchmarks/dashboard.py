@@ -2,9 +2,9 @@
 
     python benchmarks/dashboard.py [--num_runs 1000] [--store FOLDER]
 
-Prints milliseconds: reading all runs, looking again, and the overview page with what precedes it, in
-a fresh process of Python whose imports are told apart. The mix of runs is that of three months of
-work: half are trials, a twentieth are benchmarks of 22 configs.
+Prints milliseconds: reading all runs, the overview page, and looking again. Imports are told
+truly by a second run with the same store. The mix of runs is that of months of work: half are
+trials, a twentieth are benchmarks of 22 configs.
 """
 
 from __future__ import annotations

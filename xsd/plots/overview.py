@@ -183,7 +183,7 @@ def agreement(frame: pd.DataFrame) -> go.Figure:
     )
     made.add_vline(x=1, line={"color": INK, "width": 1, "dash": "dot"})
     for row in rows.itertuples():
-        line = {"color": rgba(KIND_COLOURS[row.kind], 0.5), "width": 3}
+        line = {"color": rgba(KIND_COLOURS[str(row.kind)], 0.5), "width": 3}
         ends = {"x0": row.modelled, "x1": row.measured, "y0": row.strategy, "y1": row.strategy}
         made.add_shape(type="line", line=line, layer="below", **ends)
     for name, part in rows.groupby("kind", sort=False):
@@ -237,7 +237,7 @@ def _config(level_name: str) -> str:
 def _strategies(run: Mapping[Any, Any]) -> list[str]:
     """Names of a benchmark's configs, from its configuration."""
     control = run.get("cfg.control")
-    control = None if control in (None, "null") else str(control)
+    control = None if control is None or pd.isna(control) or control == "null" else str(control)
     try:
         found = parse_all(str(run.get("cfg.configs")), 1, control)
     except XsdError:  # a run of another version: its newer or older configs are unknown here

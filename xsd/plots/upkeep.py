@@ -40,8 +40,9 @@ def storage(frame: pd.DataFrame) -> go.Figure:
     )
     made.add_bar(x=shown["num_bytes"], y=shown["stage"], orientation="h", marker_color=BLUE)
     made.update_traces(hovertemplate="%{y}: %{x:.3s}B<extra></extra>")
-    for row in shown.itertuples():
-        label(made, row.num_bytes, row.stage, f"{size_text(row.num_bytes)}, {row.num_runs} runs")
+    columns = (shown[name].tolist() for name in ("stage", "num_bytes", "num_runs"))
+    for stage, num_bytes, num_runs in zip(*columns, strict=True):
+        label(made, num_bytes, stage, f"{size_text(num_bytes)}, {num_runs} runs")
     made.update_yaxes(categoryorder="array", categoryarray=list(shown["stage"])[::-1])
     made.update_yaxes(showgrid=False)
     made.update_xaxes(title="bytes", rangemode="tozero", exponentformat="SI")
