@@ -62,6 +62,8 @@ def build(runs: Archive, ui: str | None = None) -> Dash:
 
 
 def _layout(runs: Archive) -> Part:
+    """What a reader who opens or reloads the page gets: the runs as they are by then."""
+    runs.refresh()
     frame = runs.runs()
     pairs = sorted(filter(None, set(frame["pair"])))
     days = sorted(frame["started"].astype(str).str[:10]) or [None]

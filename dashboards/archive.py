@@ -215,7 +215,9 @@ def _scene(dataset: str, scene_key: str) -> Any:
     from xsd.scenes.layout import INDEX_NAME, LINK_NAME
 
     if not dataset.startswith("runs:/"):
-        return next(scene for scene in load_index(Path(dataset)) if scene.key == scene_key)
+        folder = Path(dataset)
+        folder = folder if (folder / INDEX_NAME).is_file() else folder / "scenes"
+        return next(scene for scene in load_index(folder) if scene.key == scene_key)
     run_id = dataset.removeprefix("runs:/").partition("/")[0]
     try:
         root = query.artifact(run_id, f"scenes/{INDEX_NAME}").parent.resolve()

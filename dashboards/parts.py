@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from dash import dcc, html
 
-from xsd.plots.timeline import Example, token_origins
+from xsd.plots.timeline import Example, plain_piece, token_origins
 
 Part = Any
 """A Dash component, or text."""
@@ -138,7 +138,7 @@ def answer(example: Example) -> Part:
     else:
         origins = token_origins(example.fast)
         text = [
-            html.Span(piece, className=f"token {origin}")
+            html.Span(plain_piece(piece), className=f"token {origin}")
             for piece, origin in zip(example.pieces, origins, strict=True)
         ]
     key = [

@@ -83,6 +83,14 @@ def test_a_sample_with_its_words_and_pictures(filled: Filled) -> None:
     assert archive.example(row, "E3_decode", f"{CLIP}/q1") is None
 
 
+def test_pictures_of_a_folder(filled: Filled) -> None:
+    from xsd.tracking import products
+
+    kept = products.load("runs:/" + filled["scenes"]).path
+    for folder in (kept, kept / "scenes"):
+        assert [len(images) for images in archive.pictures(str(folder), f"{CLIP}/q0")] == [2, 8]
+
+
 def test_pictures_out_of_reach_are_none(filled: Filled) -> None:
     assert archive.pictures("/nowhere", f"{CLIP}/q0") == ((), ())
     assert archive.pictures("runs:/" + filled["scenes"], "other/000009/q0") == ((), ())

@@ -237,7 +237,7 @@ def _config(level_name: str) -> str:
 def _strategies(run: Mapping[Any, Any]) -> list[str]:
     """Names of a benchmark's configs, from its configuration."""
     control = run.get("cfg.control")
-    control = None if control in (None, "null") else str(control)
+    control = None if control is None or pd.isna(control) or control == "null" else str(control)
     try:
         found = parse_all(str(run.get("cfg.configs")), 1, control)
     except XsdError:  # a run of another version: its newer or older configs are unknown here

@@ -259,13 +259,18 @@ def answer_html(example: Example) -> str:
         if length + len(piece) > _LINE and piece.startswith(" "):
             lines.append(line)
             line, length = "", 0
-        words = _END if re.fullmatch(_SPECIAL, piece) else escape(piece if line else piece.lstrip())
+        words = escape(plain_piece(piece if line else piece.lstrip()))
         colour = ORIGIN_COLOURS[origin]
         marked = (
             words if origin == "verifier" else f'<b><span style="color:{colour}">{words}</span></b>'
         )
         line, length = line + marked, length + len(piece)
     return "<br>".join([*lines, line])
+
+
+def plain_piece(piece: str) -> str:
+    """A token's text; the one that ends an answer becomes a sign."""
+    return _END if re.fullmatch(_SPECIAL, piece) else piece
 
 
 def _phase(what: str) -> str:

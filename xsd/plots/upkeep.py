@@ -40,8 +40,8 @@ def storage(frame: pd.DataFrame) -> go.Figure:
     )
     made.add_bar(x=shown["num_bytes"], y=shown["stage"], orientation="h", marker_color=BLUE)
     made.update_traces(hovertemplate="%{y}: %{x:.3s}B<extra></extra>")
-    columns = (shown[name].tolist() for name in ("num_bytes", "stage", "num_runs"))
-    for num_bytes, stage, num_runs in zip(*columns, strict=True):
+    columns = (shown[name].tolist() for name in ("stage", "num_bytes", "num_runs"))
+    for stage, num_bytes, num_runs in zip(*columns, strict=True):
         label(made, num_bytes, stage, f"{size_text(num_bytes)}, {num_runs} runs")
     made.update_yaxes(categoryorder="array", categoryarray=list(shown["stage"])[::-1])
     made.update_yaxes(showgrid=False)
