@@ -27,7 +27,7 @@ def test_everything_is_measured_and_written(
     assert engine.main([*SMALL, "--noise", "--only", only, "--json", str(tmp_path / "a.json")]) == 0
     found = read_json(tmp_path / "a.json")
     assert {"V(1)", "V(3)", "head chain of 4", "drafter prefill"} <= set(found["passes_ms"])
-    assert found["floor"]["floor_ms"] > 0 and found["overhead"]["num_operators"] > 10
+    assert found["floor"]["floor_ms"] > 0 and found["overhead"]["num_operators"] < 10
     assert found["peer"]["same"]["generate"] == 1 and found["peer_ratios"]["generate"] > 0
     assert [row["gamma"] for row in found["formula"]] == [1, 2]
     out = capsys.readouterr().out

@@ -37,6 +37,6 @@ def test_missing_checkpoints(workplace: Path, capsys: pytest.CaptureFixture[str]
     xsd("lm_head", *words, "--drafter", workplace, "--verifier", "nowhere", expect=2)
     assert "--verifier nowhere: no such folder" in capsys.readouterr().err
     xsd("lm_head", "--pair", "huge", expect=2)
-    assert "unknown pair 'huge'; choose one of tiny, eventgpt-video-llava" in (
+    assert "unknown pair 'huge'; choose one of tiny, lab, eventgpt-video-llava" in (
         capsys.readouterr().err
     )

@@ -167,7 +167,7 @@ def test_ours_become_published_ones(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["check", "x"], "'check': say one of verify, stats, convert, merge"),
+        (["check", "x"], "--action: 'check' is not one of verify, stats, convert, merge"),
         (["verify"], "xsd store verify SOURCE ...: name a store"),
         (["verify", "nowhere"], "no index.json there or right below"),
         (["verify", "nopro://x"], "Protocol not known: nopro"),

@@ -56,7 +56,7 @@ def test_conformance_finds_what_is_broken(media: Media, monkeypatch: pytest.Monk
 
 def test_names_that_are_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, message in (
-        ("no_such_module", r"unknown pair 'no_such_module'; choose one of tiny, eventgpt"),
+        ("no_such_module", r"unknown pair 'no_such_module'; choose one of tiny, lab, eventgpt"),
         ("tests.pairs.tokenizers", "has no PairSpec named PAIR"),
         ("not/a/name", "unknown pair 'not/a/name'"),
     ):
