@@ -186,7 +186,7 @@ class Bench:
     def _ways_of(self, strategy: Strategy) -> dict[Way, Speculator | None]:
         """Who drafts where a policy makes use of nothing of a strategy, a part, or all of it."""
         ways: dict[Way, Speculator | None] = {"plain": None}
-        if strategy.gap is not None and strategy.head is not None:
+        if strategy.gap is not None and strategy.head is not None and not goes_on(strategy):
             head_alone = replace(strategy, gap=None)
             if not needs_drafter(head_alone):
                 ways = {"head": self._speculator(head_alone)}
