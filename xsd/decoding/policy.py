@@ -177,26 +177,13 @@ class Adaptive(Policy):
         return next((way for way in ways if way != best and tried[way].is_due()), best)
 
     def learn_answer(self, way: Way, answer: Decoded) -> None:
-        num_tokens, drafted = len(answer.token_ids), answer.cycle_drafted
+        num_tokens = len(answer.token_ids)
         if way == "plain":
             self.rested(num_tokens - 1)
         if not self._is_timed or num_tokens < 2:
             return
-        # Whatever slows the machine at the moment slows the passes too, whose costs are known.
-        costs, pace, num_gap = self.costs, self.rule[3], max(0, answer.gap_drafted - 1)
-        expected_ms = sum(costs.verify(size + 1) for size in drafted)
-        if answer.drafting_ms:
-            expected_ms += len(drafted) * costs.cycle_ms
-        else:
-            levels = sum(size - 1 for size in drafted)
-            expected_ms += len(drafted) * pace[rules.FIRST_MS] + levels * pace[rules.LEVEL_MS]
-        expected_ms += costs.verify(num_gap + 1) if num_gap else 0.0
-        num_early = 1 + (answer.gap_accepted if num_gap else 0)
-        num_steps = num_tokens - num_early - len(drafted) - sum(answer.cycle_accepted)
-        expected_ms += max(0, num_steps) * costs.step
-        load = (answer.decode_ms - answer.drafting_ms) / expected_ms if expected_ms else 1.0
         tried = self._ways.setdefault(way, _Tried())
-        tried.times.append(answer.total_ms / (load * costs.plain_ms(num_tokens)))
+        tried.times.append(answer.total_ms / self.costs.plain_ms(num_tokens))
 
     def gap_size(self, size: int) -> int:
         # Positions that were never tried are thought as good as the last that was.
