@@ -25,6 +25,7 @@ import contextlib
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -49,11 +50,16 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def _do_not_wait(raw: Any, _: object) -> None:
+    """Waiting for the disk at every commit is what makes a test store slow."""
+    if isinstance(raw, sqlite3.Connection):
+        raw.execute("PRAGMA synchronous = OFF")
+
+
 @pytest.fixture(scope="session")
 def _initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initialised database: making one takes seconds, copying it none."""
-    # Waiting for the disk at every commit is what makes a test store slow.
-    event.listen(Engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous = OFF"))
+    event.listen(Engine, "connect", _do_not_wait)
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
