@@ -66,7 +66,7 @@ def _layout(runs: Archive) -> Part:
     runs.refresh()
     frame = runs.runs()
     pairs = sorted(filter(None, set(frame["pair"])))
-    days = sorted(frame["started"].astype(str).str[:10]) or [None]
+    days: list[str | None] = [*sorted(frame["started"].astype(str).str[:10])] or [None]
     fields = [
         html.Label(
             [html.Span("pair"), dcc.Dropdown(pairs, id="pair", placeholder="all pairs")],

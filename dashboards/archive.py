@@ -116,7 +116,7 @@ def newest_of(frame: pd.DataFrame, stage: str) -> dict[str, dict[str, Any]]:
     rows = frame[(frame["stage"] == stage) & (frame["status"] == "FINISHED")]
     found: dict[str, dict[str, Any]] = {}
     for row in rows.to_dict("records"):
-        found.setdefault(variant(row["tags"]), row)
+        found.setdefault(variant(row["tags"]), {str(name): value for name, value in row.items()})
     return found
 
 

@@ -126,13 +126,13 @@ def _headline(frame: pd.DataFrame, configs: pd.DataFrame, levels: pd.DataFrame) 
     found = {"runs": f"{len(frame):,}"}
     drafted = configs[~configs["kind"].isin(["plain", "control"])]
     if len(drafted):
-        best = drafted.loc[drafted["speedup"].idxmax()]
+        best = drafted.sort_values("speedup").iloc[-1]
         found[f"measured speedup of {best['strategy']}"] = f"{best['speedup']:.2f}{TIMES}"
         found["configs that keep every answer"] = f"{configs['lossless'].sum()} of {len(configs)}"
     for phase, text in (("gap", "drafts in a row"), ("decode", "tokens a verifier call")):
         rivals = levels[levels["phase"] == phase].dropna(subset="accept_length")
         if len(rivals):
-            best = rivals.loc[rivals["accept_length"].idxmax()]
+            best = rivals.sort_values("accept_length").iloc[-1]
             found[f"{text}: {best['level']}, offline"] = f"{best['accept_length']:.2f}"
     return found
 
