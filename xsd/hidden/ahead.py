@@ -17,7 +17,11 @@ def ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
     """
     end: object = object()
     with ThreadPoolExecutor(1, "xsd-ahead") as thread:
-        waiting = deque(thread.submit(next, items, end) for _ in range(depth))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(thread.submit(next, items, end))
-            yield item  # type: ignore[misc]
+        try:
+            waiting = deque(thread.submit(next, items, end) for _ in range(depth))
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, items, end))
+                yield item  # type: ignore[misc]
+        finally:
+            # An abandoned iteration waits for nothing that was not begun.
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +12,7 @@ from xsd.adapters.base import Streams
 from xsd.adapters.catalog import Level
 from xsd.adapters.collate import Answers
 from xsd.errors import XsdError
+from xsd.hidden.ahead import ahead
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.store import HiddenStore
 from xsd.learning.cpu import product
@@ -27,9 +25,6 @@ ALIKE = 4
 to a batch's longest answer."""
 _AHEAD = 2
 """Ordered batches that are read before they are asked for."""
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +117,7 @@ class TrainBatches:
                 skip -= num
             else:
                 windows.append(window)
-        for window, held in zip(windows, _read_ahead(self._hold, windows, 1), strict=True):
+        for window, held in zip(windows, ahead(map(self._hold, windows)), strict=True):
             for pool in window:
                 by_length = sorted(pool.keys, key=lambda key: _length(held[key]))
                 for number in pool.order:
@@ -206,7 +201,7 @@ class OrderedBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Streams]:
-        return _read_ahead(self._read, self.batches, _AHEAD)
+        return ahead(map(self._read, self.batches), _AHEAD)
 
     def _read(self, keys: Sequence[str]) -> Streams:
         streams = _answers(self._store, self._row, self._head, keys).batch()
@@ -241,18 +236,3 @@ def _answers(
 def _length(held: tuple[Answers, int]) -> int:
     answers, number = held
     return answers.lengths[number]
-
-
-def _read_ahead(read: Callable[[A], B], items: Iterable[A], num: int) -> Iterator[B]:
-    """What ``read`` makes of the items, in order; a thread is ``num`` of them ahead."""
-    items = iter(items)
-    with ThreadPoolExecutor(1) as reader:
-        try:
-            coming = [reader.submit(read, item) for item in islice(items, num)]
-            while coming:
-                made = coming.pop(0).result()
-                coming += [reader.submit(read, item) for item in islice(items, 1)]
-                yield made
-        finally:
-            # An abandoned iteration waits for nothing that was not begun.
-            reader.shutdown(wait=False, cancel_futures=True)
