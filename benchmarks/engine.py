@@ -232,8 +232,11 @@ class Bench:
             yield StreamSpeculator(self.party(strategy, None), self.device)
             return
         decoding = DecodingConfig(max_new_tokens=self.options.max_new_tokens)
-        setup = WorkerSetup(self.config, {}, {}, decoding, self.max_prompt, num_threads=1)
-        with DrafterProcess(setup, self.verifier) as process:
+        image_bytes = max(sum(i.nbytes for i in media.event_images) for media, _ in self.asked)
+        setup = WorkerSetup(
+            self.config, {}, decoding, self.max_prompt, image_bytes=image_bytes, num_threads=1
+        )
+        with DrafterProcess(setup, self.drafter, self.verifier) as process:
             yield ProcessSpeculator(strategy, process, None)
 
     # ------------------------------------------------------------ measured against the formula

@@ -23,7 +23,7 @@ def test_everything_is_measured_and_written(
     monkeypatch.setattr(engine, "ROWS", range(1, 4))
     monkeypatch.setattr(engine, "ALPHAS", (0.5,))
     monkeypatch.setattr(engine, "GAMMAS", range(1, 3))
-    only = "passes,overhead,peer,formula"
+    only = "passes,overhead,peer,contention,formula"
     assert engine.main([*SMALL, "--noise", "--only", only, "--json", str(tmp_path / "a.json")]) == 0
     found = read_json(tmp_path / "a.json")
     assert {"V(1)", "V(3)", "head chain of 4", "drafter prefill"} <= set(found["passes_ms"])
