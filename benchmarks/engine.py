@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,17 +43,39 @@ from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.peer import Peer
 from xsd.scenes.questions import QUESTIONS
-from xsd.speedup import Costs
 from xsd.types import Strategy
 
 ROWS = range(1, 65)
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
+CERTAIN = (0.0, 1.0)
+"""Rates that costs are taken from."""
 GAMMAS = range(1, 9)
 MAX_COPY_BYTES = 1 << 30
 UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NotImplementedError)
 """What transformers raises where two models cannot assist each other."""
 
 Times = dict[str, list[float]]
+
+
+class Spent(NamedTuple):
+    """What an answer's decoding took."""
+
+    decode_ms: float
+    drafted: list[int]
+    """Of every cycle."""
+    num_steps: int
+    """Passes without drafts."""
+
+
+def cycle_costs(answers: Sequence[Spent], step_ms: float) -> tuple[float, dict[int, float]]:
+    """Milliseconds once an answer, and of a cycle by how many drafts it has: least squares of the
+    relative errors."""
+    sizes = sorted({count for answer in answers for count in answer.drafted})
+    counts = np.array([[1, *map(answer.drafted.count, sizes)] for answer in answers], float)
+    times = np.array([answer.decode_ms for answer in answers])
+    rest = times - step_ms * np.array([answer.num_steps for answer in answers])
+    found, *_ = np.linalg.lstsq(counts / times[:, None], rest / times, rcond=None)
+    return float(found[0]), dict(zip(sizes, found[1:].tolist(), strict=True))
 
 
 class Bench:
@@ -244,7 +266,11 @@ class Bench:
     def formula(self) -> list[dict[str, float]]:
         """Decode speedup at given acceptance rates, beside the one that costs and counts give.
 
-        A sample's drafts are the same in every repeat, its times and costs medians over repeats.
+        A sample's drafts are the same in every repeat, its times medians over repeats. The costs
+        come from answers of their own: a step from plain ones; a cycle of n drafts, and what an
+        answer's first cycles take longer while its weights come back to the caches, from those
+        in which no draft holds and those in which each does. Times of the answers that are
+        compared are in none of them, only their counts.
         """
         rows = [self.formula_of_sample(index) for index in range(len(self.asked))]
         found = []
@@ -256,56 +282,56 @@ class Bench:
                     "gamma": point[1],
                     "tau": total["said"] / total["calls"],
                     "measured": total["plain_ms"] / total["spent_ms"],
-                    "formula": total["steps_ms"] / total["cycles_ms"],
+                    "formula": total["plain_ms"] / total["costs_ms"],
+                    "cycle_ms": total["cycle_ms"] / len(rows),
+                    "first_ms": total["first_ms"] / len(rows),
                 }
             )
         return found
 
     def formula_of_sample(self, index: int) -> dict[tuple[float, int], dict[str, float]]:
         asked, known = self.asked[index], Known()
-        grid = list(itertools.product(ALPHAS, GAMMAS))
-        works = {str(r): self.verify("verifier", r) for r in range(1, max(GAMMAS) + 2)}
-        pass_ms: Times = {rows: [] for rows in works}
-        plain_ms: list[float] = []
-        always = OracleHead(known, [1.0], self.verifier.vocab_size, 0)
-        sure = self.party(Strategy("oracle", head="oracle", gamma=max(GAMMAS)), always)
-        oracle: list[Decoded] = []
-        decoded: dict[tuple[float, int], list[Decoded]] = {point: [] for point in grid}
+        known.answer = self.engine.plain(*asked).token_ids
+        num_said = len(known.answer) - 1
+        plain: list[float] = []
+        decoded: dict[tuple[float, int], list[Decoded]] = {
+            point: [] for point in itertools.product((*CERTAIN, *ALPHAS), GAMMAS)
+        }
         for _ in range(self.options.formula_repeats):
-            for rows, times in interleaved(works, self.device, 5, 1, settle=1).items():
-                pass_ms[rows] += times
-            for alpha, gamma in grid:
-                if gamma % 4 == 1:
-                    plain = self.engine.plain(*asked)
-                    known.answer = plain.token_ids
-                    plain_ms.append(plain.decode_ms)
-                    oracle.append(self.engine.speculate(*asked, sure, max(GAMMAS)))
-                head = OracleHead(known, [alpha], self.verifier.vocab_size, 100 * index + gamma)
-                party = self.party(Strategy("synthetic", head="synthetic:", gamma=gamma), head)
-                decoded[alpha, gamma].append(self.engine.speculate(*asked, party, gamma))
-        medians = {int(rows): statistics.median(times) for rows, times in pass_ms.items()}
-        num_said = len(oracle[0].token_ids) - 1
-        # Plain steps that are made in one call are cheaper than passes in calls of their own.
-        step_ms = min(medians[1], statistics.median(plain_ms) / num_said)
-        costs = Costs(step_ms, 0.0, 0.0, 1.0, 0.0, {**medians, 1: step_ms})
-        # What cycles take beside their passes, where drafts come for nothing.
-        drafted = oracle[0].cycle_drafted
-        passes_ms = costs.cycles_ms(drafted, 0)
-        loop_ms = statistics.median(answer.decode_ms for answer in oracle) - passes_ms
-        cycle_ms = max(0.0, loop_ms / max(1, len(drafted)))
-        found = {}
-        for point, answers in decoded.items():
-            drafted, accepted = answers[0].cycle_drafted, answers[0].cycle_accepted
-            num_steps = max(0, num_said - sum(accepted) - len(accepted))
-            found[point] = {
-                "plain_ms": statistics.median(plain_ms),
-                "spent_ms": statistics.median(answer.decode_ms for answer in answers),
-                "steps_ms": num_said * costs.step_ms,
-                "cycles_ms": costs.cycles_ms(drafted, num_steps) + len(drafted) * cycle_ms,
+            for gamma in GAMMAS:
+                # What is compared is measured side by side.
+                plain.append(self.engine.plain(*asked).decode_ms)
+                for alpha in (*CERTAIN, *ALPHAS):
+                    head = OracleHead(known, [alpha], self.verifier.vocab_size, 100 * index + gamma)
+                    party = self.party(Strategy("synthetic", head="synthetic:", gamma=gamma), head)
+                    decoded[alpha, gamma].append(self.engine.speculate(*asked, party, gamma))
+        plain_ms = statistics.median(plain)
+        spent = {
+            point: Spent(
+                statistics.median(answer.decode_ms for answer in answers),
+                answers[0].cycle_drafted,
+                num_said - sum(answers[0].cycle_accepted) - len(answers[0].cycle_accepted),
+            )
+            for point, answers in decoded.items()
+        }
+        step_ms = plain_ms / num_said
+        known_costs = [spent[alpha, gamma] for alpha in CERTAIN for gamma in GAMMAS]
+        first_ms, cycle_ms = cycle_costs(known_costs, step_ms)
+        return {
+            (alpha, gamma): {
+                "plain_ms": plain_ms,
+                "spent_ms": spent[alpha, gamma].decode_ms,
+                "costs_ms": first_ms
+                + sum(cycle_ms[count] for count in spent[alpha, gamma].drafted)
+                + spent[alpha, gamma].num_steps * step_ms,
+                "cycle_ms": cycle_ms[gamma],
+                "first_ms": first_ms,
                 "said": num_said,
-                "calls": len(drafted) + num_steps,
+                "calls": len(spent[alpha, gamma].drafted) + spent[alpha, gamma].num_steps,
             }
-        return found
+            for alpha in ALPHAS
+            for gamma in GAMMAS
+        }
 
     def party(self, strategy: Strategy, head: Any) -> LocalSpeculator:
         return LocalSpeculator(
@@ -456,6 +482,8 @@ def show_formula(rows: Sequence[dict[str, float]]) -> float:
         cells = [row for row in rows if row["alpha"] == alpha]
         line = "".join(f"{row['measured']:.2f}/{row['formula']:.2f}".ljust(16) for row in cells)
         print(f"  {alpha:<7}{line}")
+    cycles = ", ".join(f"{row['cycle_ms']:.3f}" for row in rows[: len(GAMMAS)])
+    print(f"  costs, ms: a cycle by gamma {cycles}; once an answer {rows[0]['first_ms']:.3f}")
     worst = max(abs(row["measured"] / row["formula"] - 1) for row in rows)
     print(f"  largest difference {worst:.1%}; bar: within 10%: {'yes' if worst <= 0.1 else 'NO'}")
     return worst
@@ -471,7 +499,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--num_samples", type=int, default=8, help="clips, a question each")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of every measurement")
-    parser.add_argument("--formula_repeats", type=int, default=5)
+    parser.add_argument("--formula_repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="of this process, on a CPU")
     parser.add_argument("--noise", action="store_true", help="noise in place of rendered scenes")
     parser.add_argument("--adapter", type=Path, help="folder of an E1; else random weights")
