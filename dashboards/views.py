@@ -20,6 +20,7 @@ from xsd.tracking.store import run_link
 CONFIG_COLUMNS = (
     Column("strategy", "config"),
     Column("speedup", "speedup", "{:.2f}" + TIMES),
+    Column("modelled_speedup", "modelled", "{:.2f}" + TIMES),
     Column("ratio_p5", "p5", "{:.2f}"),
     Column("ratio_p95", "p95", "{:.2f}"),
     Column("tau", "tau", "{:.2f}"),
@@ -28,7 +29,9 @@ CONFIG_COLUMNS = (
     Column("prefill_ms", "prefill ms", "{:.1f}"),
     Column("decode_ms", "decode ms", "{:.1f}"),
     Column("total_ms", "total ms", "{:.1f}"),
+    Column("time_p95", "time p95", "{:.2f}"),
     Column("share_slower", "slower", "{:.0%}"),
+    Column("share_drafting", "drafting", "{:.0%}"),
     Column("verdict", "lossless"),
     Column("started", "measured", "{:%d %b %H:%M}"),
 )

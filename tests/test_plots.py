@@ -19,6 +19,8 @@ from xsd.plots import clock, learning, offline, style, timeline
 from xsd.speedup import Costs
 from xsd.types import EpochReport, Span, Trace
 
+VISION = 12.0
+
 
 def trace(strategy: str, sample: str, total_ms: float, **changes: object) -> Trace:
     made = Trace(
@@ -29,7 +31,7 @@ def trace(strategy: str, sample: str, total_ms: float, **changes: object) -> Tra
         token_ids=(5, 6, 7, 8, 9, 2),
         text="a road and a car",
         prefill_ms=40.0,
-        decode_ms=total_ms - 42.0,
+        decode_ms=total_ms - 40.0,
         total_ms=total_ms,
         num_free=0,
         gap_drafted=0,
@@ -38,7 +40,8 @@ def trace(strategy: str, sample: str, total_ms: float, **changes: object) -> Tra
         cycle_accepted=(),
         first_difference=None,
         timeline=(
-            Span("verifier", "prefill", 0.0, 40.0),
+            Span("verifier", "vision", 0.0, VISION),
+            Span("verifier", "prefill", VISION, 40.0),
             Span("verifier", "decode", 40.0, total_ms),
         ),
     )
@@ -55,8 +58,10 @@ FAST = {
         Span("drafter", "prefill", 1.0, 10.0),
         Span("drafter", "draft", 10.0, 12.0),
         Span("drafter", "draft", 12.0, 14.0),
-        Span("verifier", "prefill", 0.0, 40.0),
+        Span("verifier", "vision", 0.0, VISION),
+        Span("verifier", "prefill", VISION, 40.0),
     ),
+    "drafting_ms": 5.0,
 }
 TRACES = [
     trace("vl_baseline", "a", 100.0),
@@ -143,7 +148,11 @@ class TestFrames:
         frame = clock.timing_frame(TRACES)
         sums = frame.groupby("strategy")["ms"].sum()
         assert sums["vl_baseline"] == 150 and sums["X1+E3"] == 105
-        assert frame[frame["part"] == "prefill"]["ms"].tolist() == [40, 40]
+        part = frame.set_index(["part", "strategy"])["ms"]
+        assert part["vision"].tolist() == [VISION, VISION]
+        assert part["prefill"].tolist() == [40 - VISION, 40 - VISION]
+        assert part["drafting", "X1+E3"] == 5
+        assert part["verifying", "X1+E3"] == sums["X1+E3"] - 40 - 5
 
     def test_acceptance_names_the_origin_of_every_token(self) -> None:
         frame = clock.acceptance_frame(TRACES)

@@ -81,9 +81,25 @@ class TestMeasured:
         fast = [trace("E1", "a", t, repeat=r) for r, t in enumerate((55.0, 500.0, 50.0))]
         assert row([*plain, *fast], "E1")["speedup"] == pytest.approx(110 / 55)
 
-    def test_only_shared_repeats_are_compared(self) -> None:
-        plain = [trace("vl_baseline", "a", t, repeat=r) for r, t in enumerate((100.0, 900.0))]
-        assert row([*plain, trace("E1", "a", 50.0)], "E1")["speedup"] == 2
+    def test_a_sample_that_failed_once_of_many_times_is_out_and_counted(self) -> None:
+        plain = [trace("vl_baseline", key, 100.0, repeat=r) for key in "ab" for r in range(3)]
+        fast = [trace("E1", "a", 50.0, repeat=r) for r in range(3)]
+        once = trace("E1", "b", 1.0, repeat=1)
+        got = row([*plain, *fast, once], "E1")
+        assert (got["num_samples"], got["num_failed"], got["speedup"]) == (1, 1, 2)
+        # And plain decoding's own failure takes every config's sample with it.
+        got = row([*plain[:-1], *fast, *(replace(t, sample_key="b") for t in fast)], "E1")
+        assert (got["num_samples"], got["num_failed"]) == (1, 1)
+
+    def test_modelled_stands_beside_measured_and_never_mixes(self) -> None:
+        plain = [replace(one, modelled_ms=90.0) for one in PLAIN]
+        fast = [trace("E1", key, 50.0, modelled_ms=60.0, drafting_ms=7.0) for key in "ab"]
+        got = row([*plain, *fast], "E1")
+        assert (got["modelled_speedup"], got["speedup"]) == (1.5, 4.0)
+        assert got["drafting_ms"] == 7
+        assert math.isnan(
+            row([*plain, replace(fast[0], modelled_ms=None), fast[1]], "E1")["modelled_speedup"]
+        )
 
     def test_acceptance(self) -> None:
         head = trace(

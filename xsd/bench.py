@@ -27,7 +27,6 @@ from xsd.decoding.controls import (
     Known,
     NGramHead,
     OracleHead,
-    acceptance_rates,
     commonest_answers,
 )
 from xsd.decoding.decoded import Decoded
@@ -38,7 +37,13 @@ from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.policy import Adaptive, Costs, Policy, Way
 from xsd.decoding.speculator import LocalSpeculator, Speculator
-from xsd.decoding.strategies import adapter_names, goes_on, needs_drafter, strict_rows
+from xsd.decoding.strategies import (
+    acceptance_rates,
+    adapter_names,
+    goes_on,
+    needs_drafter,
+    strict_rows,
+)
 from xsd.decoding.streams import StreamSpeculator
 from xsd.errors import XsdError
 from xsd.hidden.media import read_media
@@ -62,6 +67,10 @@ class BenchItem:
     """Decoding the files: outside the clock, the same for all strategies."""
     other_events: Media
     """The same frames with another scene's events (control ``shuffled_events``)."""
+
+
+UNFIT = (RuntimeError, ValueError, OSError, XsdError)
+"""What one sample may raise while the next may well succeed: it counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,7 @@ def run(
             policy is the fixed one.
         answers: ``(question, ids)`` of the training split, for the control ``ngram``.
 
-    The first strategy is the baseline: it is decoded first, and its answer is what every other
-    answer is compared with.
+    The first strategy is the baseline: its answer is what every other answer is compared with.
 
     Raises:
         XsdError: a strategy's adapter is missing or does not fit the pair.
@@ -155,6 +163,9 @@ class Bench:
         )
         loaded = self._adapters = load_adapters(pair, strategies, adapters)
         self._known = Known()
+        self._costs: Costs | None = None
+        self._drafting: dict[str, tuple[float, float]] = {}
+        """By strategy: milliseconds of a draft's first level and of each further one."""
         self.process: DrafterProcess | None = None
         if config.overlap == "process" and any(needs_drafter(s) for s in strategies):
             in_gap = {name for s in strategies for name in adapter_names(replace(s, head=None))}
@@ -176,7 +187,7 @@ class Bench:
         """Every strategy's policy and drafting party; without costs nothing can be decided."""
         self.policies = {
             s.name: Policy()
-            if costs is None
+            if costs is None or self.config.policy == "fixed"
             else Adaptive(costs, is_timed=s.gap is not None or needs_drafter(s))
             for s in self.strategies
         }
@@ -238,14 +249,16 @@ class Bench:
         return (*prompt.before, *prompt.after)
 
     def measure_costs(self) -> None:
-        """Let policies decide by what the verifier's passes cost at this moment."""
-        if self.config.policy == "adaptive":
-            item = self.items[0]
-            asked = item.media, item.sample.question
-            self._prepare(self.engine.measure(*asked))
-            for name, party in self.speculators.items():
-                if party is not None and (found := self.engine.measure_drafting(*asked, party)):
-                    self.policies[name].learn_drafting(*found)
+        """What the verifier's passes and drafts cost at this moment: policies decide by it, and
+        answers are modelled from it."""
+        item = self.items[0]
+        asked = item.media, item.sample.question
+        self._costs = self.engine.measure(*asked)
+        self._prepare(self._costs)
+        for name, party in self.speculators.items():
+            if party is not None and (found := self.engine.measure_drafting(*asked, party)):
+                self._drafting[name] = found
+                self.policies[name].learn_drafting(*found)
 
     def choose_cores(self) -> str:
         """``fastest_cores`` for plain answers."""
@@ -273,28 +286,28 @@ class Bench:
         return decoded
 
     def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:
-        """Every strategy on one item; what the first one says is what the others are held to.
+        """Every strategy on one item, held to what plain decoding said before the clock ran.
 
-        The others take turns in an order drawn anew for every item and repeat: what a strategy
-        leaves behind (caches, a clock that heat has slowed) is then not always the same one's loss.
+        They take turns, the baseline too, in an order drawn anew for every item and repeat: what
+        a strategy leaves behind (caches, a clock that heat has slowed) is then not always the same
+        one's loss, and nobody is always the one who meets an item's media cold.
         """
-        baseline, *others = self.strategies
-        random.Random(f"{item.sample.key} {repeat}").shuffle(others)
-        plain: list[int] | None = None
+        try:
+            plain = self.decode(item, self.strategies[0]).token_ids
+        except UNFIT as error:
+            yield _failure(item, self.strategies[0], error)
+            return
+        order = list(self.strategies)
+        random.Random(f"{item.sample.key} {repeat}").shuffle(order)
         found: dict[str, Trace | Failure] = {}
-        for strategy in (baseline, *others):
+        for strategy in order:
             try:
                 decoded = self.decode(item, strategy)
-            except (RuntimeError, XsdError) as error:
-                # The next sample may well succeed; this one counts as failed, with its reason.
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                found[strategy.name] = Failure(item.sample.key, strategy.name, reason)
-                if plain is None:
-                    break
-                continue
-            plain = decoded.token_ids if plain is None else plain
-            found[strategy.name] = self._trace(item, strategy, repeat, decoded, plain)
-        yield from (found[s.name] for s in self.strategies if s.name in found)
+            except UNFIT as error:
+                found[strategy.name] = _failure(item, strategy, error)
+            else:
+                found[strategy.name] = self._trace(item, strategy, repeat, decoded, plain)
+        yield from (found[s.name] for s in self.strategies)
 
     def _trace(
         self, item: BenchItem, strategy: Strategy, repeat: int, decoded: Decoded, plain: list[int]
@@ -312,6 +325,7 @@ class Bench:
             prefill_ms=decoded.prefill_ms,
             decode_ms=decoded.decode_ms,
             total_ms=decoded.total_ms,
+            drafting_ms=decoded.drafting_ms,
             num_free=decoded.num_free,
             gap_drafted=decoded.gap_drafted,
             gap_accepted=decoded.gap_accepted,
@@ -329,7 +343,24 @@ class Bench:
                 {decoded.gap_drafted, *(drafted + 1 for drafted in decoded.cycle_drafted)} - {0},
             ),
             timeline=tuple(decoded.timeline),
+            modelled_ms=self._modelled_ms(strategy, decoded),
         )
+
+    def _modelled_ms(self, strategy: Strategy, decoded: Decoded) -> float | None:
+        if self._costs is None:
+            return None
+        drafting = self._drafting.get(strategy.name)
+        if drafting is None:
+            # Not compiled: the policy has followed what it takes.
+            drafting = self.policies[strategy.name].drafting_ms
+        if drafting is None:
+            return None if decoded.cycle_drafted else self._costs.answer_ms(decoded, 0.0, 0.0, 1)
+        return self._costs.answer_ms(decoded, *drafting, strategy.gamma)
+
+
+def _failure(item: BenchItem, strategy: Strategy, error: Exception) -> Failure:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Failure(item.sample.key, strategy.name, reason)
 
 
 def choose_items(scenes: Path, config: BenchConfig, pair: ModelPair) -> list[BenchItem]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xsd.bench import (
+    UNFIT,
     BenchItem,
     Failure,
     fastest_cores,
@@ -23,11 +24,11 @@ from xsd.bench import (
 )
 from xsd.bench_config import BenchConfig
 from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, SeparateRows
-from xsd.decoding.controls import Known, NGramHead, OracleHead, acceptance_rates
+from xsd.decoding.controls import Known, NGramHead, OracleHead
 from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import Head, VerifierTables
 from xsd.decoding.near_tie import is_near_tie
-from xsd.errors import XsdError
+from xsd.decoding.strategies import acceptance_rates
 from xsd.pairs.base import ModelPair
 from xsd.types import Strategy, Trace
 
@@ -129,7 +130,7 @@ class BatchBench:
         """One by one, then every strategy; a batch fails as a whole."""
         try:
             alone = [self.engine.plain(item.media, item.sample.question) for item in batch]
-        except (RuntimeError, XsdError) as error:
+        except UNFIT as error:
             yield from _failures(batch, self.strategies[0], error)
             return
         for known, plain in zip(self._known, alone, strict=False):
@@ -137,7 +138,7 @@ class BatchBench:
         for strategy in self.strategies:
             try:
                 decoded = self.decode(batch, strategy)
-            except (RuntimeError, XsdError) as error:
+            except UNFIT as error:
                 yield from _failures(batch, strategy, error)
                 if strategy is self.strategies[0]:
                     return
@@ -168,6 +169,7 @@ class BatchBench:
             prefill_ms=decoded.prefill_ms,
             decode_ms=decoded.decode_ms,
             total_ms=decoded.total_ms,
+            drafting_ms=decoded.drafting_ms,
             num_free=0,
             gap_drafted=0,
             gap_accepted=0,

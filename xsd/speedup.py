@@ -5,14 +5,18 @@ speculative time. What is *measured* comes from traces alone, what is *modelled*
 and counts alone, and no number is ever both.
 
 Measured. Both sides of a ratio are the same samples in the same repeats; a sample that one side
-lacks (it failed there) leaves both sides and is counted. Repeats become a median per sample first.
-The headline is the pooled ratio, sum over sum: it is what a user waits for, whereas the mean of
-per-sample ratios weighs a short answer as much as a long one. Of samples that were decoded together
-only their batch has a time: sums, means and ratios are then over batches, counts over samples.
+lacks in any repeat (it failed there) leaves both sides and is counted. Repeats become a median per
+sample first. The headline is the pooled ratio, sum over sum: it is what a user waits for, whereas
+the mean of per-sample ratios weighs a short answer as much as a long one. Of samples that were
+decoded together only their batch has a time: sums, means and ratios are then over batches, counts
+over samples.
 
-Modelled. A chain of drafts yields ``1 + sum_k P(first k drafts all match)`` tokens a verifier pass
-(the expectation of Leviathan et al., arXiv:2211.17192, without assuming independent drafts).
-Against plain decoding at ``t`` a token, ``gamma`` drafts and one pass of ``gamma + 1`` rows give
+Modelled. Beside every measured speedup stands the one that costs measured before the benchmark and
+the trace's own counts give (``Trace.modelled_ms``): where they differ, something takes time that
+the model does not know. Where nothing was decoded, a chain of drafts yields
+``1 + sum_k P(first k drafts all match)`` tokens a verifier pass (the expectation of Leviathan et
+al., arXiv:2211.17192, without assuming independent drafts). Against plain decoding at ``t`` a
+token, ``gamma`` drafts and one pass of ``gamma + 1`` rows give
 
     S = tau * t / (gamma * (t_d + a) + V(gamma + 1)).
 
@@ -36,7 +40,8 @@ from xsd.errors import XsdError
 from xsd.types import Trace
 
 _TIMES = ["prefill_ms", "decode_ms", "total_ms"]
-_BASELINE_TIMES = [f"baseline_{name}" for name in _TIMES]
+_PARTS = ["vision_ms", "drafting_ms"]
+_BASELINE_TIMES = [f"baseline_{name}" for name in (*_TIMES, "modelled_ms")]
 _COUNTS = [
     "num_tokens",
     "num_free",
@@ -53,7 +58,8 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
     """One row a strategy and sample that it shares with ``baseline``.
 
     Columns: strategy, sample_key, batch (its first sample's key; the same for all in it) and
-    batch_size, times (of the batch; median over shared repeats), ``baseline_`` times, alone_ms
+    batch_size, times and what of them is vision and drafting (of the batch; median over repeats),
+    modelled_ms, ``baseline_`` times, alone_ms
     (plain decoding of this sample alone; NaN where it was not decoded in a batch), ratio
     (> 1: faster than plain decoding), counts (mean over repeats; ``accepted`` adds gap and decode,
     ``num_early`` tokens stood before decode began, ``num_calls`` verifier calls said the others,
@@ -64,14 +70,17 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
         XsdError: no traces of ``baseline``.
     """
     frame = pd.DataFrame([_row(trace) for trace in traces])
+    times = [*_TIMES, "modelled_ms"]
     if frame.empty or baseline not in set(frame["strategy"]):
         raise XsdError(f"no traces of {baseline!r}; add it to the configs, every ratio needs it")
     keys = ["sample_key", "repeat"]
-    plain = frame.loc[frame["strategy"] == baseline, [*keys, *_TIMES]]
+    plain = frame.loc[frame["strategy"] == baseline, [*keys, *times]]
     both = frame.merge(
-        plain.rename(columns=dict(zip(_TIMES, _BASELINE_TIMES, strict=True))), on=keys
+        plain.rename(columns=dict(zip(times, _BASELINE_TIMES, strict=True))), on=keys
     )
-    how: dict[str, str] = dict.fromkeys((*_TIMES, *_BASELINE_TIMES), "median")
+    one = both.groupby(["strategy", "sample_key"])["repeat"]
+    both = both[one.transform("nunique") == frame["repeat"].nunique()]
+    how: dict[str, str] = dict.fromkeys((*times, *_PARTS, *_BASELINE_TIMES), "median")
     how |= dict.fromkeys(_COUNTS, "mean")
     how |= {"batch": "first", "batch_size": "first", "alone_ms": "median"}
     # A sample is excused only if every repeat that differs is.
@@ -89,15 +98,15 @@ def measured(
     Args:
         num_attempted: samples that the benchmark took up; None: those with any trace.
 
-    Columns: strategy, num_samples, num_failed, batch_size (the largest), prefill_ms, decode_ms,
-    total_ms (means), tokens_per_s, speedup_alone (pooled, over plain decoding one by one; NaN
-    without batches),
+    Columns: strategy, num_samples, num_failed, batch_size (the largest), prefill_ms (of which
+    vision_ms), decode_ms (of which drafting_ms), total_ms (means), tokens_per_s, speedup_alone
+    (pooled, over plain decoding one by one; NaN without batches),
     num_tokens, tokens_accepted and gap_accepted (a sample), accept_rate (of what was drafted),
     tau (tokens a verifier call of decode), num_free, speedup and decode_speedup (pooled),
     ratio_mean, ratio_std, ratio_p5, ratio_p95, time_p95 (95th percentile of a sample's time over
     plain decoding's), share_slower, share_drafting (of answers in which any draft was verified: a
-    policy may leave it off), lossless, num_different, num_near_ties. What a strategy does not have
-    (drafts, decode calls) is NaN.
+    policy may leave it off), modelled_speedup (see above), lossless, num_different,
+    num_near_ties. What a strategy does not have (drafts, decode calls) is NaN.
     """
     kept = list(traces)
     rows = per_sample(kept, baseline)
@@ -133,6 +142,9 @@ def _row(trace: Trace) -> dict[str, object]:
         "repeat": trace.repeat,
         "prefill_ms": trace.prefill_ms,
         "decode_ms": trace.decode_ms,
+        "vision_ms": _vision_ms(trace),
+        "drafting_ms": trace.drafting_ms,
+        "modelled_ms": math.nan if trace.modelled_ms is None else trace.modelled_ms,
         "total_ms": trace.total_ms,
         "num_tokens": len(trace.token_ids),
         "num_free": trace.num_free,
@@ -147,11 +159,16 @@ def _row(trace: Trace) -> dict[str, object]:
     }
 
 
+def _vision_ms(trace: Trace) -> float:
+    spans = [s for s in trace.timeline if (s.lane, s.what) == ("verifier", "vision")]
+    return sum(s.end_ms - s.start_ms for s in spans) if spans else math.nan
+
+
 def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, object]:
     batches = rows.drop_duplicates("batch")
     total = rows[_COUNTS].sum()
     mean = total / max(1, len(rows))
-    times = batches[[*_TIMES, *_BASELINE_TIMES]].sum()
+    times = batches[[*_TIMES, *_PARTS, "modelled_ms", *_BASELINE_TIMES]].sum(skipna=False)
     ratio = batches["ratio"]
     num_excused = int((rows["differs"] & rows["excused"]).sum())
     num_different = int(rows["differs"].sum())
@@ -160,7 +177,7 @@ def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, o
         "num_samples": len(rows),
         "num_failed": num_samples - len(rows),
         "batch_size": int(rows["batch_size"].max()) if len(rows) else 0,
-        **{name: times[name] / max(1, len(batches)) for name in _TIMES},
+        **{name: times[name] / max(1, len(batches)) for name in (*_TIMES, *_PARTS)},
         "tokens_per_s": 1e3 * _ratio(total["num_tokens"], times["total_ms"]),
         "num_tokens": mean["num_tokens"],
         "tokens_accepted": mean["accepted"],
@@ -171,6 +188,7 @@ def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, o
         "speedup": _ratio(times["baseline_total_ms"], times["total_ms"]),
         "decode_speedup": _ratio(times["baseline_decode_ms"], times["decode_ms"]),
         "speedup_alone": _ratio(rows["alone_ms"].sum(min_count=1), times["total_ms"]),
+        "modelled_speedup": _ratio(times["baseline_modelled_ms"], times["modelled_ms"]),
         "ratio_mean": ratio.mean(),
         "ratio_std": ratio.std(ddof=0),
         "ratio_p5": ratio.quantile(0.05),

@@ -173,8 +173,13 @@ class Trace:
     """Key of the first sample of the batch it was decoded in; then all times are the whole
     batch's, and each of its samples has them. Empty: it was decoded alone."""
     batch_size: int = 1
+    drafting_ms: float = 0.0
+    """Of decode: waiting for drafts."""
     alone_ms: float | None = None
     """Plain decoding of this sample alone, measured beside its batch."""
+    modelled_ms: float | None = None
+    """What costs that were measured before the benchmark, and this trace's counts, give for the
+    whole answer: no reading of its clock. None: the costs are not known."""
 
     @property
     def lossless(self) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,7 +14,14 @@ from xsd import bench
 from xsd.bench import BenchItem, first_difference
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
-from xsd.decoding.config import ALL_CONFIGS, BASELINE, DecodingConfig
+from xsd.decoding.config import (
+    AGAIN,
+    ALL_CONFIGS,
+    BASELINE,
+    GAP_LEVELS,
+    DecodingConfig,
+)
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.engine import Engine
 from xsd.decoding.policy import Costs
 from xsd.decoding.strategies import parse
@@ -23,7 +29,7 @@ from xsd.errors import XsdError
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.generate import generate
-from xsd.types import Span, Trace
+from xsd.types import Span, Strategy, Trace
 
 MAX_NEW = 30
 
@@ -144,12 +150,23 @@ def test_plain_decoding_is_what_generate_says(
         assert decoded.token_ids == answer.ids.tolist()
 
 
-@pytest.mark.parametrize("name", ALL_CONFIGS[1:])
+HEADS = [name for name in ALL_CONFIGS if name.endswith(("_decode", "_tree"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "gamma"),
+    [
+        *((name, 3) for name in ALL_CONFIGS if name not in (BASELINE, AGAIN)),
+        *((name, gamma) for name in HEADS for gamma in (1, 8)),
+        *((name, 4) for name in ("synthetic:0.6", "synthetic:0.9,0.6,0.2")),
+        *((name, 4) for name in ("L1+ngram", "L3+text", "X1+oracle", "L2+E1")),
+    ],
+)
 def test_every_config_is_lossless(
-    name: str, pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+    name: str, gamma: int, pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
 ) -> None:
     config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline")
-    strategies = [parse(BASELINE, 0), parse(name, 3), parse(f"{name}@shuffled_events", 3)]
+    strategies = [parse(BASELINE, 0), parse(name, gamma), parse(f"{name}@shuffled_events", gamma)]
     templates = {item.sample.question: (5, 6, 7) for item in items}
     records = list(
         bench.run(
@@ -170,9 +187,10 @@ def test_the_drafter_process_gives_the_same_answers(
     pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
 ) -> None:
     names = [
-        "L4+VL",
-        "X1+VL",
+        *(f"{level}+VL" for level in GAP_LEVELS),
         "L4+VL:free",
+        "L5_decode",
+        "L5F_decode",
         "E2_decode",
         "L4+L5F",
         "X1+E3",
@@ -209,29 +227,78 @@ def test_first_difference() -> None:
     assert first_difference([], [1]) == 0
 
 
+def test_plain_decoding_against_itself_is_a_config_like_any_other(
+    pair: ModelPair, items: list[BenchItem]
+) -> None:
+    records = list(
+        bench.run(
+            pair, PairConfig(device="cpu"), items, [parse(BASELINE, 0), parse(AGAIN, 0)], {}, {},
+            DecodingConfig(max_new_tokens=MAX_NEW), repeats=2, warmup=0, timed=False,
+        )
+    )  # fmt: skip
+    assert len(records) == 4 * len(items)
+    for record in records:
+        assert isinstance(record, Trace) and record.lossless
+        assert not record.cycle_drafted and not record.drafting_ms
+
+
+def test_no_strategy_always_goes_first(
+    pair: ModelPair, items: list[BenchItem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first to answer is the one who meets an item's media cold."""
+    order: list[str] = []
+    decode = bench.Bench.decode
+
+    def noted(self: bench.Bench, item: BenchItem, strategy: Strategy) -> Decoded:
+        order.append(strategy.name)
+        return decode(self, item, strategy)
+
+    monkeypatch.setattr(bench.Bench, "decode", noted)
+    names = [BASELINE, AGAIN, "ngram"]
+    answers = [(item.sample.question, (5, 6, 7)) for item in items]
+    list(
+        bench.run(
+            pair, PairConfig(device="cpu"), items, [parse(n, 2) for n in names], {}, {},
+            DecodingConfig(max_new_tokens=4), repeats=8, warmup=0, timed=False, answers=answers,
+        )
+    )  # fmt: skip
+    rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
+    # Before the clock plain decoding says what the others are held to.
+    assert all(one[0] == BASELINE and sorted(one[1:]) == sorted(names) for one in rounds)
+    assert {one[1] for one in rounds} == {one[3] for one in rounds} == set(names)
+
+
 def test_shuffled_events_change_the_drafts_but_not_the_answer(
     pair: ModelPair, items: list[BenchItem]
 ) -> None:
     config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline")
     strategies = [parse(n, 0) for n in (BASELINE, "drafter+VL", "drafter+VL@shuffled_events")]
-    records = bench.run(
-        pair,
-        PairConfig(device="cpu"),
-        items,
-        strategies,
-        {},
-        {},
-        config,
-        repeats=1,
-        warmup=0,
-        timed=False,
-    )
-    assert all(isinstance(record, Trace) and record.lossless for record in records)
-    drafts = [
-        pair.drafter.prompt_embeddings(media, items[0].sample.question)
-        for media in (items[0].media, items[0].other_events)
-    ]
-    assert not torch.equal(drafts[0], drafts[1])
+    drafts: dict[str, list[list[int]]] = {}
+    for strategy in strategies[1:]:
+        with ExitStack() as stack:
+            party = bench.Bench(
+                stack, pair, PairConfig(device="cpu"), items, [strategies[0], strategy], {}, {},
+                config,
+            )  # fmt: skip
+            speculator = party.speculators[strategy.name]
+            assert speculator is not None
+            hand_over, drafts[strategy.name] = speculator.gap_drafts, []
+
+            def noted(
+                hand_over: Callable[[], list[int]] = hand_over,
+                found: list[list[int]] = drafts[strategy.name],
+            ) -> list[int]:
+                found.append(hand_over())
+                return found[-1]
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(speculator, "gap_drafts", noted)
+                for item in items:
+                    for record in party.sample(item, 0):
+                        assert isinstance(record, Trace) and record.lossless
+    straight, shuffled = drafts.values()
+    assert len(straight) == len(shuffled) == len(items)
+    assert straight != shuffled
 
 
 @pytest.mark.parametrize("gap", [1, 2, 5, 40])
@@ -247,29 +314,41 @@ def test_drafts_that_join_the_last_chunk_of_the_prefill_change_nothing(
     decoded = chunked.speculate(item.media, item.sample.question, script, 2)
     apart = engine.speculate(item.media, item.sample.question, script, 2)
     assert decoded.token_ids == plain.token_ids
-    assert (decoded.gap_accepted, decoded.num_free) == (
-        (apart.gap_accepted, min(gap, len(plain.token_ids), MAX_NEW - 1))
-        if period == 0
-        else (apart.gap_accepted, decoded.num_free)
-    )
+    assert decoded.gap_accepted == apart.gap_accepted
+    # A single draft is checked by the prefill anyhow; more join its last chunk, but for what lies
+    # behind an end or beyond the room.
+    ends = [i for i, token in enumerate(script.gap_drafts()) if token in pair.verifier.eos_ids]
+    room = min([gap, MAX_NEW - 1, *(end + 1 for end in ends)])
+    assert decoded.num_free == (room if gap > 1 else gap)
+    assert (decoded.gap_drafted == decoded.num_free) or gap == 1
 
 
 @pytest.mark.parametrize("name", ["E1_tree", "E3_tree", "E1_decode", "X1+E3", "ngram"])
 def test_the_policy_changes_no_token(
-    name: str, pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+    name: str,
+    pair: ModelPair,
+    engine: Engine,
+    items: list[BenchItem],
+    adapters: dict[str, Path],
 ) -> None:
     """Costs that make every draft worth verifying, and costs that make none."""
+    question = items[1].sample.question
+    answers = [(question, engine.plain(items[1].media, question).token_ids)]
     config = DecodingConfig(max_new_tokens=MAX_NEW, overlap="inline")
     strategies = [parse(BASELINE, 0), parse(name, 4)]
     with ExitStack() as stack:
         party = bench.Bench(
-            stack, pair, PairConfig(device="cpu"), items, strategies, adapters, {}, config
+            stack, pair, PairConfig(device="cpu"), items, strategies, adapters, {}, config, answers
         )
+        drafted = []
         for costs in (Costs((9.0, 9.1, 9.2), 1.0), Costs((1.0, 9.0), 1.0)):
             party._prepare(costs)
-            for trace in party.sample(items[1], 0):
+            drafted.append(0)
+            for trace in [one for _ in range(4) for one in party.sample(items[1], 0)]:
                 assert isinstance(trace, Trace), trace
                 assert trace.first_difference is None
+                drafted[-1] += sum(trace.cycle_drafted)
+        assert drafted[0] > drafted[1]
 
 
 def test_drawn_answers_are_drawn_again_alike_and_differ_by_seed(

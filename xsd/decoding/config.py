@@ -16,8 +16,11 @@ GOING_ON = "drafter"
 TREE_HEADS = ("E1", "E3")
 MAX_GAMMA, MAX_TREE_NODES = 16, 63
 BASELINE = "vl_baseline"
+AGAIN = f"{BASELINE}:again"
+"""Plain decoding once more, as if it were a config: what the clock alone makes of equal work."""
 ALL_CONFIGS = (
     BASELINE,
+    AGAIN,
     *(f"{level}+VL" for level in GAP_LEVELS),
     "L4+VL:free",
     *(f"{level}_decode" for level in HEAD_LEVELS),

@@ -5,14 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from xsd.decoding.accept import Draft, accepted_prefix_length
 from xsd.decoding.policy import Policy
-from xsd.errors import XsdError
-from xsd.files import read_json
 
 Ids = tuple[int, ...]
 _COPIED = 0.97
@@ -210,22 +207,3 @@ class OracleHead:
             for token, rate in zip(rest, rates, strict=True)
         ]
         return Draft(drafts, confidence=rates)
-
-
-def acceptance_rates(text: str) -> list[float]:
-    """``0.8``, ``0.9,0.7`` or a JSON file with such a list.
-
-    Raises:
-        XsdError: anything else, or a number that is no rate.
-    """
-    try:
-        found = read_json(Path(text)) if text.endswith(".json") else text.split(",")
-        rates = [float(item) for item in found]
-    except (TypeError, ValueError) as error:
-        raise XsdError(
-            f"config synthetic:{text}: write synthetic:0.8, synthetic:0.9,0.7 or a JSON file that "
-            f"holds a list of rates ({error})"
-        ) from error
-    if not rates or not all(0.0 <= rate <= 1.0 for rate in rates):
-        raise XsdError(f"config synthetic:{text}: every rate must be between 0 and 1")
-    return rates

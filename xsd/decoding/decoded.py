@@ -15,7 +15,7 @@ class Decoded:
     prefill_ms: float = 0.0
     total_ms: float = 0.0
     drafting_ms: float = 0.0
-    """Of decode, waiting for drafts; 0 where drafting and verifying are one compiled call."""
+    """Of decode, waiting for drafts."""
     num_free: int = 0
     """Drafts that were ready when the prefill ended."""
     gap_drafted: int = 0

@@ -11,6 +11,7 @@ cut to the verifier's own rows before every cycle.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -311,7 +312,8 @@ class HeadDrafter:
         self._reader = reader
         # Not the verifier's random numbers: a draft must not know what it will be held against.
         device = self.tables.embedding.device
-        self._generator = torch.Generator(device).manual_seed(self.options.seed + (1 << 32))
+        seed = random.Random(f"drafts {self.options.seed}").getrandbits(32)
+        self._generator = torch.Generator(device).manual_seed(seed)
 
     @torch.inference_mode()
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:

@@ -194,6 +194,7 @@ class Engine:
         if self._loop is not None and (speculator is None or not gamma or head is not None):
             done = self._loop.run(tokens, states, head, gamma, policy)
             result.cycle_drafted, result.cycle_accepted = done.drafted, done.accepted
+            result.drafting_ms = done.drafting_ms
         else:
             self._cycles(speculator, states, gamma, policy, result)
         result.total_ms = watch.ms()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,7 @@ class Cycles:
     accepted: list[int]
     states: Float[Tensor, "n Dv"]
     """That predicted the tokens said."""
+    drafting_ms: float
 
 
 class CompiledLoop:
@@ -96,7 +98,7 @@ class CompiledLoop:
         num_said, limit = len(tokens), len(self._tokens)
         seen = np.empty((limit + 1, self._width), np.float32)
         self._tokens[:num_said] = tokens
-        at = np.array([num_said, self._cache.length, 0, 0, 0])
+        at = np.array([num_said, self._cache.length, 0, 0, 0, 0, 0])
         rule = Policy.rule if policy is None else policy.rule
         if head is None:
             party, panels, shape = self._no_head, self._panels, (0, 1, 0, True)
@@ -109,15 +111,18 @@ class CompiledLoop:
             # One copy of the LM head in the caches, not two.
             panels = vocabulary.panels
             shape = head.shape(gamma).arguments
+        began = time.perf_counter()
         kernels.speak(
             self._verifier, *self._cache.arrays, self._table.numpy(), panels, self._num_ids,
             self._eos, *party, rule, *shape, num_calls, self._tokens, seen, at,
             *self._counts,
         )  # fmt: skip
-        end, self._cache.length, _, num_cycles, _ = at.tolist()
+        spent_ms = 1e3 * (time.perf_counter() - began)
+        end, self._cache.length, _, num_cycles, _, drafting, speaking = at.tolist()
         tokens[num_said:] = self._tokens[num_said:end].tolist()
         drafted, accepted = self._counts[:, :num_cycles].tolist()
-        return Cycles(drafted, accepted, torch.from_numpy(seen[num_said:end]))
+        drafting_ms = spent_ms * drafting / max(1, speaking)
+        return Cycles(drafted, accepted, torch.from_numpy(seen[num_said:end]), drafting_ms)
 
     def verify(self, last: int, draft: Draft) -> tuple[list[int], int, Float[Tensor, "n Dv"]]:
         """One pass over the last token and a draft behind it.

@@ -63,6 +63,25 @@ class Costs:
     def plain_ms(self, num_tokens: int) -> float:
         return self.prefill_ms + (num_tokens - 1) * self.step
 
+    def answer_ms(self, answer: Decoded, first_ms: float, level_ms: float, gamma: int) -> float:
+        """What an answer of such counts takes, if drafting in the prefill slows nothing.
+
+        Args:
+            first_ms, level_ms: of drafting, a cycle's first level and each further one.
+            gamma: levels of a draft, at most: a tree has more tokens than levels.
+        """
+        ms = self.prefill_ms
+        num_early = 1
+        if answer.gap_accepted and answer.gap_drafted > 1:
+            # The prefill checked the first; its token and the other drafts are one pass.
+            ms += self.verify(answer.gap_drafted)
+            num_early += answer.gap_accepted
+        for drafted in answer.cycle_drafted:
+            ms += first_ms + (min(drafted, gamma) - 1) * level_ms + self.verify(drafted + 1)
+        num_cycles = len(answer.cycle_drafted)
+        num_said = num_early + sum(answer.cycle_accepted) + num_cycles
+        return ms + max(0, len(answer.token_ids) - num_said) * self.step
+
 
 def row_sizes(verify_ms: Sequence[float]) -> tuple[int, ...]:
     """Of how many rows a pass of 1, 2, ... rows is best made, given what such passes cost.
@@ -102,6 +121,11 @@ class Policy:
 
     def learn_drafting(self, first_ms: float, level_ms: float) -> None:
         """What drafting costs: a cycle's first level, and each further one."""
+
+    @property
+    def drafting_ms(self) -> tuple[float, float] | None:
+        """The same as it is thought to be now; None: nobody follows it."""
+        return None
 
     def depth(self, limit: int) -> int:
         """Drafts to ask for in this cycle, 0 for none."""
@@ -202,6 +226,11 @@ class Adaptive(Policy):
     def learn_drafting(self, first_ms: float, level_ms: float) -> None:
         pace = self.rule[3]
         pace[rules.FIRST_MS], pace[rules.LEVEL_MS] = first_ms, level_ms
+
+    @property
+    def drafting_ms(self) -> tuple[float, float]:
+        pace = self.rule[3]
+        return float(pace[rules.FIRST_MS]), float(pace[rules.LEVEL_MS])
 
     def depth(self, limit: int) -> int:
         return limit if rules.may_draft(self.rule) else 0

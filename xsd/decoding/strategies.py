@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from xsd.config import LEVELS
 from xsd.decoding.config import (
+    AGAIN,
     ALL_CONFIGS,
     BASELINE,
     CONTROL_HEADS,
@@ -18,6 +20,7 @@ from xsd.decoding.config import (
     DecodingConfig,
 )
 from xsd.errors import XsdError
+from xsd.files import read_json
 from xsd.types import Strategy
 
 
@@ -57,7 +60,7 @@ def parse_all(names: str, gamma: int, control: str | None = None) -> list[Strate
 
 
 def _parse_base(name: str, gamma: int) -> Strategy:
-    if name == BASELINE:
+    if name in (BASELINE, AGAIN):
         return Strategy(name)
     if name in ("drafter+VL", "template+VL"):
         return Strategy(name, gap=name.partition("+")[0], gap_mode="free")
@@ -82,7 +85,28 @@ def _parse_base(name: str, gamma: int) -> Strategy:
 
 def _is_control(name: str) -> bool:
     head, _, rates = name.partition(":")
+    if head == "synthetic" and rates:
+        acceptance_rates(rates)
     return head in CONTROL_HEADS and bool(rates) == (head == "synthetic")
+
+
+def acceptance_rates(text: str) -> list[float]:
+    """``0.8``, ``0.9,0.7`` or a JSON file with such a list.
+
+    Raises:
+        XsdError: anything else, or a number that is no rate.
+    """
+    try:
+        found = read_json(Path(text)) if text.endswith(".json") else text.split(",")
+        rates = [float(item) for item in found]
+    except (TypeError, ValueError) as error:
+        raise XsdError(
+            f"config synthetic:{text}: write synthetic:0.8, synthetic:0.9,0.7 or a JSON file that "
+            f"holds a list of rates ({error})"
+        ) from error
+    if not rates or not all(0.0 <= rate <= 1.0 for rate in rates):
+        raise XsdError(f"config synthetic:{text}: every rate must be between 0 and 1")
+    return rates
 
 
 def needs_drafter(strategy: Strategy) -> bool:

@@ -9,10 +9,11 @@ from xsd.kernels.decoder import decoder_pass
 from xsd.kernels.drafting import draft, is_among
 from xsd.kernels.options import exact
 from xsd.kernels.rule import best_size, learn, may_draft
+from xsd.kernels.ticks import ticks
 
-NUM_SAID, NUM_CACHED, NUM_READ, NUM_CYCLES, NUM_CALLS = range(5)
-"""Of ``at``: tokens said; positions in the verifier's cache; tokens the head has read; cycles with
-drafts, and passes, of this call."""
+NUM_SAID, NUM_CACHED, NUM_READ, NUM_CYCLES, NUM_CALLS, DRAFTING, SPEAKING = range(7)
+"""Of ``at``: tokens said; positions in the verifier's cache; tokens the head has read; of this call
+cycles with drafts, passes, and ticks of drafting and in all."""
 
 
 @exact
@@ -98,7 +99,7 @@ def speak(
             gamma of 0 is plain decoding, and no head is looked at.
         tokens: [max_new_tokens] int64: those said.
         states: [max_new_tokens + 1, D]: of every token said, the state that predicted it.
-        at: [5] int64, see the names above; updated.
+        at: [7] int64, see the names above; updated.
         drafted, accepted: [max_new_tokens] int64: of every cycle with drafts; written.
     """
     limit = tokens.shape[0]
@@ -107,7 +108,8 @@ def speak(
     sure, joint = np.empty(room, np.float64), np.empty(room, np.float64)
     rows = np.empty((room + 1, states.shape[1]), np.float32)
     ids, path = np.empty(room + 1, np.int64), np.empty(room, np.int64)
-    at[NUM_CYCLES] = at[NUM_CALLS] = 0
+    at[NUM_CYCLES] = at[NUM_CALLS] = at[DRAFTING] = 0
+    called = ticks()
     while at[NUM_SAID] < limit and at[NUM_CALLS] < num_calls:
         said = at[NUM_SAID]
         if is_among(tokens[said - 1], eos):
@@ -116,13 +118,14 @@ def speak(
         depth = min(gamma, limit - said - 1)
         size = levels = 0
         if depth > 0 and may_draft(rule):
-            read = at[NUM_READ]
+            began, read = ticks(), at[NUM_READ]
             count, levels = draft(
                 tokens[read:said], states[read:said], read, head, past, vocabulary, rule, depth,
                 width, num_nodes, is_sure, drafts, parents, sure, joint,
             )  # fmt: skip
             at[NUM_READ] = said
             size = best_size(rule, joint[:count])
+            at[DRAFTING] += ticks() - began
         start = at[NUM_CACHED]
         held, token = verify(
             verifier, keys, values, embedding, panels, num_ids, tokens[said - 1], drafts[:size],
@@ -145,3 +148,4 @@ def speak(
             states[said] = rows[held]
             said += 1
         at[NUM_SAID] = said
+    at[SPEAKING] = ticks() - called

@@ -10,11 +10,13 @@ import plotly.graph_objects as go
 from xsd.plots.style import (
     BLUE,
     DARK,
+    GREEN,
     GREY,
     INK,
     KIND_COLOURS,
     KIND_NAMES,
     ORANGE,
+    SKY,
     TIMES,
     figure,
     kind,
@@ -26,8 +28,8 @@ from xsd.speedup import measured, per_sample
 from xsd.types import Trace
 
 _ROW_HEIGHT = 34
-_PART_COLOURS = {"prefill": BLUE, "decode": ORANGE, "other": GREY}
-_ON_BAR = {BLUE: "white", ORANGE: DARK, GREY: "white"}
+_PARTS = {"vision": SKY, "prefill": BLUE, "drafting": GREEN, "verifying": ORANGE}
+_ON_BAR = {BLUE: "white", ORANGE: DARK, GREY: "white", SKY: DARK, GREEN: "white"}
 
 
 def speedup_frame(traces: Sequence[Trace]) -> pd.DataFrame:
@@ -107,16 +109,23 @@ def _add_spread(made: go.Figure, dots: pd.DataFrame, rows: pd.DataFrame, group: 
 
 
 def timing_frame(traces: Sequence[Trace]) -> pd.DataFrame:
-    """Mean milliseconds a sample, long form: strategy, part (prefill, decode, other), ms."""
+    """Mean milliseconds a sample, long form: strategy, part (vision, prefill of the language model
+    with all waits before its end, drafting, verifying with all plain steps), ms."""
     table = measured(traces)
-    table["other"] = (table["total_ms"] - table["prefill_ms"] - table["decode_ms"]).clip(lower=0)
-    table = table.rename(columns={"prefill_ms": "prefill", "decode_ms": "decode"})
-    parts = ["prefill", "decode", "other"]
-    return table.melt("strategy", parts, var_name="part", value_name="ms")
+    # Of batches only the whole prefill is known.
+    vision = table["vision_ms"].fillna(0)
+    parts = {
+        "vision": vision,
+        "prefill": table["prefill_ms"] - vision,
+        "drafting": table["drafting_ms"],
+        "verifying": table["decode_ms"] - table["drafting_ms"],
+    }
+    frame = table[["strategy"]].assign(**parts)
+    return frame.melt("strategy", list(_PARTS), var_name="part", value_name="ms")
 
 
 def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
-    """Stacked bars: the verifier's prefill (with all waits before it), then decode."""
+    """Stacked bars: vision and the language model's prefill, then drafting and verifying."""
     frame = timing_frame(traces)
     names = frame["strategy"].drop_duplicates().tolist()
     made = figure(
@@ -124,8 +133,9 @@ def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
         "mean of the samples; the clock runs from decoded frames in host memory to the last token",
         height=190 + _ROW_HEIGHT * len(names),
     )
+    digits = 1 if frame["ms"].max() < 20 else 0
     for part, rows in frame.groupby("part", sort=False):
-        # Waits outside both parts are rounding on most machines: no bar, no legend entry.
+        # What nobody does here: no bar, no legend entry.
         if rows["ms"].max() < 0.005 * frame["ms"].max():
             continue
         made.add_bar(
@@ -133,15 +143,15 @@ def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
             x=rows["ms"],
             orientation="h",
             name=str(part),
-            marker_color=_PART_COLOURS[str(part)],
-            text=[f"{ms:.0f}" for ms in rows["ms"]],
+            marker_color=_PARTS[str(part)],
+            text=[f"{ms:.{digits}f}" for ms in rows["ms"]],
             textposition="inside",
             insidetextanchor="middle",
-            textfont_color=_ON_BAR[_PART_COLOURS[str(part)]],
-            hovertemplate="%{y}: " + str(part) + " %{x:.1f} ms<extra></extra>",
+            textfont_color=_ON_BAR[_PARTS[str(part)]],
+            hovertemplate="%{y}: " + str(part) + " %{x:.2f} ms<extra></extra>",
         )
     for strategy, total in frame.groupby("strategy")["ms"].sum().items():
-        label(made, total, str(strategy), f"{total:.0f} ms")
+        label(made, total, str(strategy), f"{total:.{digits}f} ms")
     made.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
     made.update_xaxes(title="milliseconds", rangemode="tozero")
     made.update_layout(barmode="stack", margin_r=80)

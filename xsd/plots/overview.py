@@ -33,7 +33,8 @@ from xsd.plots.style import (
 
 CONFIG_METRICS: Final = (
     *("prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free", "speedup"),
-    *("decode_speedup", "ratio_p5", "ratio_p95", "share_slower", "num_different", "num_near_ties"),
+    *("decode_speedup", "ratio_p5", "ratio_p95", "time_p95", "share_slower", "share_drafting"),
+    *("num_different", "num_near_ties"),
 )
 LEVEL_METRICS: Final = (
     *("num_parameters", "cos_sim_mean", "accept_90", "token_top1_match", "accept_length"),
@@ -50,12 +51,15 @@ COST_NAMES: Final[Mapping[Cost, str]] = {
 
 def configs_frame(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a benchmark run and config: run_id, experiment_id, started, strategy, kind, lossless,
-    and what was measured (``CONFIG_METRICS``; NaN where a config has no such thing)."""
+    and what was measured (``CONFIG_METRICS``; NaN where a config has no such thing), and
+    modelled_speedup beside it."""
     rows: list[dict[str, Any]] = []
     for run in runs[runs["stage"] == "benchmark"].to_dict("records"):
         for strategy in _strategies(run):
             prefix = f"measured.{metric_name(strategy)}."
             values = {name: run.get(prefix + name, np.nan) for name in CONFIG_METRICS}
+            modelled = f"modelled.{metric_name(strategy)}.speedup"
+            values["modelled_speedup"] = run.get(modelled, np.nan)
             if pd.isna(values["speedup"]):
                 continue
             changed = values["num_different"] > values["num_near_ties"]

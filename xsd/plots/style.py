@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from xsd.decoding.config import GOING_ON, HEAD_LEVELS
+from xsd.decoding.config import AGAIN, GOING_ON, HEAD_LEVELS
 from xsd.decoding.strategies import parse
 
 INK: Final = "#7a8291"
@@ -216,6 +216,7 @@ def kind(strategy: str) -> Kind:
     row = parse(strategy, 1)
     if (
         row.shuffled_events
+        or row.name == AGAIN
         or row.gap in ("drafter", "template")
         or (row.head is not None and row.head not in (*HEAD_LEVELS, GOING_ON))
     ):

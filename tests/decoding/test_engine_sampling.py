@@ -1,0 +1,188 @@
+"""What the engine draws follows the verifier's distribution, with drafts as without."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tests.decoding.test_accept import chi_square_p
+from xsd import bench
+from xsd.adapters.catalog import build
+from xsd.adapters.config import AdapterConfig
+from xsd.bench import BenchItem
+from xsd.clock import Stopwatch
+from xsd.decoding.accept import Draft, Sampling, draw
+from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.engine import Engine
+from xsd.pairs.base import Media, ModelPair
+from xsd.types import Span
+
+SAMPLING = Sampling(temperature=5.0, top_p=0.35)
+NUM_ANSWERS = 300
+NUM_TOKENS = 3
+COUNTED = 2
+"""Tokens of an answer whose joint distribution is tested."""
+
+
+class Exact:
+    """The verifier's distribution behind any beginning of one answer, by passes of one row."""
+
+    def __init__(self, pair: ModelPair, item: BenchItem) -> None:
+        self.verifier = pair.verifier
+        self.cache = self.verifier.new_cache(1, 4096)
+        self.found: dict[tuple[int, ...], Tensor] = {}
+        with torch.inference_mode():
+            prompt = self.verifier.prompt_embeddings(item.media, item.sample.question)
+            state = self.verifier.forward(prompt, self.cache)[0, -1:]
+            logits = self.verifier.score(state).logits()[0]
+        self.num_prompt = self.cache.length
+        self.found[()] = SAMPLING.probabilities(logits)
+
+    @torch.inference_mode()
+    def after(self, said: tuple[int, ...]) -> Float[Tensor, " V"]:
+        if said not in self.found:
+            self.cache.length = self.num_prompt
+            for token in said:
+                scored = self.verifier.read([token], self.cache)
+            self.found[said] = SAMPLING.probabilities(scored.logits()[0])
+        return self.found[said]
+
+    def joint(self) -> dict[tuple[int, ...], float]:
+        chances: dict[tuple[int, ...], float] = {(): 1.0}
+        for _ in range(COUNTED):
+            chances = {
+                (*said, token): chance * float(self.after(said)[token])
+                for said, chance in chances.items()
+                for token in self.after(said).nonzero()[:, 0].tolist()
+            }
+        return chances
+
+
+class Drawing:
+    """Drafts drawn from something near the verifier's distribution, but not it: chains or trees."""
+
+    wants_projected = wants_prefilled = False
+
+    def __init__(self, exact: Exact, *, branches: int, gap: int) -> None:
+        self.exact, self.branches, self.gap = exact, branches, gap
+        self.generator = torch.Generator().manual_seed(12345)
+
+    def start(self, media: Media, question: str, watch: Stopwatch) -> None: ...
+    def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None: ...
+    def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None: ...
+
+    def _q(self, said: tuple[int, ...]) -> Float[Tensor, " V"]:
+        p = self.exact.after(said)
+        off = torch.zeros_like(p)
+        off[(int(p.argmax()) + 1) % len(p)] = 1.0
+        return 0.5 * p + 0.3 * p.pow(3) / p.pow(3).sum() + 0.2 * off
+
+    def gap_drafts(self) -> list[int]:
+        said: tuple[int, ...] = ()
+        for _ in range(self.gap):
+            # Chosen without chance: the likeliest.
+            said = (*said, int(self.exact.after(said).argmax()))
+        return list(said)
+
+    def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        drafts: list[int] = []
+        parents: list[int] = []
+        rows: list[Tensor] = []
+        level = [(-1, tuple(tokens))]
+        for _ in range(gamma):
+            below = []
+            for parent, said in level:
+                q = self._q(said)
+                for _ in range(self.branches):
+                    token = draw(q, self.generator)
+                    below.append((len(drafts), (*said, token)))
+                    drafts.append(token)
+                    parents.append(parent)
+                    rows.append(q)
+            level = below
+        return Draft(drafts, parents if self.branches > 1 else None, torch.stack(rows))
+
+    def finish(self) -> list[Span]:
+        return []
+
+
+def p_value(
+    pair: ModelPair, item: BenchItem, exact: Exact, party: Drawing | None, gamma: int
+) -> tuple[float, int]:
+    """Of the first tokens of many answers, and how many drafts held."""
+    question = item.sample.question
+    engine = Engine(
+        pair.verifier, NUM_TOKENS, bench.longest_prompt(pair, [item]), sampling=SAMPLING
+    )
+    counts: Counter[tuple[int, ...]] = Counter()
+    num_held = 0
+    for seed in range(NUM_ANSWERS):
+        engine._seed = seed
+        if party is None:
+            decoded = engine.plain(item.media, question)
+        else:
+            decoded = engine.speculate(item.media, question, party, gamma)
+        counts[tuple(decoded.token_ids[:COUNTED])] += 1
+        num_held += decoded.gap_accepted + sum(decoded.cycle_accepted)
+    joint = exact.joint()
+    assert set(counts) <= set(joint), "said what the verifier never says"
+    seen = torch.tensor([float(counts[said]) for said in joint])
+    return chi_square_p(seen, torch.tensor(list(joint.values()))), num_held
+
+
+@pytest.fixture(scope="module")
+def exact(pair: ModelPair, items: list[BenchItem]) -> Exact:
+    return Exact(pair, items[0])
+
+
+WAYS = {
+    "chain": {"branches": 1, "gap": 0},
+    "tree": {"branches": 2, "gap": 0},
+    "gap": {"branches": 1, "gap": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_drawn_answers_follow_the_verifier(
+    way: str, pair: ModelPair, items: list[BenchItem], exact: Exact
+) -> None:
+    found, num_held = p_value(pair, items[0], exact, Drawing(exact, **WAYS[way]), 2)
+    assert num_held > NUM_ANSWERS // 10, "a test in which nothing is accepted shows nothing"
+    assert found > 0.01
+
+
+def test_plain_decoding_draws_what_the_verifier_says(
+    pair: ModelPair, items: list[BenchItem], exact: Exact
+) -> None:
+    assert len(exact.joint()) > 3, "an answer without a choice shows nothing"
+    assert p_value(pair, items[0], exact, None, 0)[0] > 0.01
+
+
+def test_the_statistic_sees_a_wrong_rule(
+    pair: ModelPair, items: list[BenchItem], exact: Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a refused draft was drawn from, in place of what it leaves."""
+    monkeypatch.setattr("xsd.decoding.accept.residual", lambda p, q: q)
+    assert p_value(pair, items[0], exact, Drawing(exact, **WAYS["chain"]), 2)[0] < 1e-3
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_a_head_never_draws_with_the_verifiers_random_numbers(pair: ModelPair, seed: int) -> None:
+    """A draft that knew the number it is held against would change what is said."""
+    widths = {"d_drafter": pair.drafter.width, "d_verifier": pair.verifier.width}
+    head = HeadDrafter(
+        build(AdapterConfig(level="E1", ffn_dim=64, **widths)).eval(),
+        VerifierTables.of(pair.verifier),
+        8,
+        HeadOptions(sampling=SAMPLING, seed=seed),
+    )
+    head.begin("?", None, None)
+    engine = Engine(pair.verifier, NUM_TOKENS, 8, sampling=SAMPLING, seed=seed)
+    engine._generator.manual_seed(engine._seed)
+    drawn = [torch.rand(8, generator=party._generator) for party in (head, engine)]
+    assert not set(drawn[0].tolist()) & set(drawn[1].tolist())
