@@ -227,12 +227,14 @@ class Bench:
         """kappa: each side's prefill while the other works, over its prefill alone."""
         strategy = Strategy("drafter+VL", gap="drafter", gap_mode="free")
         local = self.party(strategy, None)
+        # The same calls of the engine, with nobody who drafts.
+        nobody = self.party(Strategy("template+VL", gap="template", gap_mode="free"), None)
         alone: Times = {"verifier": [], "drafter": []}
         both: Times = {"verifier": [], "drafter": []}
         with self.beside(strategy) as party:
             for _ in range(self.options.repeats // 3 + 2):
                 for asked in self.asked:
-                    alone["verifier"].append(self.engine.plain(*asked).prefill_ms)
+                    alone["verifier"].append(self.engine.speculate(*asked, nobody, 0).prefill_ms)
                     # In one process and thread the drafter runs first, by itself.
                     for party_, times in ((local, alone), (party, both)):
                         decoded = self.engine.speculate(*asked, party_, 0)

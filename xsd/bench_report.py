@@ -74,12 +74,25 @@ def write(
         run.figure(f"{name}_{stamp}", figure, folder)
     run.table("benchmark", summary)
     run.table("per_sample", speedup.per_sample(traces))
+    run.table("traces", traces_frame(traces))
     run.log(metrics(summary))
     run.tag(
         {"lossless": str(bool(summary["lossless"].all())).lower(), "num_failures": len(failures)}
     )
     if strict_rows is not None:
         run.tag({"strict_rows": strict_rows})
+
+
+def traces_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """A row a trace, in the order of decoding, without its timeline; ids as text."""
+    rows = []
+    for trace in traces:
+        row = asdict(trace)
+        del row["timeline"], row["batch"], row["batch_size"], row["alone_ms"]
+        for name in ("token_ids", "cycle_drafted", "cycle_accepted"):
+            row[name] = " ".join(str(number) for number in row[name])
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair) -> Example | None:

@@ -55,8 +55,9 @@ def run(config: Config) -> None:
     from xsd.bench import Bench, load_items
     from xsd.decoding.controls import commonest_answers
     from xsd.decoding.strategies import parse_all
-    from xsd.pairs.catalog import load_pair
+    from xsd.pairs.catalog import find_pair, load_pair
 
+    find_pair(config.pair)
     name = BASELINE if config.strategy == PLAIN else config.strategy
     # The baseline leads; asked for alone it is there once.
     strategies = parse_all(name, config.gamma)

@@ -41,7 +41,9 @@ class Config(BenchConfig, PairConfig, stage.StageConfig):
 def perform(config: Config) -> Product:
     """Measure, compare, write the files, and log them."""
     from xsd.decoding.strategies import adapter_names, parse_all, strict_rows
+    from xsd.pairs.catalog import find_pair
 
+    find_pair(config.pair)
     strategies = parse_all(config.configs, config.gamma, config.control)
     if config.batch_size > 1:
         strategies = _batchable(strategies, config.batch_size)
