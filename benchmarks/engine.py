@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import sys
@@ -24,13 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import formula
 from xsd.adapters import checkpoint
 from xsd.adapters.catalog import build
 from xsd.adapters.config import AdapterConfig
 from xsd.clock import interleaved
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.controls import Known, OracleHead
-from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
@@ -43,12 +41,9 @@ from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.peer import Peer
 from xsd.scenes.questions import QUESTIONS
-from xsd.speedup import Costs
 from xsd.types import Strategy
 
 ROWS = range(1, 65)
-ALPHAS = (0.2, 0.4, 0.6, 0.8)
-GAMMAS = range(1, 9)
 MAX_COPY_BYTES = 1 << 30
 UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NotImplementedError)
 """What transformers raises where two models cannot assist each other."""
@@ -239,74 +234,6 @@ class Bench:
         with DrafterProcess(setup, self.drafter, self.verifier) as process:
             yield ProcessSpeculator(strategy, process, None)
 
-    # ------------------------------------------------------------ measured against the formula
-
-    def formula(self) -> list[dict[str, float]]:
-        """Decode speedup at given acceptance rates, beside the one that costs and counts give.
-
-        A sample's drafts are the same in every repeat, its times and costs medians over repeats.
-        """
-        rows = [self.formula_of_sample(index) for index in range(len(self.asked))]
-        found = []
-        for point in itertools.product(ALPHAS, GAMMAS):
-            total = {name: sum(row[point][name] for row in rows) for name in rows[0][point]}
-            found.append(
-                {
-                    "alpha": point[0],
-                    "gamma": point[1],
-                    "tau": total["said"] / total["calls"],
-                    "measured": total["plain_ms"] / total["spent_ms"],
-                    "formula": total["steps_ms"] / total["cycles_ms"],
-                }
-            )
-        return found
-
-    def formula_of_sample(self, index: int) -> dict[tuple[float, int], dict[str, float]]:
-        asked, known = self.asked[index], Known()
-        grid = list(itertools.product(ALPHAS, GAMMAS))
-        works = {str(r): self.verify("verifier", r) for r in range(1, max(GAMMAS) + 2)}
-        pass_ms: Times = {rows: [] for rows in works}
-        plain_ms: list[float] = []
-        always = OracleHead(known, [1.0], self.verifier.vocab_size, 0)
-        sure = self.party(Strategy("oracle", head="oracle", gamma=max(GAMMAS)), always)
-        oracle: list[Decoded] = []
-        decoded: dict[tuple[float, int], list[Decoded]] = {point: [] for point in grid}
-        for _ in range(self.options.formula_repeats):
-            for rows, times in interleaved(works, self.device, 5, 1, settle=1).items():
-                pass_ms[rows] += times
-            for alpha, gamma in grid:
-                if gamma % 4 == 1:
-                    plain = self.engine.plain(*asked)
-                    known.answer = plain.token_ids
-                    plain_ms.append(plain.decode_ms)
-                    oracle.append(self.engine.speculate(*asked, sure, max(GAMMAS)))
-                head = OracleHead(known, [alpha], self.verifier.vocab_size, 100 * index + gamma)
-                party = self.party(Strategy("synthetic", head="synthetic:", gamma=gamma), head)
-                decoded[alpha, gamma].append(self.engine.speculate(*asked, party, gamma))
-        medians = {int(rows): statistics.median(times) for rows, times in pass_ms.items()}
-        num_said = len(oracle[0].token_ids) - 1
-        # Plain steps that are made in one call are cheaper than passes in calls of their own.
-        step_ms = min(medians[1], statistics.median(plain_ms) / num_said)
-        costs = Costs(step_ms, 0.0, 0.0, 1.0, 0.0, {**medians, 1: step_ms})
-        # What cycles take beside their passes, where drafts come for nothing.
-        drafted = oracle[0].cycle_drafted
-        passes_ms = costs.cycles_ms(drafted, 0)
-        loop_ms = statistics.median(answer.decode_ms for answer in oracle) - passes_ms
-        cycle_ms = max(0.0, loop_ms / max(1, len(drafted)))
-        found = {}
-        for point, answers in decoded.items():
-            drafted, accepted = answers[0].cycle_drafted, answers[0].cycle_accepted
-            num_steps = max(0, num_said - sum(accepted) - len(accepted))
-            found[point] = {
-                "plain_ms": statistics.median(plain_ms),
-                "spent_ms": statistics.median(answer.decode_ms for answer in answers),
-                "steps_ms": num_said * costs.step_ms,
-                "cycles_ms": costs.cycles_ms(drafted, num_steps) + len(drafted) * cycle_ms,
-                "said": num_said,
-                "calls": len(drafted) + num_steps,
-            }
-        return found
-
     def party(self, strategy: Strategy, head: Any) -> LocalSpeculator:
         return LocalSpeculator(
             strategy, self.drafter, self.tables, {}, {}, head=head,
@@ -449,18 +376,6 @@ def show_peer(found: dict[str, Any]) -> dict[str, float]:
     return ratios
 
 
-def show_formula(rows: Sequence[dict[str, float]]) -> float:
-    print("\nDecode speedup, measured / by the formula with measured costs and real counts")
-    print("  alpha  " + "".join(f"gamma {gamma:<10}" for gamma in GAMMAS))
-    for alpha in ALPHAS:
-        cells = [row for row in rows if row["alpha"] == alpha]
-        line = "".join(f"{row['measured']:.2f}/{row['formula']:.2f}".ljust(16) for row in cells)
-        print(f"  {alpha:<7}{line}")
-    worst = max(abs(row["measured"] / row["formula"] - 1) for row in rows)
-    print(f"  largest difference {worst:.1%}; bar: within 10%: {'yes' if worst <= 0.1 else 'NO'}")
-    return worst
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -517,8 +432,8 @@ def main(argv: Sequence[str]) -> int:
         told_kappa = ", ".join(f"{role} {value:.2f}" for role, value in kappa.items())
         print(f"\nkappa (prefill while both run over prefill alone): {told_kappa}")
     if "formula" in chosen:
-        numbers["formula"] = bench.formula()
-        numbers["formula_worst"] = show_formula(numbers["formula"])
+        numbers["formula"] = formula.measure(bench, options.formula_repeats)
+        numbers["formula_worst"] = formula.show(numbers["formula"])
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0
