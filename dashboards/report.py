@@ -113,7 +113,7 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
         return ""
     columns = [
         *("config", "prefill ms", "decode ms", "total ms", "accepted", "accept rate", "tau"),
-        *("free drafts", "speedup", "p5 to p95", "slower", "lossless"),
+        *("free drafts", "speedup", "p5 to p95", "time p95", "slower", "drafting", "lossless"),
     ]
     rows = [
         [
@@ -125,7 +125,9 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
             _text(row["num_free"] or None, "{:.1f}"),
             f"{row['speedup']:.2f}{TIMES}",
             f"{row['ratio_p5']:.2f} to {row['ratio_p95']:.2f}",
+            f"{row['time_p95']:.2f}",
             f"{row['share_slower']:.0%}",
+            f"{row['share_drafting']:.0%}",
             _lossless(row),
         ]
         for _, row in summary.iterrows()
@@ -135,7 +137,10 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
         f"{summary['num_samples'].max():.0f} samples, every config on each of them, interleaved. "
         "The clock runs from decoded frames and event images in host memory to the last token, "
         "with processors, vision towers, both prefills and every wait. Speedups are pooled: sum of "
-        f"times over sum. Decoding the media files takes {media:.1f} ms more, the same for all."
+        f"times over sum. Decoding the media files takes {media:.1f} ms more, the same for all. "
+        "Time p95: 95th percentile of a sample's time over plain decoding's. Drafting: share of "
+        "answers in which the policy let any draft be verified; a config that rests is plain "
+        f"decoding.{clock.noise(summary)}"
     )
     return page.section(
         "Configs, measured",

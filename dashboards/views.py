@@ -28,7 +28,9 @@ CONFIG_COLUMNS = (
     Column("prefill_ms", "prefill ms", "{:.1f}"),
     Column("decode_ms", "decode ms", "{:.1f}"),
     Column("total_ms", "total ms", "{:.1f}"),
+    Column("time_p95", "time p95", "{:.2f}"),
     Column("share_slower", "slower", "{:.0%}"),
+    Column("share_drafting", "drafting", "{:.0%}"),
     Column("verdict", "lossless"),
     Column("started", "measured", "{:%d %b %H:%M}"),
 )

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from xsd.adapters.catalog import LEVELS
+from xsd.decoding.config import AGAIN
 from xsd.metrics import Counts, PositionCounts
 from xsd.plots import clock, learning, offline, style, timeline
-from xsd.speedup import Costs
+from xsd.speedup import Costs, measured
 from xsd.types import EpochReport, Span, Trace
 
 
@@ -139,11 +140,17 @@ class TestFrames:
         together = [replace(trace, batch="a", batch_size=2) for trace in TRACES]
         assert len(clock.speedup_frame(together)) == 2
 
-    def test_timing_adds_up(self) -> None:
-        frame = clock.timing_frame(TRACES)
-        sums = frame.groupby("strategy")["ms"].sum()
-        assert sums["vl_baseline"] == 150 and sums["X1+E3"] == 105
-        assert frame[frame["part"] == "prefill"]["ms"].tolist() == [40, 40]
+    def test_what_rests_and_what_the_clock_is_worth_is_said(self) -> None:
+        again = [replace(t, strategy=AGAIN, total_ms=1.25 * t.total_ms) for t in TRACES[:2]]
+        summary = measured([*TRACES, *again])
+        assert clock.noise(measured(TRACES)) == ""
+        assert "0.800x, p5 to p95 0.80 to 0.80, and its time p95 of 1.25" in clock.noise(summary)
+        resting = [replace(t, strategy="E1_decode") for t in TRACES[:2]]
+        said = [
+            a.text for a in clock.speedup_comparison([*TRACES, *resting, *again]).layout.annotations
+        ]
+        assert sum("drafting 0%" in text for text in said) == 1
+        assert not any(row == "vl_baseline" for row in said) and len(said) == 3
 
     def test_acceptance_names_the_origin_of_every_token(self) -> None:
         frame = clock.acceptance_frame(TRACES)

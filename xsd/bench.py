@@ -94,8 +94,7 @@ def run(
             policy is the fixed one.
         answers: ``(question, ids)`` of the training split, for the control ``ngram``.
 
-    The first strategy is the baseline: it is decoded first, and its answer is what every other
-    answer is compared with.
+    The first strategy is the baseline: its answer is what every other answer is compared with.
 
     Raises:
         XsdError: a strategy's adapter is missing or does not fit the pair.
@@ -273,26 +272,27 @@ class Bench:
         return decoded
 
     def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:
-        """Every strategy on one item; what the first one says is what the others are held to.
+        """Every strategy on one item; what the first one says is what all are held to.
 
-        The others take turns in an order drawn anew for every item and repeat: what a strategy
-        leaves behind (caches, a clock that heat has slowed) is then not always the same one's loss.
+        It is decoded once beforehand, untimed: controls look its answer up, and whoever comes first
+        finds an item's media in no cache. Then all take turns in an order drawn anew for every item
+        and repeat: what a strategy leaves behind (caches, a clock that heat has slowed) is then not
+        always the same one's loss.
         """
-        baseline, *others = self.strategies
-        random.Random(f"{item.sample.key} {repeat}").shuffle(others)
-        plain: list[int] | None = None
+        baseline, *_ = turns = list(self.strategies)
+        random.Random(f"{item.sample.key} {repeat}").shuffle(turns)
+        try:
+            plain = self.decode(item, baseline).token_ids
+        except (RuntimeError, XsdError) as error:
+            yield _failure(item, baseline, error)
+            return
         found: dict[str, Trace | Failure] = {}
-        for strategy in (baseline, *others):
+        for strategy in turns:
             try:
                 decoded = self.decode(item, strategy)
             except (RuntimeError, XsdError) as error:
-                # The next sample may well succeed; this one counts as failed, with its reason.
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                found[strategy.name] = Failure(item.sample.key, strategy.name, reason)
-                if plain is None:
-                    break
+                found[strategy.name] = _failure(item, strategy, error)
                 continue
-            plain = decoded.token_ids if plain is None else plain
             found[strategy.name] = self._trace(item, strategy, repeat, decoded, plain)
         yield from (found[s.name] for s in self.strategies if s.name in found)
 
@@ -329,7 +329,14 @@ class Bench:
                 {decoded.gap_drafted, *(drafted + 1 for drafted in decoded.cycle_drafted)} - {0},
             ),
             timeline=tuple(decoded.timeline),
+            parts=dict(decoded.parts),
         )
+
+
+def _failure(item: BenchItem, strategy: Strategy, error: Exception) -> Failure:
+    """The next sample may well succeed; this one counts as failed, with its reason."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Failure(item.sample.key, strategy.name, reason)
 
 
 def choose_items(scenes: Path, config: BenchConfig, pair: ModelPair) -> list[BenchItem]:

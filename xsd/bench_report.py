@@ -14,6 +14,7 @@ import pandas as pd
 from xsd import speedup
 from xsd.bench import BenchItem, Failure
 from xsd.decoding.config import BASELINE, GAP_LEVELS, HEAD_LEVELS
+from xsd.decoding.decoded import PARTS
 from xsd.decoding.strategies import metric_name
 from xsd.files import write_json, write_text
 from xsd.pairs.base import ModelPair
@@ -74,6 +75,7 @@ def write(
         run.figure(f"{name}_{stamp}", figure, folder)
     run.table("benchmark", summary)
     run.table("per_sample", speedup.per_sample(traces))
+    run.table("breakdown", speedup.breakdown(traces))
     run.log(metrics(summary))
     run.tag(
         {"lossless": str(bool(summary["lossless"].all())).lower(), "num_failures": len(failures)}
@@ -175,7 +177,8 @@ def table(
         f"speedup pooled (sum over sum). The clock starts with decoded media; decoding the files "
         f"takes {media_ms:.1f} ms more, the same for every config. Time p95: 95th percentile of a "
         "sample's time over plain decoding's; drafting: share of answers in which the policy let "
-        "any draft be verified."
+        f"any draft be verified.{clock.noise(summary)} The second table has means, not medians, so "
+        "its parts add up."
     )
     if strict_rows is not None:
         note += (
@@ -189,7 +192,20 @@ def table(
             "each. Times are a batch's, the speedup is over plain decoding of the same batch, and "
             "the last column over plain decoding of its questions one by one."
         )
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", note, "", *parts_table(traces)])
+
+
+def parts_table(traces: Sequence[Trace]) -> list[str]:
+    """Lines of a Markdown table: where the time of an answer goes, config by config."""
+    frame = speedup.breakdown(traces)
+    table = frame.pivot(index="strategy", columns="part", values="ms").fillna(0.0)
+    parts = [part for part in ("prefill", "decode", *PARTS) if part in table.columns]
+    rows = [
+        (name, *(f"{table.loc[name, part]:.2f}" for part in parts), f"{table.loc[name].sum():.2f}")
+        for name in frame["strategy"].drop_duplicates()
+    ]
+    header = ("Milliseconds", *parts, "sum")
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *rows)]
 
 
 def _verdict(row: pd.Series[Any]) -> str:

@@ -32,6 +32,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from xsd.decoding.config import BASELINE
+from xsd.decoding.decoded import REST
 from xsd.errors import XsdError
 from xsd.types import Trace
 
@@ -106,6 +107,29 @@ def measured(
     return pd.DataFrame(
         [_summary(name, rows[rows["strategy"] == name], num_samples) for name in names]
     )
+
+
+def breakdown(traces: Iterable[Trace]) -> pd.DataFrame:
+    """Where the time of an answer goes: strategy, part, ms, in the order of their first traces.
+
+    Means over samples and repeats of the traces' parts, so that the parts of a strategy add up to
+    its mean total (elsewhere a sample's time is a median). Traces without parts (batches) have
+    prefill and decode; what is left of a total is its rest.
+    """
+    rows: list[dict[str, object]] = []
+    for trace in traces:
+        # What a batch took is told by each of its samples.
+        if trace.batch not in ("", trace.sample_key):
+            continue
+        parts = trace.parts or {"prefill": trace.prefill_ms, "decode": trace.decode_ms}
+        left_ms = trace.total_ms - sum(parts.values())
+        for part, ms in {**parts, REST: parts.get(REST, 0.0) + left_ms}.items():
+            rows.append({"strategy": trace.strategy, "part": part, "ms": ms})
+    frame = pd.DataFrame(rows, columns=["strategy", "part", "ms"])
+    counts = frame[frame["part"] == REST].groupby("strategy")["ms"].size()
+    total = frame.groupby(["strategy", "part"], sort=False)["ms"].sum().reset_index()
+    # A part that some answers do not have took no time in them.
+    return total.assign(ms=total["ms"] / total["strategy"].map(counts))
 
 
 def tokens_before_decode(trace: Trace) -> int:

@@ -169,6 +169,8 @@ class Trace:
     near_tie: bool = False
     """The difference sits where rounding may decide (reduced precision only), so it is excused."""
     timeline: tuple[Span, ...] = field(default=())
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds of ``total_ms`` by part (``decoding.decoded.PARTS``); empty: of a batch."""
     batch: str = ""
     """Key of the first sample of the batch it was decoded in; then all times are the whole
     batch's, and each of its samples has them. Empty: it was decoded alone."""

@@ -16,8 +16,12 @@ GOING_ON = "drafter"
 TREE_HEADS = ("E1", "E3")
 MAX_GAMMA, MAX_TREE_NODES = 16, 63
 BASELINE = "vl_baseline"
+AGAIN = f"{BASELINE}:again"
+"""Plain decoding under another name, an A/A test: what its ratios to the baseline show is noise of
+the clock."""
 ALL_CONFIGS = (
     BASELINE,
+    AGAIN,
     *(f"{level}+VL" for level in GAP_LEVELS),
     "L4+VL:free",
     *(f"{level}_decode" for level in HEAD_LEVELS),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from xsd.config import LEVELS
 from xsd.decoding.config import (
+    AGAIN,
     ALL_CONFIGS,
     BASELINE,
     CONTROL_HEADS,
@@ -22,10 +23,10 @@ from xsd.types import Strategy
 
 
 def parse(name: str, gamma: int) -> Strategy:
-    """``L4+VL``, ``L4+VL:free``, ``E3_decode``, ``E3_tree``, ``X1+E3``, ``X1+drafter``,
-    ``drafter+VL``, ``template+VL``, ``text``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a
-    position, ``synthetic:0.9,0.7``, or a JSON file of them), or any of them with
-    ``@shuffled_events``.
+    """``vl_baseline``, ``vl_baseline:again`` (an A/A test), ``L4+VL``, ``L4+VL:free``,
+    ``E3_decode``, ``E3_tree``, ``X1+E3``, ``X1+drafter``, ``drafter+VL``, ``template+VL``,
+    ``text``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a position,
+    ``synthetic:0.9,0.7``, or a JSON file of them), or any of them with ``@shuffled_events``.
 
     Raises:
         XsdError: unknown name; the message lists the known ones.
@@ -57,7 +58,7 @@ def parse_all(names: str, gamma: int, control: str | None = None) -> list[Strate
 
 
 def _parse_base(name: str, gamma: int) -> Strategy:
-    if name == BASELINE:
+    if name in (BASELINE, AGAIN):
         return Strategy(name)
     if name in ("drafter+VL", "template+VL"):
         return Strategy(name, gap=name.partition("+")[0], gap_mode="free")

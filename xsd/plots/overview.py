@@ -33,7 +33,8 @@ from xsd.plots.style import (
 
 CONFIG_METRICS: Final = (
     *("prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free", "speedup"),
-    *("decode_speedup", "ratio_p5", "ratio_p95", "share_slower", "num_different", "num_near_ties"),
+    *("decode_speedup", "ratio_p5", "ratio_p95", "time_p95", "share_slower", "share_drafting"),
+    *("num_different", "num_near_ties"),
 )
 LEVEL_METRICS: Final = (
     *("num_parameters", "cos_sim_mean", "accept_90", "token_top1_match", "accept_length"),
