@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import formula
+from benchmarks import formula, parts
 from xsd.adapters import checkpoint
 from xsd.adapters.catalog import build
 from xsd.adapters.config import AdapterConfig
@@ -390,7 +390,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of this process, on a CPU")
     parser.add_argument("--noise", action="store_true", help="noise in place of rendered scenes")
     parser.add_argument("--adapter", type=Path, help="folder of an E1; else random weights")
-    parser.add_argument("--only", default="passes,peer,contention,formula,overhead")
+    parser.add_argument("--only", default="passes,breakdown,peer,contention,formula,overhead")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     return parser.parse_args(argv)
 
@@ -417,6 +417,9 @@ def main(argv: Sequence[str]) -> int:
     if "passes" in chosen:
         numbers["floor"], numbers["passes_ms"] = bench.floor(), bench.passes()
         show_passes(numbers["passes_ms"], numbers["floor"])
+    if "breakdown" in chosen:
+        numbers["breakdown"] = parts.measure(bench, options.repeats)
+        parts.show(numbers["breakdown"])
     if "overhead" in chosen:
         numbers["overhead"] = told = bench.overhead()
         print(
