@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import sys
@@ -19,18 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import formula, parts
 from xsd.adapters import checkpoint
 from xsd.adapters.catalog import build
 from xsd.adapters.config import AdapterConfig
 from xsd.clock import interleaved
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.controls import Known, OracleHead
-from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
@@ -46,36 +44,11 @@ from xsd.scenes.questions import QUESTIONS
 from xsd.types import Strategy
 
 ROWS = range(1, 65)
-ALPHAS = (0.2, 0.4, 0.6, 0.8)
-CERTAIN = (0.0, 1.0)
-"""Rates that costs are taken from."""
-GAMMAS = range(1, 9)
 MAX_COPY_BYTES = 1 << 30
 UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NotImplementedError)
 """What transformers raises where two models cannot assist each other."""
 
 Times = dict[str, list[float]]
-
-
-class Spent(NamedTuple):
-    """What an answer's decoding took."""
-
-    decode_ms: float
-    drafted: list[int]
-    """Of every cycle."""
-    num_steps: int
-    """Passes without drafts."""
-
-
-def cycle_costs(answers: Sequence[Spent], step_ms: float) -> tuple[float, dict[int, float]]:
-    """Milliseconds once an answer, and of a cycle by how many drafts it has: least squares of the
-    relative errors."""
-    sizes = sorted({count for answer in answers for count in answer.drafted})
-    counts = np.array([[1, *map(answer.drafted.count, sizes)] for answer in answers], float)
-    times = np.array([answer.decode_ms for answer in answers])
-    rest = times - step_ms * np.array([answer.num_steps for answer in answers])
-    found, *_ = np.linalg.lstsq(counts / times[:, None], rest / times, rcond=None)
-    return float(found[0]), dict(zip(sizes, found[1:].tolist(), strict=True))
 
 
 class Bench:
@@ -263,78 +236,6 @@ class Bench:
         with DrafterProcess(setup, self.drafter, self.verifier) as process:
             yield ProcessSpeculator(strategy, process, None)
 
-    # ------------------------------------------------------------ measured against the formula
-
-    def formula(self) -> list[dict[str, float]]:
-        """Decode speedup at given acceptance rates, beside the one that costs and counts give.
-
-        A sample's drafts are the same in every repeat, its times medians over repeats. The costs
-        come from answers of their own: a step from plain ones; a cycle of n drafts, and what an
-        answer's first cycles take longer while its weights come back to the caches, from those
-        in which no draft holds and those in which each does. Times of the answers that are
-        compared are in none of them, only their counts.
-        """
-        rows = [self.formula_of_sample(index) for index in range(len(self.asked))]
-        found = []
-        for point in itertools.product(ALPHAS, GAMMAS):
-            total = {name: sum(row[point][name] for row in rows) for name in rows[0][point]}
-            found.append(
-                {
-                    "alpha": point[0],
-                    "gamma": point[1],
-                    "tau": total["said"] / total["calls"],
-                    "measured": total["plain_ms"] / total["spent_ms"],
-                    "formula": total["plain_ms"] / total["costs_ms"],
-                    "cycle_ms": total["cycle_ms"] / len(rows),
-                    "first_ms": total["first_ms"] / len(rows),
-                }
-            )
-        return found
-
-    def formula_of_sample(self, index: int) -> dict[tuple[float, int], dict[str, float]]:
-        asked, known = self.asked[index], Known()
-        known.answer = self.engine.plain(*asked).token_ids
-        num_said = len(known.answer) - 1
-        plain: list[float] = []
-        decoded: dict[tuple[float, int], list[Decoded]] = {
-            point: [] for point in itertools.product((*CERTAIN, *ALPHAS), GAMMAS)
-        }
-        for _ in range(self.options.formula_repeats):
-            for gamma in GAMMAS:
-                # What is compared is measured side by side.
-                plain.append(self.engine.plain(*asked).decode_ms)
-                for alpha in (*CERTAIN, *ALPHAS):
-                    head = OracleHead(known, [alpha], self.verifier.vocab_size, 100 * index + gamma)
-                    party = self.party(Strategy("synthetic", head="synthetic:", gamma=gamma), head)
-                    decoded[alpha, gamma].append(self.engine.speculate(*asked, party, gamma))
-        plain_ms = statistics.median(plain)
-        spent = {
-            point: Spent(
-                statistics.median(answer.decode_ms for answer in answers),
-                answers[0].cycle_drafted,
-                num_said - sum(answers[0].cycle_accepted) - len(answers[0].cycle_accepted),
-            )
-            for point, answers in decoded.items()
-        }
-        step_ms = plain_ms / num_said
-        known_costs = [spent[alpha, gamma] for alpha in CERTAIN for gamma in GAMMAS]
-        first_ms, cycle_ms = cycle_costs(known_costs, step_ms)
-        return {
-            (alpha, gamma): {
-                "plain_ms": plain_ms,
-                "spent_ms": spent[alpha, gamma].decode_ms,
-                "costs_ms": first_ms
-                + sum(cycle_ms[count] for count in spent[alpha, gamma].drafted)
-                + spent[alpha, gamma].num_steps * step_ms,
-                "cycle_ms": cycle_ms[gamma],
-                "first_ms": first_ms,
-                "said": num_said,
-                "calls": len(spent[alpha, gamma].drafted) + spent[alpha, gamma].num_steps,
-            }
-            for alpha in ALPHAS
-            for gamma in GAMMAS
-        }
-
     def party(self, strategy: Strategy, head: Any) -> LocalSpeculator:
         return LocalSpeculator(
             strategy, self.drafter, self.tables, {}, {}, head=head,
@@ -477,20 +378,6 @@ def show_peer(found: dict[str, Any]) -> dict[str, float]:
     return ratios
 
 
-def show_formula(rows: Sequence[dict[str, float]]) -> float:
-    print("\nDecode speedup, measured / by the formula with measured costs and real counts")
-    print("  alpha  " + "".join(f"gamma {gamma:<10}" for gamma in GAMMAS))
-    for alpha in ALPHAS:
-        cells = [row for row in rows if row["alpha"] == alpha]
-        line = "".join(f"{row['measured']:.2f}/{row['formula']:.2f}".ljust(16) for row in cells)
-        print(f"  {alpha:<7}{line}")
-    cycles = ", ".join(f"{row['cycle_ms']:.3f}" for row in rows[: len(GAMMAS)])
-    print(f"  costs, ms: a cycle by gamma {cycles}; once an answer {rows[0]['first_ms']:.3f}")
-    worst = max(abs(row["measured"] / row["formula"] - 1) for row in rows)
-    print(f"  largest difference {worst:.1%}; bar: within 10%: {'yes' if worst <= 0.1 else 'NO'}")
-    return worst
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -501,11 +388,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--num_samples", type=int, default=8, help="clips, a question each")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of every measurement")
-    parser.add_argument("--formula_repeats", type=int, default=15)
+    parser.add_argument("--formula_repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of this process, on a CPU")
     parser.add_argument("--noise", action="store_true", help="noise in place of rendered scenes")
     parser.add_argument("--adapter", type=Path, help="folder of an E1; else random weights")
-    parser.add_argument("--only", default="passes,peer,contention,formula,overhead")
+    parser.add_argument("--only", default="passes,breakdown,peer,contention,formula,overhead")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     return parser.parse_args(argv)
 
@@ -532,6 +419,9 @@ def main(argv: Sequence[str]) -> int:
     if "passes" in chosen:
         numbers["floor"], numbers["passes_ms"] = bench.floor(), bench.passes()
         show_passes(numbers["passes_ms"], numbers["floor"])
+    if "breakdown" in chosen:
+        numbers["breakdown"] = parts.measure(bench, options.repeats)
+        parts.show(numbers["breakdown"])
     if "overhead" in chosen:
         numbers["overhead"] = told = bench.overhead()
         print(
@@ -547,8 +437,8 @@ def main(argv: Sequence[str]) -> int:
         told_kappa = ", ".join(f"{role} {value:.2f}" for role, value in kappa.items())
         print(f"\nkappa (prefill while both run over prefill alone): {told_kappa}")
     if "formula" in chosen:
-        numbers["formula"] = bench.formula()
-        numbers["formula_worst"] = show_formula(numbers["formula"])
+        numbers["formula"] = formula.measure(bench, options.formula_repeats)
+        numbers["formula_worst"] = formula.show(numbers["formula"])
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -13,7 +13,6 @@ import pandas as pd
 from dashboards import page
 from xsd.adapters.catalog import LEVELS, level
 from xsd.config import variant as variant
-from xsd.decoding.config import AGAIN
 from xsd.files import read_json
 from xsd.plots import clock, learning, offline, timeline
 from xsd.plots.style import TIMES, base_level, kind
@@ -141,10 +140,10 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
         "The clock runs from decoded frames and event images in host memory to the last token, "
         "with processors, vision towers, both prefills and every wait. Speedups are pooled: sum of "
         "times over sum; modelled ones come from costs measured beforehand and the counts that "
-        "occurred. Time p95 is the 95th percentile of a sample's time over plain decoding's; "
-        f"{AGAIN}, plain decoding against itself, shows what of that is the clock's. Drafting: the "
-        "share of answers in which the policy let drafts be verified; without, a config is plain "
-        f"decoding. Decoding the media files takes {media:.1f} ms more, the same for all."
+        "occurred. Time p95: 95th percentile of a sample's time over plain decoding's. "
+        "Drafting: share of answers in which the policy let any draft be verified; a config that "
+        f"rests is plain decoding.{clock.noise(summary)} Decoding the media files takes "
+        f"{media:.1f} ms more, the same for all."
     )
     return page.section(
         "Configs, measured",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from xsd.errors import XsdError
 from xsd.speedup import (
     Costs,
+    breakdown,
     chain_tau,
     decode_bound,
     measured,
@@ -93,10 +94,9 @@ class TestMeasured:
 
     def test_modelled_stands_beside_measured_and_never_mixes(self) -> None:
         plain = [replace(one, modelled_ms=90.0) for one in PLAIN]
-        fast = [trace("E1", key, 50.0, modelled_ms=60.0, drafting_ms=7.0) for key in "ab"]
+        fast = [trace("E1", key, 50.0, modelled_ms=60.0) for key in "ab"]
         got = row([*plain, *fast], "E1")
         assert (got["modelled_speedup"], got["speedup"]) == (1.5, 4.0)
-        assert got["drafting_ms"] == 7
         assert math.isnan(
             row([*plain, replace(fast[0], modelled_ms=None), fast[1]], "E1")["modelled_speedup"]
         )
@@ -215,6 +215,30 @@ costs = st.builds(
     drafter_slowdown=st.floats(1, 3),
     link_ms=st.floats(0, 50),
 )
+
+
+PARTS_MS = {"language prefill": 30.0, "verifier passes": 50.0, "rest": 15.0}
+
+
+class TestBreakdown:
+    def parts(self, traces: list[Trace], strategy: str) -> dict[str, float]:
+        frame = breakdown(traces)
+        rows = frame[frame["strategy"] == strategy]
+        return dict(zip(rows["part"], rows["ms"], strict=True))
+
+    def test_parts_add_up_to_the_mean_total_and_what_is_left_is_rest(self) -> None:
+        plain = [
+            trace("vl_baseline", "a", 100.0, parts=PARTS_MS),
+            trace("vl_baseline", "b", 300.0, parts={**PARTS_MS, "drafting": 190.0}),
+        ]
+        found = self.parts(plain, "vl_baseline")
+        assert sum(found.values()) == 200
+        assert found["drafting"] == 95 and found["language prefill"] == 30
+        assert found["rest"] == pytest.approx(25)
+
+    def test_of_a_batch_its_first_sample_speaks(self) -> None:
+        both = [trace("vl_baseline", s, t, batch="a") for s, t in (("a", 100.0), ("b", 100.0))]
+        assert self.parts(both, "vl_baseline") == {"prefill": 40, "decode": 60, "rest": 0}
 
 
 class TestCosts:

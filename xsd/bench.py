@@ -325,7 +325,6 @@ class Bench:
             prefill_ms=decoded.prefill_ms,
             decode_ms=decoded.decode_ms,
             total_ms=decoded.total_ms,
-            drafting_ms=decoded.drafting_ms,
             num_free=decoded.num_free,
             gap_drafted=decoded.gap_drafted,
             gap_accepted=decoded.gap_accepted,
@@ -343,6 +342,7 @@ class Bench:
                 {decoded.gap_drafted, *(drafted + 1 for drafted in decoded.cycle_drafted)} - {0},
             ),
             timeline=tuple(decoded.timeline),
+            parts=dict(decoded.parts),
             modelled_ms=self._modelled_ms(strategy, decoded),
         )
 

@@ -169,7 +169,6 @@ class BatchBench:
             prefill_ms=decoded.prefill_ms,
             decode_ms=decoded.decode_ms,
             total_ms=decoded.total_ms,
-            drafting_ms=decoded.drafting_ms,
             num_free=0,
             gap_drafted=0,
             gap_accepted=0,

@@ -13,7 +13,8 @@ import pandas as pd
 
 from xsd import speedup
 from xsd.bench import BenchItem, Failure
-from xsd.decoding.config import AGAIN, BASELINE, GAP_LEVELS, HEAD_LEVELS
+from xsd.decoding.config import BASELINE, GAP_LEVELS, HEAD_LEVELS
+from xsd.decoding.decoded import PARTS
 from xsd.decoding.strategies import metric_name
 from xsd.files import write_json, write_text
 from xsd.pairs.base import ModelPair
@@ -74,6 +75,7 @@ def write(
         run.figure(f"{name}_{stamp}", figure, folder)
     run.table("benchmark", summary)
     run.table("per_sample", speedup.per_sample(traces))
+    run.table("breakdown", speedup.breakdown(traces))
     run.table("traces", traces_frame(traces))
     run.log(metrics(summary))
     run.tag(
@@ -88,7 +90,7 @@ def traces_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     rows = []
     for trace in traces:
         row = asdict(trace)
-        del row["timeline"], row["batch"], row["batch_size"], row["alone_ms"]
+        del row["timeline"], row["parts"], row["batch"], row["batch_size"], row["alone_ms"]
         for name in ("token_ids", "cycle_drafted", "cycle_accepted"):
             row[name] = " ".join(str(number) for number in row[name])
         rows.append(row)
@@ -133,8 +135,8 @@ def metrics(summary: pd.DataFrame) -> dict[str, float]:
     characters of config names."""
     kept = ("speedup", "decode_speedup", "speedup_alone", "tokens_per_s", "ratio_mean",
             "ratio_p5", "ratio_p95", "time_p95", "share_slower", "share_drafting",
-            "prefill_ms", "vision_ms", "decode_ms", "drafting_ms", "total_ms",
-            "tokens_accepted", "tau", "num_free", "num_different", "num_near_ties")  # fmt: skip
+            "prefill_ms", "decode_ms", "total_ms", "tokens_accepted",
+             "tau", "num_free", "num_different", "num_near_ties")  # fmt: skip
     found: dict[str, float] = {}
     for _, row in summary.iterrows():
         name = metric_name(str(row["strategy"]))
@@ -187,15 +189,14 @@ def table(
         for _, row in summary.iterrows()
     ]
     media_ms = sum(item.media_ms for item in items) / len(items)
-    again = summary.loc[summary["strategy"] == AGAIN, "time_p95"]
-    noise = f" ({again.iloc[0]:.2f} is the clock's own: {AGAIN})" if len(again) else ""
     note = (
         f"{len(items)} samples, median of {1 + max(t.repeat for t in traces)} interleaved repeats; "
         f"speedup pooled (sum over sum). The clock starts with decoded media; decoding the files "
         f"takes {media_ms:.1f} ms more, the same for every config. Modelled: what passes and "
         "drafts cost before the benchmark, times how many of them the answers had. Time p95: 95th "
-        f"percentile of a sample's time over plain decoding's{noise}; drafting: share of answers "
-        "in which the policy let any draft be verified."
+        "percentile of a sample's time over plain decoding's; drafting: share of answers in which "
+        f"the policy let any draft be verified.{clock.noise(summary)} The second table has means, "
+        "not medians, so its parts add up."
     )
     if strict_rows is not None:
         note += (
@@ -209,30 +210,19 @@ def table(
             "each. Times are a batch's, the speedup is over plain decoding of the same batch, and "
             "the last column over plain decoding of its questions one by one."
         )
-    return "\n\n".join([_markdown(header, rows), note, _markdown(*_parts(summary))])
+    return "\n\n".join([_markdown(header, rows), note, _markdown(*_parts(traces))])
 
 
-def _parts(summary: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _parts(traces: Sequence[Trace]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Where the time of an answer goes; the parts of a row sum to its last cell."""
-    header = ("Milliseconds an answer", "Vision", "Language prefill", "Drafting in decode",
-              "Verifying and steps", "Total")  # fmt: skip
+    frame = speedup.breakdown(traces)
+    table = frame.pivot(index="strategy", columns="part", values="ms").fillna(0.0)
+    parts = [part for part in ("prefill", "decode", *PARTS) if part in table.columns]
     rows = [
-        (
-            str(row["strategy"]),
-            *(
-                _or_dash(ms, "{:.2f}")
-                for ms in (
-                    row["vision_ms"],
-                    row["prefill_ms"] - row["vision_ms"],
-                    row["drafting_ms"],
-                    row["decode_ms"] - row["drafting_ms"],
-                    row["total_ms"],
-                )
-            ),
-        )
-        for _, row in summary.iterrows()
+        (name, *(f"{table.loc[name, part]:.2f}" for part in parts), f"{table.loc[name].sum():.2f}")
+        for name in frame["strategy"].drop_duplicates()
     ]
-    return header, rows
+    return ("Milliseconds an answer", *parts, "sum"), rows
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -39,6 +39,31 @@ class Stopwatch:
             torch.cuda.current_stream(self._cuda).synchronize()
 
 
+class Laps:
+    """Milliseconds of one piece of work by parts, which add up to all of it.
+
+    By the caller's clock: on a GPU a part ends when the caller has got past it, so what it left
+    running counts where somebody waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._last = time.monotonic_ns()
+
+    def lap(self, part: str, within: Mapping[str, float] | None = None) -> float:
+        """What went by since the last lap was ``part``; the milliseconds of it.
+
+        Args:
+            within: of other parts in it, taken off.
+        """
+        now = time.monotonic_ns()
+        spent_ms, self._last = (now - self._last) / 1e6, now
+        inner = within or {}
+        for name, ms in {**inner, part: spent_ms - sum(inner.values())}.items():
+            self.ms[name] = self.ms.get(name, 0.0) + ms
+        return spent_ms
+
+
 class PartTimes:
     """Seconds that each part of some work took, added up; waits for the device at both ends."""
 

@@ -36,11 +36,11 @@ import pandas as pd
 from jaxtyping import Int
 
 from xsd.decoding.config import BASELINE
+from xsd.decoding.decoded import REST
 from xsd.errors import XsdError
 from xsd.types import Trace
 
 _TIMES = ["prefill_ms", "decode_ms", "total_ms"]
-_PARTS = ["vision_ms", "drafting_ms"]
 _BASELINE_TIMES = [f"baseline_{name}" for name in (*_TIMES, "modelled_ms")]
 _COUNTS = [
     "num_tokens",
@@ -58,9 +58,8 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
     """One row a strategy and sample that it shares with ``baseline``.
 
     Columns: strategy, sample_key, batch (its first sample's key; the same for all in it) and
-    batch_size, times and what of them is vision and drafting (of the batch; median over repeats),
-    modelled_ms, ``baseline_`` times, alone_ms
-    (plain decoding of this sample alone; NaN where it was not decoded in a batch), ratio
+    batch_size, times (of the batch; median over repeats), modelled_ms, ``baseline_`` times,
+    alone_ms (plain decoding of this sample alone; NaN where it was not decoded in a batch), ratio
     (> 1: faster than plain decoding), counts (mean over repeats; ``accepted`` adds gap and decode,
     ``num_early`` tokens stood before decode began, ``num_calls`` verifier calls said the others,
     ``has_drafts``: any were verified at all),
@@ -80,7 +79,7 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
     )
     one = both.groupby(["strategy", "sample_key"])["repeat"]
     both = both[one.transform("nunique") == frame["repeat"].nunique()]
-    how: dict[str, str] = dict.fromkeys((*times, *_PARTS, *_BASELINE_TIMES), "median")
+    how: dict[str, str] = dict.fromkeys((*times, *_BASELINE_TIMES), "median")
     how |= dict.fromkeys(_COUNTS, "mean")
     how |= {"batch": "first", "batch_size": "first", "alone_ms": "median"}
     # A sample is excused only if every repeat that differs is.
@@ -98,10 +97,10 @@ def measured(
     Args:
         num_attempted: samples that the benchmark took up; None: those with any trace.
 
-    Columns: strategy, num_samples, num_failed, batch_size (the largest), prefill_ms (of which
-    vision_ms), decode_ms (of which drafting_ms), total_ms (means), tokens_per_s, speedup_alone
-    (pooled, over plain decoding one by one; NaN without batches),
-    num_tokens, tokens_accepted and gap_accepted (a sample), accept_rate (of what was drafted),
+    Columns: strategy, num_samples, num_failed, batch_size (the largest), prefill_ms, decode_ms,
+    total_ms (means), tokens_per_s, speedup_alone (pooled, over plain decoding one by one; NaN
+    without batches), num_tokens, tokens_accepted and gap_accepted (a sample), accept_rate (of what
+    was drafted),
     tau (tokens a verifier call of decode), num_free, speedup and decode_speedup (pooled),
     ratio_mean, ratio_std, ratio_p5, ratio_p95, time_p95 (95th percentile of a sample's time over
     plain decoding's), share_slower, share_drafting (of answers in which any draft was verified: a
@@ -115,6 +114,29 @@ def measured(
     return pd.DataFrame(
         [_summary(name, rows[rows["strategy"] == name], num_samples) for name in names]
     )
+
+
+def breakdown(traces: Iterable[Trace]) -> pd.DataFrame:
+    """Where the time of an answer goes: strategy, part, ms, in the order of their first traces.
+
+    Means over samples and repeats of the traces' parts, so that the parts of a strategy add up to
+    its mean total (elsewhere a sample's time is a median). Traces without parts (batches) have
+    prefill and decode; what is left of a total is its rest.
+    """
+    rows: list[dict[str, object]] = []
+    for trace in traces:
+        # What a batch took is told by each of its samples.
+        if trace.batch not in ("", trace.sample_key):
+            continue
+        parts = trace.parts or {"prefill": trace.prefill_ms, "decode": trace.decode_ms}
+        left_ms = trace.total_ms - sum(parts.values())
+        for part, ms in {**parts, REST: parts.get(REST, 0.0) + left_ms}.items():
+            rows.append({"strategy": trace.strategy, "part": part, "ms": ms})
+    frame = pd.DataFrame(rows, columns=["strategy", "part", "ms"])
+    counts = frame[frame["part"] == REST].groupby("strategy")["ms"].size()
+    total = frame.groupby(["strategy", "part"], sort=False)["ms"].sum().reset_index()
+    # A part that some answers do not have took no time in them.
+    return total.assign(ms=total["ms"] / total["strategy"].map(counts))
 
 
 def tokens_before_decode(trace: Trace) -> int:
@@ -142,8 +164,6 @@ def _row(trace: Trace) -> dict[str, object]:
         "repeat": trace.repeat,
         "prefill_ms": trace.prefill_ms,
         "decode_ms": trace.decode_ms,
-        "vision_ms": _vision_ms(trace),
-        "drafting_ms": trace.drafting_ms,
         "modelled_ms": math.nan if trace.modelled_ms is None else trace.modelled_ms,
         "total_ms": trace.total_ms,
         "num_tokens": len(trace.token_ids),
@@ -159,16 +179,11 @@ def _row(trace: Trace) -> dict[str, object]:
     }
 
 
-def _vision_ms(trace: Trace) -> float:
-    spans = [s for s in trace.timeline if (s.lane, s.what) == ("verifier", "vision")]
-    return sum(s.end_ms - s.start_ms for s in spans) if spans else math.nan
-
-
 def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, object]:
     batches = rows.drop_duplicates("batch")
     total = rows[_COUNTS].sum()
     mean = total / max(1, len(rows))
-    times = batches[[*_TIMES, *_PARTS, "modelled_ms", *_BASELINE_TIMES]].sum(skipna=False)
+    times = batches[[*_TIMES, "modelled_ms", *_BASELINE_TIMES]].sum(skipna=False)
     ratio = batches["ratio"]
     num_excused = int((rows["differs"] & rows["excused"]).sum())
     num_different = int(rows["differs"].sum())
@@ -177,7 +192,7 @@ def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, o
         "num_samples": len(rows),
         "num_failed": num_samples - len(rows),
         "batch_size": int(rows["batch_size"].max()) if len(rows) else 0,
-        **{name: times[name] / max(1, len(batches)) for name in (*_TIMES, *_PARTS)},
+        **{name: times[name] / max(1, len(batches)) for name in _TIMES},
         "tokens_per_s": 1e3 * _ratio(total["num_tokens"], times["total_ms"]),
         "num_tokens": mean["num_tokens"],
         "tokens_accepted": mean["accepted"],

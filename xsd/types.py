@@ -169,12 +169,12 @@ class Trace:
     near_tie: bool = False
     """The difference sits where rounding may decide (reduced precision only), so it is excused."""
     timeline: tuple[Span, ...] = field(default=())
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds of ``total_ms`` by part (``decoding.decoded.PARTS``); empty: of a batch."""
     batch: str = ""
     """Key of the first sample of the batch it was decoded in; then all times are the whole
     batch's, and each of its samples has them. Empty: it was decoded alone."""
     batch_size: int = 1
-    drafting_ms: float = 0.0
-    """Of decode: waiting for drafts."""
     alone_ms: float | None = None
     """Plain decoding of this sample alone, measured beside its batch."""
     modelled_ms: float | None = None

@@ -50,7 +50,16 @@ def test_a_batch_asks_about_one_clip_unless_nothing_is_shared(samples: list[Benc
 
 def test_what_drafts_in_the_gap_with_the_drafter_or_in_trees_is_left_out() -> None:
     fit, left_out = batchable(parse_all("all", 4))
-    names = ["vl_baseline", "B1_decode", "E1_decode", "E3_decode", "text", "ngram", "oracle"]
+    names = [
+        "vl_baseline",
+        "vl_baseline:again",
+        "B1_decode",
+        "E1_decode",
+        "E3_decode",
+        "text",
+        "ngram",
+        "oracle",
+    ]
     assert [strategy.name for strategy in fit] == names
     assert {"L4+VL", "template+VL", "E2_decode", "E1_tree", "X1+E3"} <= {s.name for s in left_out}
 

@@ -21,7 +21,7 @@ from xsd.decoding.config import (
     GAP_LEVELS,
     DecodingConfig,
 )
-from xsd.decoding.decoded import Decoded
+from xsd.decoding.decoded import DRAFTING, PARTS, PASSES, PREFILL, Decoded
 from xsd.decoding.engine import Engine
 from xsd.decoding.policy import Costs
 from xsd.decoding.strategies import parse
@@ -179,8 +179,11 @@ def test_every_config_is_lossless(
         assert isinstance(record, Trace), record
         assert record.lossless and record.first_difference is None
         assert record.total_ms == pytest.approx(record.prefill_ms + record.decode_ms)
+        assert set(record.parts) <= set(PARTS) and min(record.parts.values()) >= 0
+        assert record.parts[PREFILL] > 0 and record.parts[PASSES] > 0
     drafted = [r for r in records if isinstance(r, Trace) and r.strategy == name]
     assert all(trace.gap_drafted or trace.cycle_drafted for trace in drafted)
+    assert all(trace.parts[DRAFTING] > 0 for trace in drafted)
 
 
 def test_the_drafter_process_gives_the_same_answers(
@@ -239,7 +242,7 @@ def test_plain_decoding_against_itself_is_a_config_like_any_other(
     assert len(records) == 4 * len(items)
     for record in records:
         assert isinstance(record, Trace) and record.lossless
-        assert not record.cycle_drafted and not record.drafting_ms
+        assert not record.cycle_drafted and not record.parts.get(DRAFTING)
 
 
 def test_no_strategy_always_goes_first(

@@ -217,13 +217,15 @@ def _config_table(product: Product) -> str:
     from xsd.files import read_json
 
     (path,) = product.path.glob("e2e_wallclock_*.json")
-    rows = [("config", "tokens accepted", "measured speedup", "per sample", "lossless")]
+    header = ("config", "tokens accepted", "measured speedup", "per sample", "drafting", "lossless")
+    rows = [header]
     rows += [
         (
             str(row["strategy"]),
             f"{row['tokens_accepted']:.1f}",
             f"{row['speedup']:.2f}x",
             f"{row['ratio_mean']:.2f} ± {row['ratio_std']:.2f}",
+            f"{row['share_drafting']:.0%}",
             "yes" if row["lossless"] else "NO",
         )
         for row in read_json(path)["summary"]

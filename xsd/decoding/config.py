@@ -17,7 +17,8 @@ TREE_HEADS = ("E1", "E3")
 MAX_GAMMA, MAX_TREE_NODES = 16, 63
 BASELINE = "vl_baseline"
 AGAIN = f"{BASELINE}:again"
-"""Plain decoding once more, as if it were a config: what the clock alone makes of equal work."""
+"""Plain decoding under another name, an A/A test: what its ratios to the baseline show is noise of
+the clock."""
 ALL_CONFIGS = (
     BASELINE,
     AGAIN,

@@ -6,6 +6,13 @@ from dataclasses import dataclass, field
 
 from xsd.types import Span
 
+PIXELS, VISION, PREFILL = "pixels", "vision", "language prefill"
+DRAFTING, PASSES, LM_HEAD, REST = "drafting", "verifier passes", "LM head", "rest"
+PARTS = (PIXELS, VISION, PREFILL, DRAFTING, PASSES, LM_HEAD, REST)
+"""Image processor; vision tower and projector; the prompt's way through the language model; waiting
+for drafts, in the gap and in decode; passes of decode, plain steps too; choosing tokens after the
+prefill and in compiled passes (others choose within their pass); all else."""
+
 
 @dataclass
 class Decoded:
@@ -14,8 +21,8 @@ class Decoded:
     token_ids: list[int] = field(default_factory=list)
     prefill_ms: float = 0.0
     total_ms: float = 0.0
-    drafting_ms: float = 0.0
-    """Of decode, waiting for drafts."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of ``total_ms`` by part (``PARTS``); empty: of a batch."""
     num_free: int = 0
     """Drafts that were ready when the prefill ended."""
     gap_drafted: int = 0

@@ -7,7 +7,6 @@ Where tokens are drawn, the same holds for their distribution.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,10 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xsd.clock import Stopwatch, interleaved
+from xsd.clock import Laps, Stopwatch, interleaved
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_TREE_NODES
-from xsd.decoding.decoded import Decoded
+from xsd.decoding.decoded import (
+    DRAFTING,
+    LM_HEAD,
+    PASSES,
+    PIXELS,
+    PREFILL,
+    REST,
+    VISION,
+    Decoded,
+)
 from xsd.decoding.loop import CompiledLoop, begun_head
 from xsd.decoding.policy import Costs, Policy, row_sizes
 from xsd.decoding.rote import Eager, Rote
@@ -181,23 +189,28 @@ class Engine:
         policy: Policy,
     ) -> Decoded:
         watch = Stopwatch(self._device)
+        self._laps = laps = Laps()
         self._generator.manual_seed(self._seed)
-        result = Decoded()
+        result = Decoded(parts=laps.ms)
         if speculator is not None:
             speculator.start(media, question, watch)
+            laps.lap(DRAFTING)
         states, early = self._prefill(media, question, speculator, watch, result)
         tokens = result.token_ids = [self._next(self.verifier.score(states[:1]))]
         result.prefill_ms = watch.ms()
+        laps.lap(LM_HEAD)
         if speculator is not None:
             states = self._check_gap(speculator, states, early, result, policy)
         head = begun_head(speculator) if self._loop is not None and gamma else None
+        laps.lap(REST)
         if self._loop is not None and (speculator is None or not gamma or head is not None):
             done = self._loop.run(tokens, states, head, gamma, policy)
+            laps.lap(REST, self._loop.parts)
             result.cycle_drafted, result.cycle_accepted = done.drafted, done.accepted
-            result.drafting_ms = done.drafting_ms
         else:
             self._cycles(speculator, states, gamma, policy, result)
         result.total_ms = watch.ms()
+        laps.lap(REST)
         result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
         if speculator is not None:
             result.timeline.extend(speculator.finish())
@@ -218,13 +231,13 @@ class Engine:
             depth = min(gamma, self.max_new_tokens - len(tokens) - 1)
             draft = NO_DRAFT
             drafting_ms = 0.0
+            self._laps.lap(REST)
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
-                began = time.perf_counter()
                 seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
                 asked = speculator.propose(tokens, seen, depth)
-                drafting_ms = 1e3 * (time.perf_counter() - began)
+                drafting_ms = self._laps.lap(DRAFTING)
                 draft, unseen = policy.select(self._useful(asked, tokens)), []
-            began = time.perf_counter()
+            self._laps.lap(REST)
             if draft.tokens:
                 states, path = self._verify(tokens, draft)
                 result.cycle_drafted.append(len(draft))
@@ -234,11 +247,15 @@ class Engine:
                 num_rests = policy.rest() if not drafting_ms else 0
                 states, path = self._steps(tokens, 1 + num_rests), []
                 policy.rested(len(states) - 1)
+            verifying_ms = self._lap_passes()
             if drafting_ms:
-                result.drafting_ms += drafting_ms
-                verifying_ms = 1e3 * (time.perf_counter() - began)
                 policy.learn(draft, path, drafting_ms, verifying_ms)
             unseen.append(states)
+
+    def _lap_passes(self) -> float:
+        """What went by since the last lap went into passes; what they chose with, where known."""
+        within = None if self._loop is None else {LM_HEAD: self._loop.parts[LM_HEAD]}
+        return self._laps.lap(PASSES, within)
 
     def _prefill(
         self,
@@ -254,8 +271,12 @@ class Engine:
         joined the last chunk, and these drafts.
         """
         verifier = self.verifier
-        visual = verifier.visual_tokens(verifier.pixels(media))
+        self._laps.lap(REST)
+        pixels = verifier.pixels(media)
+        self._laps.lap(PIXELS)
+        visual = verifier.visual_tokens(pixels)
         seen_ms = watch.ms()
+        self._laps.lap(VISION)
         result.timeline.append(Span("verifier", "vision", 0.0, seen_ms))
         if speculator is not None and speculator.wants_projected:
             speculator.on_projected(pool_visual(visual))
@@ -263,21 +284,27 @@ class Engine:
         self._cache.reset()
         rows = verifier.embed_prompt(prompt, visual)
         num_rows = rows.shape[1]
+        self._laps.lap(REST)
         read: list[Tensor] = []
         early: list[int] = []
         if speculator is not None and 0 < self._last_chunk < num_rows:
             first = num_rows - self._last_chunk
             read = [verifier.forward(rows[:, :first], self._cache)[0]]
+            self._laps.lap(PREFILL)
             early = self._useful(Draft(speculator.gap_drafts()), ()).tokens
             # The prefill checks the first draft anyhow; one alone would add nothing.
             early = early if len(early) > 1 else []
+            self._laps.lap(DRAFTING)
             joined = torch.tensor([early], dtype=torch.long, device=self._device)
             rows = torch.cat([rows[:, first:], verifier.embed(joined)], dim=1)
         states = torch.cat([*read, verifier.forward(rows, self._cache)[0]])
+        read_ms = watch.ms()
+        self._laps.lap(PREFILL)
         if speculator is not None and speculator.wants_prefilled:
             start = len(prompt.before)
             speculator.on_prefilled(pool_visual(states[start : start + len(visual)]))
-        result.timeline.append(Span("verifier", "prefill", seen_ms, watch.ms()))
+        result.timeline.append(Span("verifier", "prefill", seen_ms, read_ms))
+        self._laps.lap(REST)
         return states[num_rows - 1 :], early
 
     def _check_gap(
@@ -295,6 +322,7 @@ class Engine:
         tokens = result.token_ids
         is_checked = bool(early)
         drafts = early or speculator.gap_drafts()
+        self._laps.lap(DRAFTING)
         result.num_free = result.gap_drafted = len(drafts)
         rest: list[int] = []
         path: list[int] = []
@@ -305,7 +333,9 @@ class Engine:
             states, path = self._judge_early(tokens, drafts, rest, states)
         elif rest and (size := policy.gap_size(len(rest))):
             rest = rest[:size]
+            self._laps.lap(REST)
             verified, path = self._verify(tokens, Draft(rest))
+            self._lap_passes()
             states = torch.cat([states, verified])
         elif rest:
             rest = []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xsd import kernels
 from xsd.decoding.accept import Draft
+from xsd.decoding.decoded import DRAFTING, LM_HEAD, PASSES
 from xsd.decoding.draft import HeadDrafter
 from xsd.decoding.policy import Policy
 from xsd.kernels import PANEL
@@ -46,7 +47,6 @@ class Cycles:
     accepted: list[int]
     states: Float[Tensor, "n Dv"]
     """That predicted the tokens said."""
-    drafting_ms: float
 
 
 class CompiledLoop:
@@ -78,7 +78,10 @@ class CompiledLoop:
         self._eos = np.array(sorted(verifier.eos_ids), np.int64)
         self._tokens = np.zeros(max_new_tokens, np.int64)
         self._counts = np.zeros((2, max_new_tokens), np.int64)
+        self._spent = np.zeros(4, np.int64)
         self._no_head = _no_head(verifier.width)
+        self.parts: dict[str, float] = {}
+        """Milliseconds of the last call, by part."""
 
     def run(
         self,
@@ -98,7 +101,7 @@ class CompiledLoop:
         num_said, limit = len(tokens), len(self._tokens)
         seen = np.empty((limit + 1, self._width), np.float32)
         self._tokens[:num_said] = tokens
-        at = np.array([num_said, self._cache.length, 0, 0, 0, 0, 0])
+        at = np.array([num_said, self._cache.length, 0, 0, 0])
         rule = Policy.rule if policy is None else policy.rule
         if head is None:
             party, panels, shape = self._no_head, self._panels, (0, 1, 0, True)
@@ -111,18 +114,18 @@ class CompiledLoop:
             # One copy of the LM head in the caches, not two.
             panels = vocabulary.panels
             shape = head.shape(gamma).arguments
-        began = time.perf_counter()
+        self._spent[:] = 0
+        began = time.perf_counter_ns()
         kernels.speak(
             self._verifier, *self._cache.arrays, self._table.numpy(), panels, self._num_ids,
             self._eos, *party, rule, *shape, num_calls, self._tokens, seen, at,
-            *self._counts,
+            *self._counts, self._spent,
         )  # fmt: skip
-        spent_ms = 1e3 * (time.perf_counter() - began)
-        end, self._cache.length, _, num_cycles, _, drafting, speaking = at.tolist()
+        self._share_out(began)
+        end, self._cache.length, _, num_cycles, _ = at.tolist()
         tokens[num_said:] = self._tokens[num_said:end].tolist()
         drafted, accepted = self._counts[:, :num_cycles].tolist()
-        drafting_ms = spent_ms * drafting / max(1, speaking)
-        return Cycles(drafted, accepted, torch.from_numpy(seen[num_said:end]), drafting_ms)
+        return Cycles(drafted, accepted, torch.from_numpy(seen[num_said:end]))
 
     def verify(self, last: int, draft: Draft) -> tuple[list[int], int, Float[Tensor, "n Dv"]]:
         """One pass over the last token and a draft behind it.
@@ -133,7 +136,10 @@ class CompiledLoop:
         size = len(draft)
         states = np.empty((size + 1, self._width), np.float32)
         path = np.empty(size, np.int64)
+        self._spent[:] = 0
+        began = time.perf_counter_ns()
         held, token = self._pass(last, draft, states, path)()
+        self._share_out(began)
         self._cache.length += 1 + held
         return path[:held].tolist(), token, torch.from_numpy(states[: held + 1])
 
@@ -152,7 +158,17 @@ class CompiledLoop:
             kernels.verify, self._verifier, *self._cache.arrays, self._table.numpy(), self._panels,
             self._num_ids, last, np.array(draft.tokens, np.int64), np.array(parents, np.int64),
             start, states, np.empty(size + 1, np.int64), path,
+            self._spent,
         )  # fmt: skip
+
+    def _share_out(self, began: int) -> None:
+        """What the kernel's ticks say of the time since then, by the clock of ``perf_counter``."""
+        spent_ms = (time.perf_counter_ns() - began) / 1e6
+        drafting, reading, choosing, whole = self._spent.tolist()
+        # A single pass has no more to it; a machine without a counter tells nothing apart.
+        per_tick = spent_ms / (whole or reading + choosing or 1)
+        self.parts = {DRAFTING: drafting * per_tick, LM_HEAD: choosing * per_tick}
+        self.parts[PASSES] = reading * per_tick if reading else spent_ms
 
 
 def _no_head(width: int) -> tuple[tuple[object, ...], ...]:

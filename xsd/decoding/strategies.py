@@ -25,10 +25,10 @@ from xsd.types import Strategy
 
 
 def parse(name: str, gamma: int) -> Strategy:
-    """``L4+VL``, ``L4+VL:free``, ``E3_decode``, ``E3_tree``, ``X1+E3``, ``X1+drafter``,
-    ``drafter+VL``, ``template+VL``, ``text``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a
-    position, ``synthetic:0.9,0.7``, or a JSON file of them), or any of them with
-    ``@shuffled_events``.
+    """``vl_baseline``, ``vl_baseline:again`` (an A/A test), ``L4+VL``, ``L4+VL:free``,
+    ``E3_decode``, ``E3_tree``, ``X1+E3``, ``X1+drafter``, ``drafter+VL``, ``template+VL``,
+    ``text``, ``ngram``, ``oracle``, ``synthetic:0.8`` (or a rate a position,
+    ``synthetic:0.9,0.7``, or a JSON file of them), or any of them with ``@shuffled_events``.
 
     Raises:
         XsdError: unknown name; the message lists the known ones.

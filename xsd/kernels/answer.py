@@ -11,9 +11,12 @@ from xsd.kernels.options import exact
 from xsd.kernels.rule import best_size, learn, may_draft
 from xsd.kernels.ticks import ticks
 
-NUM_SAID, NUM_CACHED, NUM_READ, NUM_CYCLES, NUM_CALLS, DRAFTING, SPEAKING = range(7)
-"""Of ``at``: tokens said; positions in the verifier's cache; tokens the head has read; of this call
-cycles with drafts, passes, and ticks of drafting and in all."""
+NUM_SAID, NUM_CACHED, NUM_READ, NUM_CYCLES, NUM_CALLS = range(5)
+"""Of ``at``: tokens said; positions in the verifier's cache; tokens the head has read; cycles with
+drafts, and passes, of this call."""
+DRAFTING, READING, CHOOSING, ALL = range(4)
+"""Of ``spent``: ticks of a head's drafts, of the verifier's layers, of its LM head, of all of a
+call."""
 
 
 @exact
@@ -30,7 +33,7 @@ def _keep(keys, values, start, path):
 
 @exact
 def verify(verifier, keys, values, embedding, panels, num_ids, last, tokens, parents, start,
-           states, ids, path):  # fmt: skip
+           states, ids, path, spent):  # fmt: skip
     """One pass of the last token and a draft behind the cache, and what of the draft holds.
 
     Args:
@@ -43,6 +46,7 @@ def verify(verifier, keys, values, embedding, panels, num_ids, last, tokens, par
         states: [n + 1, D], overwritten; those of the path are moved up.
         ids: [n + 1] int64, overwritten: what the verifier says behind every row.
         path: [n] int64, overwritten.
+        spent: [4] int64, see the names above; added to.
 
     Returns how many hold; the verifier's own token behind them is ``ids`` of the last row kept.
     """
@@ -65,8 +69,12 @@ def verify(verifier, keys, values, embedding, panels, num_ids, last, tokens, par
             ancestors[i + 1, i + 1] = True
     begin, hole = np.empty(1, np.int64), np.zeros(1, np.int64)
     begin[0] = start
+    began = ticks()
     decoder_pass(rows, *verifier, keys, values, 0, hole, begin, positions, ancestors, states)
+    read = ticks()
     choose(states, panels, num_ids, ids)
+    spent[READING] += read - began
+    spent[CHOOSING] += ticks() - read
     held, node = 0, -1
     while True:
         following = -1
@@ -89,6 +97,7 @@ def verify(verifier, keys, values, embedding, panels, num_ids, last, tokens, par
 def speak(
     verifier, keys, values, embedding, panels, num_ids, eos, head, past, vocabulary, rule,
     gamma, width, num_nodes, is_sure, num_calls, tokens, states, at, drafted, accepted,
+    spent,
 ):  # fmt: skip
     """Decode on, until the answer ends, is full, or ``num_calls`` passes are made.
 
@@ -99,17 +108,18 @@ def speak(
             gamma of 0 is plain decoding, and no head is looked at.
         tokens: [max_new_tokens] int64: those said.
         states: [max_new_tokens + 1, D]: of every token said, the state that predicted it.
-        at: [7] int64, see the names above; updated.
+        at: [5] int64, see the names above; updated.
         drafted, accepted: [max_new_tokens] int64: of every cycle with drafts; written.
+        spent: as ``verify`` takes it.
     """
+    began = ticks()
     limit = tokens.shape[0]
     room = max(1, gamma * width * width)
     drafts, parents = np.empty(room, np.int64), np.empty(room, np.int64)
     sure, joint = np.empty(room, np.float64), np.empty(room, np.float64)
     rows = np.empty((room + 1, states.shape[1]), np.float32)
     ids, path = np.empty(room + 1, np.int64), np.empty(room, np.int64)
-    at[NUM_CYCLES] = at[NUM_CALLS] = at[DRAFTING] = 0
-    called = ticks()
+    at[NUM_CYCLES] = at[NUM_CALLS] = 0
     while at[NUM_SAID] < limit and at[NUM_CALLS] < num_calls:
         said = at[NUM_SAID]
         if is_among(tokens[said - 1], eos):
@@ -118,18 +128,18 @@ def speak(
         depth = min(gamma, limit - said - 1)
         size = levels = 0
         if depth > 0 and may_draft(rule):
-            began, read = ticks(), at[NUM_READ]
+            asked, read = ticks(), at[NUM_READ]
             count, levels = draft(
                 tokens[read:said], states[read:said], read, head, past, vocabulary, rule, depth,
                 width, num_nodes, is_sure, drafts, parents, sure, joint,
             )  # fmt: skip
             at[NUM_READ] = said
             size = best_size(rule, joint[:count])
-            at[DRAFTING] += ticks() - began
+            spent[DRAFTING] += ticks() - asked
         start = at[NUM_CACHED]
         held, token = verify(
             verifier, keys, values, embedding, panels, num_ids, tokens[said - 1], drafts[:size],
-            parents[:size], start, rows[: size + 1], ids[: size + 1], path[:size],
+            parents[:size], start, rows[: size + 1], ids[: size + 1], path[:size], spent,
         )  # fmt: skip
         if levels:
             learn(rule, parents[:size], sure[:size], path[:held], levels)
@@ -148,4 +158,4 @@ def speak(
             states[said] = rows[held]
             said += 1
         at[NUM_SAID] = said
-    at[SPEAKING] = ticks() - called
+    spent[ALL] += ticks() - began

@@ -1,4 +1,4 @@
-"""The processor's own count of time, where a call into the system would cost too much."""
+"""The processor's own counter: what shares of a compiled call its parts take."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from numba.extending import intrinsic
 
 @intrinsic
 def ticks(_: Any) -> Any:
-    """Steadily counted up, at a rate that is the machine's: only shares of it mean anything."""
+    """Ticks since some moment, int64; reading them takes some 10 ns. Their rate is no one's
+    business: only shares are formed. A machine that does not let programs read it says 0 always.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        counter = builder.module.declare_intrinsic(
-            "llvm.readcyclecounter", (), ir.FunctionType(ir.IntType(64), ())
-        )
-        return builder.call(counter, ())
+        kind = ir.FunctionType(ir.IntType(64), [])
+        counter = builder.module.declare_intrinsic("llvm.readcyclecounter", fnty=kind)
+        return builder.call(counter, [])
 
     return types.int64(), generate

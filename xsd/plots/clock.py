@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from xsd.decoding.config import AGAIN, BASELINE
+from xsd.decoding.decoded import DRAFTING, LM_HEAD, PASSES, PIXELS, PREFILL, REST, VISION
 from xsd.plots.style import (
     BLUE,
     DARK,
@@ -16,20 +18,32 @@ from xsd.plots.style import (
     KIND_COLOURS,
     KIND_NAMES,
     ORANGE,
+    PURPLE,
     SKY,
     TIMES,
+    VERMILLION,
     figure,
     kind,
     label,
     panels,
     rgba,
 )
-from xsd.speedup import measured, per_sample
+from xsd.speedup import breakdown, measured, per_sample
 from xsd.types import Trace
 
 _ROW_HEIGHT = 34
-_PARTS = {"vision": SKY, "prefill": BLUE, "drafting": GREEN, "verifying": ORANGE}
-_ON_BAR = {BLUE: "white", ORANGE: DARK, GREY: "white", SKY: DARK, GREEN: "white"}
+_PART_COLOURS = {
+    PIXELS: VERMILLION,
+    VISION: PURPLE,
+    PREFILL: BLUE,
+    "prefill": BLUE,
+    DRAFTING: ORANGE,
+    PASSES: GREEN,
+    "decode": ORANGE,
+    LM_HEAD: SKY,
+    REST: GREY,
+}
+_ON_BAR = dict.fromkeys(_PART_COLOURS.values(), "white") | {ORANGE: DARK, SKY: DARK}
 
 
 def speedup_frame(traces: Sequence[Trace]) -> pd.DataFrame:
@@ -41,9 +55,11 @@ def speedup_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 
 
 def speedup_comparison(traces: Sequence[Trace]) -> go.Figure:
-    """Per-sample ratios as dots, their 5th to 95th percentile, and the pooled speedup."""
+    """Per-sample ratios as dots, their 5th to 95th percentile, and the pooled speedup; beside it in
+    how many answers a policy let drafts be verified, if not in all."""
     points, table = speedup_frame(traces), measured(traces)
-    table = table[table["strategy"].map(kind) != "plain"]
+    table = table[table["strategy"] != BASELINE]
+    points = points[points["strategy"] != BASELINE]
     names = table["strategy"].tolist()
     made = figure(
         "Measured speedup over plain decoding",
@@ -59,13 +75,16 @@ def speedup_comparison(traces: Sequence[Trace]) -> go.Figure:
         _add_spread(made, dots, rows, group)
     for row in table.itertuples():
         verdict = "" if row.lossless else "  <b>not lossless</b>"
-        text = f"<b>{row.speedup:.2f}{TIMES}</b>{verdict}"
+        # A policy that leaves its drafts off makes a config plain decoding, not a free one.
+        share = f"{row.share_drafting:.0%}"
+        rests = "" if share == "100%" or row.strategy == AGAIN else f"  drafting {share}"
+        text = f"<b>{row.speedup:.2f}{TIMES}</b>{rests}{verdict}"
         made.add_annotation(
             x=1, xref="paper", y=row.strategy, text=text, xanchor="left", showarrow=False, xshift=8
         )
     made.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
     made.update_xaxes(title="plain time ÷ speculative time", ticksuffix=TIMES)
-    made.update_layout(margin_r=130)
+    made.update_layout(margin_r=190)
     return made
 
 
@@ -108,50 +127,48 @@ def _add_spread(made: go.Figure, dots: pd.DataFrame, rows: pd.DataFrame, group: 
     )
 
 
-def timing_frame(traces: Sequence[Trace]) -> pd.DataFrame:
-    """Mean milliseconds a sample, long form: strategy, part (vision, prefill of the language model
-    with all waits before its end, drafting, verifying with all plain steps), ms."""
-    table = measured(traces)
-    # Of batches only the whole prefill is known.
-    vision = table["vision_ms"].fillna(0)
-    parts = {
-        "vision": vision,
-        "prefill": table["prefill_ms"] - vision,
-        "drafting": table["drafting_ms"],
-        "verifying": table["decode_ms"] - table["drafting_ms"],
-    }
-    frame = table[["strategy"]].assign(**parts)
-    return frame.melt("strategy", list(_PARTS), var_name="part", value_name="ms")
+def noise(summary: pd.DataFrame) -> str:
+    """What the A/A test says of the clock; nothing where it was not measured."""
+    rows = summary[summary["strategy"] == AGAIN]
+    if rows.empty or not rows["num_samples"].iloc[0]:
+        return ""
+    row = rows.iloc[0]
+    return (
+        f" {AGAIN} is plain decoding once more: {row['speedup']:.3f}x, p5 to p95 "
+        f"{row['ratio_p5']:.2f} to {row['ratio_p95']:.2f}, and its time p95 of "
+        f"{row['time_p95']:.2f} is the clock's own noise: what configs have beyond that is theirs."
+    )
 
 
 def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
-    """Stacked bars: vision and the language model's prefill, then drafting and verifying."""
-    frame = timing_frame(traces)
+    """Stacked bars: the parts of an answer's time (``speedup.breakdown``)."""
+    frame = breakdown(traces)
     names = frame["strategy"].drop_duplicates().tolist()
+    longest_ms = frame.groupby("strategy")["ms"].sum().max()
     made = figure(
         "Where the time of an answer goes",
         "mean of the samples; the clock runs from decoded frames in host memory to the last token",
         height=190 + _ROW_HEIGHT * len(names),
     )
-    digits = 1 if frame["ms"].max() < 20 else 0
     for part, rows in frame.groupby("part", sort=False):
-        # What nobody does here: no bar, no legend entry.
-        if rows["ms"].max() < 0.005 * frame["ms"].max():
+        # Too thin to be seen: no bar, no legend entry.
+        if rows["ms"].max() < 0.005 * longest_ms:
             continue
         made.add_bar(
             y=rows["strategy"],
             x=rows["ms"],
             orientation="h",
             name=str(part),
-            marker_color=_PARTS[str(part)],
-            text=[f"{ms:.{digits}f}" for ms in rows["ms"]],
+            marker_color=_PART_COLOURS[str(part)],
+            text=[f"{ms:.{1 if longest_ms < 100 else 0}f}" for ms in rows["ms"]],
             textposition="inside",
+            textangle=0,
             insidetextanchor="middle",
-            textfont_color=_ON_BAR[_PARTS[str(part)]],
+            textfont_color=_ON_BAR[_PART_COLOURS[str(part)]],
             hovertemplate="%{y}: " + str(part) + " %{x:.2f} ms<extra></extra>",
         )
     for strategy, total in frame.groupby("strategy")["ms"].sum().items():
-        label(made, total, str(strategy), f"{total:.{digits}f} ms")
+        label(made, total, str(strategy), f"{total:.{1 if longest_ms < 100 else 0}f} ms")
     made.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
     made.update_xaxes(title="milliseconds", rangemode="tozero")
     made.update_layout(barmode="stack", margin_r=80)
