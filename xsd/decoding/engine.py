@@ -272,12 +272,16 @@ class Engine:
             early = early if len(early) > 1 else []
             joined = torch.tensor([early], dtype=torch.long, device=self._device)
             rows = torch.cat([rows[:, first:], verifier.embed(joined)], dim=1)
-        states = torch.cat([*read, verifier.forward(rows, self._cache)[0]])
-        if speculator is not None and speculator.wants_prefilled:
+        num_said = 1 + len(early)
+        if speculator is None or not speculator.wants_prefilled:
+            # Nobody else reads the states of a prompt, so they need not be made.
+            states = verifier.prefill(rows, self._cache, num_said)[0]
+        else:
+            states = torch.cat([*read, verifier.forward(rows, self._cache)[0]])
             start = len(prompt.before)
             speculator.on_prefilled(pool_visual(states[start : start + len(visual)]))
         result.timeline.append(Span("verifier", "prefill", seen_ms, watch.ms()))
-        return states[num_rows - 1 :], early
+        return states[len(states) - num_said :], early
 
     def _check_gap(
         self,

@@ -42,6 +42,11 @@ class LlamaDecoder(Decoder):
             frozenset(eos if isinstance(eos, list) else [eos]),
         )
 
+    def prefill(
+        self, x: Float[Tensor, "B R D"], cache: KVCache, num_states: int
+    ) -> Float[Tensor, "B n D"]:
+        return self.stack.forward(x, cache, num_states)
+
     def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
         """Where passes are compiled or captured, embedding, LM head and choice are part of it."""
         compiled, graphs = self.stack.compiled, self.stack.graphs
