@@ -137,7 +137,7 @@ def test_a_compiled_tower_sees_what_its_modules_see(layer: int, activation: str)
         expected = clip_features(tower, pixels, layer)
     found = features(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
-    features.num_cores = 3
+    features.crew.num_cores = 3
     assert torch.equal(features(pixels), found)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from xsd.pairs.base import Decoder, Scored
 from xsd.pairs.cache import KVCache
+from xsd.pairs.crew import Crew
 from xsd.pairs.step import DecoderStack
-from xsd.pairs.vision import CompiledTower, Features
+from xsd.pairs.vision import Features
 
 if TYPE_CHECKING:
     from xsd.pairs.graphs import GraphedLayers
@@ -25,6 +26,8 @@ class LlamaDecoder(Decoder):
     stack: DecoderStack
     features: Features
     """Of the vision tower."""
+    crew: Crew
+    """Shares out a clip's images."""
 
     def __init__(self, language_model: Any, lm_head: Any, tokenizer: Any, generation: Any) -> None:
         """``language_model``: a transformers ``LlamaModel``, in eval mode and on its device.
@@ -34,6 +37,7 @@ class LlamaDecoder(Decoder):
         eos = generation.eos_token_id
         if eos is None:
             eos = language_model.config.eos_token_id
+        self.crew = Crew()
         super().__init__(
             DecoderStack(language_model),
             language_model.embed_tokens.weight.detach(),
@@ -72,8 +76,7 @@ class LlamaDecoder(Decoder):
     def use_cores(self, num_cores: int) -> None:
         """Compiled passes share out their layers and images; PyTorch's threads, which wait for
         work by spinning, would only keep them from the cores."""
-        if isinstance(self.features, CompiledTower):
-            self.features.num_cores = num_cores
+        self.crew.num_cores = num_cores
         if self.stack.compiled is None:
             super().use_cores(num_cores)
             return

@@ -119,7 +119,8 @@ class VideoLlavaDecoder(LlamaDecoder):
         )
         self.model = model
         self.processing = processing
-        self.features = features_of(model.model.video_tower, model.config.vision_feature_layer)
+        layer = model.config.vision_feature_layer
+        self.features = features_of(model.model.video_tower, layer, self.crew)
         self._visual = Again(partial(visual_tokens, model, features=self.features))
 
     def prompt(self, question: str) -> Prompt:
@@ -127,7 +128,7 @@ class VideoLlavaDecoder(LlamaDecoder):
         return prompt_split(self.tokenizer, text, self.model.config.video_token_index)
 
     def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
-        return self.processing(media.frames, self.stack.device)
+        return self.processing(media.frames, self.stack.device, self.crew)
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:
