@@ -33,6 +33,7 @@ _MODULES = {
     "head_pass": "head",
     "normalise_image": "images",
     "pack": "products",
+    "project": "encoder",
     "read_pass": "decoder",
     "share_of_pass": "decoder",
     "speak": "answer",

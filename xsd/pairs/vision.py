@@ -19,6 +19,7 @@ COMPILED_BYTES = 1 << 28
 """Larger towers are run as they are: the compiled pass keeps a copy of the weights."""
 
 Features = Callable[[Float[Tensor, "N 3 H W"]], Float[Tensor, "N tokens width"]]
+Projection = Callable[[Float[Tensor, "N tokens width"]], Float[Tensor, "N tokens D"]]
 
 _ACTIVATIONS = {"gelu": 0, "silu": 1, "swish": 1, "quick_gelu": 2}
 """By the kernel's numbers."""
@@ -115,3 +116,34 @@ def _block(block: Any) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         affine(mlp.fc1, block.layer_norm2),
         affine(mlp.fc2),
     )
+
+
+class CompiledProjector:
+    """Features to embeddings, row by row: an affine map, an activation, another map; on a CPU."""
+
+    @staticmethod
+    def takes(first: Any, activation: str, second: Any) -> bool:
+        return activation in _ACTIVATIONS and all(
+            type(linear) is nn.Linear
+            and linear.bias is not None
+            and (linear.weight.device.type, linear.weight.dtype) == ("cpu", torch.float32)
+            for linear in (first, second)
+        )
+
+    @torch.no_grad()
+    def __init__(self, first: nn.Linear, activation: str, second: nn.Linear, crew: Crew) -> None:
+        self._maps = *stack([affine(first)]), *stack([affine(second)])
+        self._activation, self._width = _ACTIVATIONS[activation], second.out_features
+        self._crew = crew
+
+    def __call__(self, features: Float[Tensor, "N tokens width"]) -> Float[Tensor, "N tokens D"]:
+        given = features.contiguous().numpy()
+        num_images, num_tokens, width = given.shape
+        rows = given.reshape(-1, width)
+        out = np.empty((len(rows), self._width), np.float32)
+
+        def work(share: slice) -> None:
+            kernels.project(rows[share], *self._maps, self._activation, out[share])
+
+        self._crew.share_out(len(rows), work)
+        return torch.from_numpy(out).view(num_images, num_tokens, -1)
