@@ -105,8 +105,8 @@ class CompiledLayers:
             mixed[batch * lo : batch * hi].reshape(batch, hi - lo, width)
             for lo, hi in pairwise(bounds[wanted:].tolist())
         ]
-        states = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        return torch.from_numpy(states[:, states.shape[1] - num_states :])
+        read = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+        return read[:, read.shape[1] - num_states :]
 
     def arguments(self, cache: KVCache) -> tuple[Any, ...]:
         """Of ``kernels.decoder_pass``, from weights to cache: for kernels that call it."""
@@ -160,8 +160,6 @@ def _by_chunk(
 ) -> Shaped[np.ndarray, BxR * rest]:
     """Chunk after chunk, each of all answers: a copy."""
     rest = rows.shape[2:]
-    if len(rows) == 1:
-        return rows[0].copy()
     parts = [rows[:, lo:hi].reshape(-1, *rest) for lo, hi in pairwise(bounds.tolist())]
     return np.concatenate(parts)
 
