@@ -157,7 +157,7 @@ def _chunks(num_rows: int, size: int, num_cores: int) -> Int[np.ndarray, " ends"
 
 def _by_chunk(
     rows: Shaped[np.ndarray, "B R *rest"], bounds: Int[np.ndarray, " ends"]
-) -> Shaped[np.ndarray, BxR * rest]:
+) -> Shaped[np.ndarray, " BxR *rest"]:
     """Chunk after chunk, each of all answers: a copy."""
     rest = rows.shape[2:]
     parts = [rows[:, lo:hi].reshape(-1, *rest) for lo, hi in pairwise(bounds.tolist())]
