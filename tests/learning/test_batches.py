@@ -142,6 +142,12 @@ def test_an_epoch_may_be_left_early(store: HiddenStore) -> None:
     assert len(list(batches(0))) == 7
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_their_number_is_known_beforehand(store: HiddenStore, size: int) -> None:
+    made = TrainBatches(store, level("L1"), batch_size=size, seed=0)
+    assert len(made) == len(list(made(0))) == len(list(made(1)))
+
+
 def test_batches_are_of_answers_of_like_length(
     store: HiddenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

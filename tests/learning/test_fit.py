@@ -128,6 +128,30 @@ def test_learning_rate_warms_up_then_falls_to_eta_min() -> None:
     assert learning_rate(config, 10, 99) == pytest.approx(0.1)
 
 
+def test_the_cosine_goes_over_steps_where_an_epoch_has_a_known_number() -> None:
+    class Counted:
+        def __len__(self) -> int:
+            return 2
+
+        def __call__(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
+            return batches(epoch, skip)
+
+    config = replace(CONFIG, learning_rate=1.0e-3, eta_min=0.0)
+    found = [
+        [
+            report.learning_rate
+            for report in fit(make_adapter("E1"), one, config, constant, lm_head=LM_HEAD)
+        ]
+        for one in (Counted(), batches)
+    ]
+    # The last of two steps of an epoch is half an epoch further on.
+    halfway = [learning_rate(config, epoch + 0.5, 99) for epoch in range(4)]
+    assert found == [
+        pytest.approx(halfway),
+        pytest.approx([learning_rate(config, e, 99) for e in range(4)]),
+    ]
+
+
 @pytest.mark.parametrize(
     "bad", [{"num_epochs": 0}, {"learning_rate": 0.0}, {"weight_decay": -1.0}, {"unroll_steps": 0}]
 )

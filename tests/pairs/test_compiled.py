@@ -13,10 +13,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaMo
 
 from xsd import kernels
 from xsd.kernels import rows as rows_module
+from xsd.kernels.waiting import wait_for
 from xsd.pairs.cache import KVCache, TreeRows
 from xsd.pairs.choose import Chooser
+from xsd.pairs.crew import Crew
 from xsd.pairs.step import DecoderStack
-from xsd.pairs.vision import CompiledTower, clip_features, features_of
+from xsd.pairs.vision import CompiledProjector, CompiledTower, clip_features, features_of
 
 WIDTH, MAX_LENGTH = 48, 160
 
@@ -66,6 +68,45 @@ def test_cores_share_out_the_layers_and_change_nothing(stack: DecoderStack, batc
         found.append(run(stack, x, [100, 30]))
     assert all(torch.equal(found[0], other) for other in found[1:])
     torch.testing.assert_close(found[0], run(stack, x, [1] * 130), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_states", [1, 7, 40, 130])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_states_that_nobody_reads_change_nothing(
+    stack: DecoderStack, batch: int, num_states: int
+) -> None:
+    """Of a prefill whose last layer makes keys and values only, but for the rows that are read."""
+    x, more = rows(130, batch), rows(5, batch)
+    assert stack.compiled is not None
+    whole = stack.new_cache(batch, MAX_LENGTH)
+    states, after = stack.forward(x, whole), stack.forward(more, whole)
+    for num_cores in (1, 2, 5):
+        stack.compiled.num_cores = num_cores
+        cache = stack.new_cache(batch, MAX_LENGTH)
+        assert torch.equal(stack.forward(x, cache, num_states), states[:, -num_states:])
+        assert torch.equal(stack.forward(more, cache), after)
+
+
+def test_a_core_that_fails_lets_the_others_go(
+    stack: DecoderStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = kernels.share_of_pass
+
+    def fails(core: int, *rest: object) -> None:
+        if core == 1:
+            raise MemoryError("no room")
+        works(core, *rest)
+
+    assert stack.compiled is not None
+    stack.compiled.num_cores = 3
+    monkeypatch.setattr(kernels, "share_of_pass", fails, raising=False)
+    with pytest.raises(MemoryError, match="no room"):
+        run(stack, rows(130), [130])
+
+
+@pytest.mark.parametrize(("found", "is_there"), [(3, True), (4, True), (kernels.ABANDONED, False)])
+def test_a_core_waits_until_a_number_is_reached_or_given_up(found: int, is_there: bool) -> None:
+    assert wait_for(np.array([0, found]), 1, 3) is is_there
 
 
 def test_a_branch_of_a_tree_is_a_chain_to_the_last_bit(stack: DecoderStack) -> None:
@@ -137,8 +178,25 @@ def test_a_compiled_tower_sees_what_its_modules_see(layer: int, activation: str)
         expected = clip_features(tower, pixels, layer)
     found = features(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
-    features.num_cores = 3
+    features.crew.num_cores = 3
     assert torch.equal(features(pixels), found)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_a_compiled_projector_is_its_modules(activation: str) -> None:
+    torch.manual_seed(0)
+    maps = nn.Linear(36, 100), nn.Linear(100, 70)
+    features = torch.randn(3, 17, 36)
+    assert CompiledProjector.takes(maps[0], activation, maps[1])
+    crew = Crew()
+    project = CompiledProjector(maps[0], activation, maps[1], crew)
+    with torch.inference_mode():
+        expected = maps[1](getattr(nn.functional, activation)(maps[0](features)))
+    found = project(features)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    crew.num_cores = 2
+    assert torch.equal(project(features), found)
+    assert not CompiledProjector.takes(maps[0].half(), activation, maps[1])
 
 
 def test_a_tower_in_reduced_precision_stays_its_modules() -> None:

@@ -157,7 +157,7 @@ class DrafterReader:
         self._cache.reset()
         self._read = []
         self._prompt_length = rows.shape[1]
-        self._states[0] = self.drafter.forward(rows, self._cache)[0, -1]
+        self._states[0] = self.drafter.prefill(rows, self._cache, 1)[0, 0]
 
     def states(self, tokens: Sequence[int], start: int, stop: int) -> Float[Tensor, "rows Dd"]:
         """``e[start:stop]``, where ``e[j]`` has read ``tokens[:j]``.

@@ -297,15 +297,21 @@ class Engine:
             self._laps.lap(DRAFTING)
             joined = torch.tensor([early], dtype=torch.long, device=self._device)
             rows = torch.cat([rows[:, first:], verifier.embed(joined)], dim=1)
-        states = torch.cat([*read, verifier.forward(rows, self._cache)[0]])
+        num_said = 1 + len(early)
+        wants_all = speculator is not None and speculator.wants_prefilled
+        if wants_all:
+            states = torch.cat([*read, verifier.forward(rows, self._cache)[0]])
+        else:
+            # Nobody else reads the states of a prompt, so they need not be made.
+            states = verifier.prefill(rows, self._cache, num_said)[0]
         read_ms = watch.ms()
         self._laps.lap(PREFILL)
-        if speculator is not None and speculator.wants_prefilled:
+        if speculator is not None and wants_all:
             start = len(prompt.before)
             speculator.on_prefilled(pool_visual(states[start : start + len(visual)]))
         result.timeline.append(Span("verifier", "prefill", seen_ms, read_ms))
         self._laps.lap(REST)
-        return states[num_rows - 1 :], early
+        return states[len(states) - num_said :], early
 
     def _check_gap(
         self,

@@ -19,6 +19,8 @@ LANES = 16
 """Floats a vector; where a machine has shorter ones, LLVM splits them."""
 PANEL = 64
 """Columns of a weight that lie together in memory."""
+ABANDONED = -1
+"""What cores find instead of a number they wait for, where it will never come."""
 
 _MODULES = {
     "bicubic": "images",
@@ -31,7 +33,9 @@ _MODULES = {
     "head_pass": "head",
     "normalise_image": "images",
     "pack": "products",
+    "project": "encoder",
     "read_pass": "decoder",
+    "share_of_pass": "decoder",
     "speak": "answer",
     "verify": "answer",
 }

@@ -10,6 +10,7 @@ from xsd.kernels.attention import attend, place
 from xsd.kernels.options import exact, inner
 from xsd.kernels.products import NARROW, add_product
 from xsd.kernels.rows import ZERO, copy, gated, normalise, turn
+from xsd.kernels.waiting import publish, wait_for
 
 
 @exact
@@ -41,18 +42,76 @@ def decoder_pass(
         states: [B R, D], overwritten: after the final norm, or what the next layers take.
     """
     num_rows = rows.shape[0]
-    x = np.zeros((num_rows, down.shape[1] * PANEL), np.float32)
-    normed = np.empty((num_rows, rows.shape[1]), np.float32)
-    projected = np.empty((num_rows, qkv.shape[1] * PANEL), np.float32)
-    attended = np.zeros((num_rows, attention_out.shape[2] + NARROW), np.float32)
-    both = np.empty((num_rows, gate_up.shape[1] * PANEL), np.float32)
-    scores = np.empty((num_rows, keys.shape[4] + PANEL), np.float32)
-    factors = np.empty(num_rows, np.float32)
+    room = _room(num_rows, qkv, attention_out, gate_up, down, keys)
     _layers(
         rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
-        hole_start, hole_end, begin, positions, ancestors,
-        x, normed, projected, attended, both, scores, factors, states,
+        hole_start, hole_end, begin, positions, ancestors, *room, states,
+        np.zeros(0, np.int64), 0, True,
     )  # fmt: skip
+
+
+@exact
+def _room(num_rows, qkv, attention_out, gate_up, down, keys):
+    """What a pass of so many rows writes on its way."""
+    return (
+        np.zeros((num_rows, down.shape[1] * PANEL), np.float32),
+        np.empty((num_rows, qkv.shape[2]), np.float32),
+        np.empty((num_rows, qkv.shape[1] * PANEL), np.float32),
+        np.zeros((num_rows, attention_out.shape[2] + NARROW), np.float32),
+        np.empty((num_rows, gate_up.shape[1] * PANEL), np.float32),
+        np.empty((num_rows, keys.shape[4] + PANEL), np.float32),
+        np.empty(num_rows, np.float32),
+    )
+
+
+@exact
+def share_of_pass(
+    core, num_cores, bounds, num_read, placed, rows, qkv, attention_out, gate_up, down, final_norm,
+    eps, cos, sin, keys, values, hole_start, hole_end, begin, positions,
+):  # fmt: skip
+    """One core's share of a long pass: every ``num_cores``-th chunk of it, through all layers.
+
+    In every layer a chunk attends to those before it, so it follows the one before at a distance
+    of one layer, on another core.
+
+    Args:
+        core: which of them this is; the first one returns when all are done.
+        bounds: [chunks + 1] int64: ends of the chunks in every answer's rows.
+        num_read: of so many chunks, the last ones, the states are asked for; of the others the
+            last layer makes keys and values only, and their rows become anything.
+        placed: [chunks] int64, zeros at first: layers whose keys and values a chunk has written,
+            one more when its states are there. Shared by the cores.
+        rows: [B R, D], chunk after chunk, each of all B answers; overwritten with the states.
+        positions: [B R] int64, in the same order.
+
+    The rest as for ``decoder_pass``.
+    """
+    num_chunks, batch = bounds.shape[0] - 1, begin.shape[0]
+    most = 0
+    for c in range(core, num_chunks, num_cores):
+        most = max(most, batch * (bounds[c + 1] - bounds[c]))
+    x, normed, projected, attended, both, scores, factors = _room(
+        most, qkv, attention_out, gate_up, down, keys
+    )
+    columns, chain = np.empty(batch, np.int64), np.zeros((0, 0), np.bool_)
+    for c in range(core, num_chunks, num_cores):
+        lo, hi = batch * bounds[c], batch * bounds[c + 1]
+        n = hi - lo
+        for b in range(batch):
+            columns[b] = begin[b] + bounds[c]
+        x[:] = ZERO
+        is_whole = _layers(
+            rows[lo:hi], qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
+            hole_start, hole_end, columns, positions[lo:hi], chain,
+            x[:n], normed[:n], projected[:n], attended[:n], both[:n], scores[:n], factors[:n],
+            rows[lo:hi], placed, c, c >= num_chunks - num_read,
+        )  # fmt: skip
+        if not is_whole:
+            return
+        publish(placed, c, keys.shape[0] + 1)
+    if core == 0:
+        for c in range(num_chunks):
+            wait_for(placed, c, keys.shape[0] + 1)
 
 
 @exact
@@ -89,8 +148,9 @@ def read_pass(
 def _layers(
     rows, qkv, attention_out, gate_up, down, final_norm, eps, cos, sin, keys, values,
     hole_start, hole_end, begin, positions, ancestors,
-    x, normed, projected, attended, both, scores, factors, states,
+    x, normed, projected, attended, both, scores, factors, states, placed, chunk, is_read,
 ):  # fmt: skip
+    """``placed``: see ``share_of_pass``; empty: nobody waits. Returns whether nobody gave up."""
     num_layers, _, kv_heads, head_dim, _ = keys.shape
     (num_rows, width), batch = rows.shape, begin.shape[0]
     each = num_rows // batch
@@ -106,12 +166,20 @@ def _layers(
         for r in range(num_rows):
             turn(projected[r], num_heads + kv_heads, half, cos[positions[r]], sin[positions[r]])
         for b in range(batch):
-            lo, hi = b * each, (b + 1) * each
             for g in range(kv_heads):
                 place(
                     projected, (num_heads + g) * head_dim, (num_heads + kv_heads + g) * head_dim,
-                    lo, hi, keys[layer, b, g], values[layer, b, g], begin[b],
+                    b * each, (b + 1) * each, keys[layer, b, g], values[layer, b, g], begin[b],
                 )  # fmt: skip
+        if placed.shape[0]:
+            # Chunks finish in no order: what the one before has placed, those before it have too.
+            if chunk and not wait_for(placed, chunk - 1, layer + 1):
+                return False
+            publish(placed, chunk, layer + 1)
+        if layer == num_layers - 1 and not is_read:
+            return True
+        for b in range(batch):
+            lo, hi = b * each, (b + 1) * each
             for h in range(num_heads):
                 attend(
                     projected, h * head_dim, lo, hi,
@@ -134,3 +202,4 @@ def _layers(
                 states[r, j] *= final_norm[j]
         else:
             copy(x[r, :width], states[r])
+    return True

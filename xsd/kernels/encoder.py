@@ -60,6 +60,34 @@ def encode_images(
         features[n] = x[:, :width]
 
 
+@exact
+def project(rows, up, up_bias, down, down_bias, activation, out):
+    """Two affine maps and what is between them.
+
+    Args:
+        rows: [R, D].
+        up: [1, P, D, 64] for F columns; down: [1, P, F, 64]; biases as wide as the panels.
+        activation: as ``encode_images`` takes it.
+        out: [R, E], overwritten.
+    """
+    num_rows = rows.shape[0]
+    hidden = np.empty((num_rows, up.shape[1] * PANEL), np.float32)
+    projected = np.empty((num_rows, down.shape[1] * PANEL), np.float32)
+    affine(rows, up[0], up_bias[0], hidden)
+    _activate(hidden, down.shape[2], activation)
+    affine(hidden, down[0], down_bias[0], projected)
+    out[:] = projected[:, : out.shape[1]]
+
+
+@inner
+def _activate(hidden, width, activation):
+    for t in range(hidden.shape[0]):
+        if activation == 0:
+            gelu(hidden[t, :width])
+        else:
+            swish(hidden[t, :width], ONE if activation == 1 else QUICK)
+
+
 @inner
 def _cut(image, size, cut):
     """A patch a row, the class's row zero."""
@@ -111,10 +139,6 @@ def _encode(
         add_product(attended, attention_out[layer], x)
         centre_all(x, width, eps, normed)
         affine(normed, up[layer], up_bias[layer], hidden)
-        for t in range(num_tokens):
-            if activation == 0:
-                gelu(hidden[t, :ffn])
-            else:
-                swish(hidden[t, :ffn], ONE if activation == 1 else QUICK)
+        _activate(hidden, ffn, activation)
         add_to_all(x, down_bias[layer])
         add_product(hidden, down[layer], x)

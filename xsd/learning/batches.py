@@ -109,6 +109,10 @@ class TrainBatches:
         self.is_resident = store.num_bytes <= free
         self._held: dict[str, tuple[Answers, int]] = {}
 
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-sum(map(len, self._chunks)) // self._batch_size)
+
     def __call__(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
         """The batches of an epoch, without the first ``skip``."""
         windows: list[list[_Pool]] = []

@@ -57,11 +57,12 @@ def fit(
     state: Path | None = None,
     times: PartTimes | None = None,
 ) -> Iterator[EpochReport]:
-    """Train in place with AdamW, a cosine over epochs, clipping and early stopping.
+    """Train in place with AdamW, a cosine over all steps, clipping and early stopping.
 
     Args:
         adapter: on the device to train on.
-        batches: training data of an epoch, on that device.
+        batches: training data of an epoch, on that device; where their number is not known
+            (``len``), the cosine has a value an epoch.
         config: hyperparameters.
         scorer: validation; ``is_best`` and early stopping go by the level's selection metric.
         lm_head: [V, Dv], for the token loss.
@@ -74,6 +75,8 @@ def fit(
         XsdError: no batches, a loss that is not finite, or a state of another configuration.
     """
     training = _Training(adapter, config, lm_head, state)
+    if hasattr(batches, "__len__"):
+        training.num_batches = len(batches)
     if times is not None:
         training.part = times.part
     while not training.is_over:
@@ -89,7 +92,7 @@ def fit(
         yield EpochReport(
             epoch=epoch,
             step=training.progress.step,
-            learning_rate=learning_rate(config, epoch, training.progress.step - 1),
+            learning_rate=training.learning_rate,
             train={"loss": loss},
             val=metrics,
             is_best=is_best,
@@ -98,8 +101,9 @@ def fit(
         training.save()
 
 
-def learning_rate(config: FitConfig, epoch: int, step: int) -> float:
-    """Cosine from ``learning_rate`` to ``eta_min``, a value an epoch, times a linear warm-up."""
+def learning_rate(config: FitConfig, epoch: float, step: int) -> float:
+    """Cosine from ``learning_rate`` to ``eta_min`` over the epochs that have gone by, times a
+    linear warm-up over steps."""
     cosine = 0.5 * (1.0 + math.cos(math.pi * epoch / config.num_epochs))
     rate = config.eta_min + (config.learning_rate - config.eta_min) * cosine
     return rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
@@ -141,6 +145,10 @@ class _Training:
             fused=True,
         )
         self._key = sha256_json([asdict(config), asdict(adapter.config)])
+        self.num_batches: int | None = None
+        """Of an epoch, where that is known."""
+        self.learning_rate = config.learning_rate
+        """Of the last step."""
         self.progress = FitState()
         if state is not None and state.exists():
             self.progress = load_state(state, adapter, self.optimizer, self._key)
@@ -182,8 +190,13 @@ class _Training:
         # Dropout depends on seed, step and share alone: no generator's state need be kept.
         seeds = np.random.SeedSequence([config.seed, step, accelerator.process_index])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        epoch = float(self.progress.epoch)
+        if self.num_batches:
+            done = self.progress.num_batches + step - self.progress.step
+            epoch += done / self.num_batches
+        self.learning_rate = learning_rate(config, epoch, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.progress.epoch, step)
+            group["lr"] = self.learning_rate
         with self.part("forward, loss"), CpuOps():
             loss = self._objective(batch)
         self.optimizer.zero_grad()

@@ -135,6 +135,13 @@ class Decoder(ABC):
         """R rows behind the cache; states after the final norm."""
         return self.stack.forward(x, cache)
 
+    def prefill(
+        self, x: Float[Tensor, "B R D"], cache: KVCache, num_states: int
+    ) -> Float[Tensor, "B n D"]:
+        """``forward`` where only the last ``num_states`` rows' states are asked for: a stack that
+        need not make the others overrides this."""
+        return self.forward(x, cache)[:, x.shape[1] - num_states :]
+
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         logits: Tensor = self.lm_head(hidden)

@@ -7,14 +7,14 @@ CPU are small.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from xsd import kernels
@@ -23,7 +23,7 @@ from xsd.pairs.cache import KVCache
 CHUNK_ROWS = 24
 """Longer passes go through in parts of so many rows, which a core's caches hold."""
 
-_CHAIN, _NO_NORM = np.zeros((0, 0), bool), np.zeros(0, np.float32)
+_CHAIN = np.zeros((0, 0), bool)
 
 
 class CompiledLayers:
@@ -80,60 +80,62 @@ class CompiledLayers:
         cache.length += num_rows
         return torch.from_numpy(states), chosen
 
-    def run(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
+    def run(
+        self, x: Float[Tensor, "B R D"], cache: KVCache, num_states: int | None = None
+    ) -> Float[Tensor, "B n D"]:
+        """R rows behind the cache; states of each answer's last ``num_states`` (None: of all)."""
         batch, num_rows, width = x.shape
+        num_states = num_rows if num_states is None else num_states
         rows, where = x.contiguous().numpy(), _where(cache, num_rows)
         # The rows of a tree look at each other.
-        size = num_rows if cache.tree is not None else max(1, CHUNK_ROWS // batch)
-        if num_rows <= size:
-            done = self._layers(slice(None), cache, _Rows(rows.reshape(-1, width), where))
-            return torch.from_numpy(done.states).view(x.shape)
-        chunks = [
-            _Rows(rows[:, c : c + size].reshape(-1, width), where.part(c, size, batch))
-            for c in range(0, num_rows, size)
+        if cache.tree is not None or batch * num_rows <= CHUNK_ROWS:
+            states = np.empty((batch * num_rows, width), np.float32)
+            kernels.decoder_pass(rows.reshape(-1, width), *self.arguments(cache), *where, states)
+            return torch.from_numpy(states).view(x.shape)[:, num_rows - num_states :]
+        num_cores = self.num_cores or torch.get_num_threads()
+        bounds = _chunks(num_rows, max(1, CHUNK_ROWS // batch), num_cores)
+        wanted = int(np.searchsorted(bounds, num_rows - num_states, "right")) - 1
+        mixed = _by_chunk(rows, bounds)
+        positions = _by_chunk(where.positions.reshape(batch, num_rows), bounds)
+        self._share_out(
+            min(num_cores, len(bounds) - 1), bounds, len(bounds) - 1 - wanted, mixed,
+            *self.arguments(cache), where.hole_start, where.hole_end, where.begin, positions,
+        )  # fmt: skip
+        parts = [
+            mixed[batch * lo : batch * hi].reshape(batch, hi - lo, width)
+            for lo, hi in pairwise(bounds[wanted:].tolist())
         ]
-        parts = [done.states.reshape(batch, -1, width) for done in self._pipeline(cache, chunks)]
-        return torch.from_numpy(np.concatenate(parts, axis=1))
+        read = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+        return read[:, read.shape[1] - num_states :]
 
     def arguments(self, cache: KVCache) -> tuple[Any, ...]:
         """Of ``kernels.decoder_pass``, from weights to cache: for kernels that call it."""
         return (*self.weights, self.final_norm, self.eps, *self.rotation, *cache.arrays)
 
-    def _pipeline(self, cache: KVCache, chunks: list[_Rows]) -> Iterable[_Rows]:
-        """Every core has some of the layers, and a chunk goes from one to the next.
+    def _share_out(
+        self, num_cores: int, bounds: Int[np.ndarray, " ends"], num_read: int, *rest: Any
+    ) -> None:
+        """One call of ``kernels.share_of_pass`` a core."""
+        placed = np.zeros(len(bounds) - 1, np.int64)
 
-        A layer sees the chunks in order, as it must: each attends to those before it.
-        """
-        num_layers = len(self.weights[0])
-        num_stages = min(self.num_cores or torch.get_num_threads(), num_layers)
-        bounds = [num_layers * i // num_stages for i in range(num_stages + 1)]
-        stages = [slice(*ends) for ends in pairwise(bounds)]
-        while len(self._cores) < num_stages - 1:
+        def share(core: int) -> None:
+            try:
+                kernels.share_of_pass(core, num_cores, bounds, num_read, placed, *rest)
+            except BaseException:
+                placed[:] = kernels.ABANDONED
+                raise
+
+        while len(self._cores) < num_cores - 1:
             self._cores.append(ThreadPoolExecutor(1, "xsd-layers"))
-        waiting: list[Future[_Rows]] = []
-        for chunk in chunks:
-            before: Future[_Rows] | _Rows = chunk
-            for stage, core in zip(stages[:-1], self._cores, strict=False):
-                before = core.submit(self._after, before, stage, cache)
-            if isinstance(before, Future):
-                waiting.append(before)
-        for before in waiting or chunks:
-            yield self._after(before, stages[-1], cache)
-
-    def _after(self, before: Future[_Rows] | _Rows, stage: slice, cache: KVCache) -> _Rows:
-        rows = before.result() if isinstance(before, Future) else before
-        return self._layers(stage, cache, rows)
-
-    def _layers(self, layers: slice, cache: KVCache, rows: _Rows) -> _Rows:
-        keys, values = cache.arrays
-        is_last = layers.stop in (None, len(self.weights[0]))
-        states = np.empty(rows.states.shape, np.float32)
-        kernels.decoder_pass(
-            rows.states, *(weight[layers] for weight in self.weights),
-            self.final_norm if is_last else _NO_NORM, self.eps, *self.rotation,
-            keys[layers], values[layers], *rows.where, states,
-        )  # fmt: skip
-        return _Rows(states, rows.where)
+        others = [
+            core.submit(share, number)
+            for number, core in enumerate(self._cores[: num_cores - 1], start=1)
+        ]
+        share(0)
+        # The first core has seen the others' numbers; to wait for their threads takes longer.
+        if (placed == kernels.ABANDONED).any():
+            for other in others:
+                other.result()
 
 
 class _Where(NamedTuple):
@@ -146,17 +148,20 @@ class _Where(NamedTuple):
     positions: Int[np.ndarray, " BxR"]
     ancestors: Bool[np.ndarray, "R R"]
 
-    def part(self, start: int, size: int, batch: int) -> _Where:
-        """Of ``size`` rows from ``start`` on, of each answer."""
-        positions = self.positions.reshape(batch, -1)[:, start : start + size].reshape(-1)
-        return self._replace(begin=self.begin + start, positions=positions)
+
+def _chunks(num_rows: int, size: int, num_cores: int) -> Int[np.ndarray, " ends"]:
+    """Ends of parts of ``size`` rows or a little less, as many for every core."""
+    num_chunks = -(-num_rows // (size * num_cores)) * num_cores
+    return np.arange(num_chunks + 1) * num_rows // num_chunks
 
 
-class _Rows(NamedTuple):
-    """A part of a pass on its way through the layers."""
-
-    states: Float[np.ndarray, "BxR D"]
-    where: _Where
+def _by_chunk(
+    rows: Shaped[np.ndarray, "B R *rest"], bounds: Int[np.ndarray, " ends"]
+) -> Shaped[np.ndarray, " BxR *rest"]:
+    """Chunk after chunk, each of all answers: a copy."""
+    rest = rows.shape[2:]
+    parts = [rows[:, lo:hi].reshape(-1, *rest) for lo, hi in pairwise(bounds.tolist())]
+    return np.concatenate(parts)
 
 
 def _where(cache: KVCache, num_rows: int) -> _Where:

@@ -188,7 +188,7 @@ class EventGPTDecoder(LlamaDecoder):
         super().__init__(model.model, model.lm_head, tokenizer, model.generation_config)
         self.model = model
         self.processing = processing
-        self.features = features_of(model.tower, layer=-1)
+        self.features = features_of(model.tower, layer=-1, crew=self.crew)
         self._visual = Again(partial(model.visual_tokens, tower_features=self.features))
         self.max_sequence = model.config.tokenizer_model_max_length or MAX_SEQUENCE
 
@@ -203,7 +203,7 @@ class EventGPTDecoder(LlamaDecoder):
         )
 
     def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
-        return self.processing(media.event_images, self.stack.device)
+        return self.processing(media.event_images, self.stack.device, self.crew)
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from xsd.pairs.base import Decoder, Scored
 from xsd.pairs.cache import KVCache
+from xsd.pairs.crew import Crew
 from xsd.pairs.step import DecoderStack
-from xsd.pairs.vision import CompiledTower, Features
+from xsd.pairs.vision import Features
 
 if TYPE_CHECKING:
     from xsd.pairs.graphs import GraphedLayers
@@ -25,6 +26,8 @@ class LlamaDecoder(Decoder):
     stack: DecoderStack
     features: Features
     """Of the vision tower."""
+    crew: Crew
+    """Shares out a clip's images."""
 
     def __init__(self, language_model: Any, lm_head: Any, tokenizer: Any, generation: Any) -> None:
         """``language_model``: a transformers ``LlamaModel``, in eval mode and on its device.
@@ -34,6 +37,7 @@ class LlamaDecoder(Decoder):
         eos = generation.eos_token_id
         if eos is None:
             eos = language_model.config.eos_token_id
+        self.crew = Crew()
         super().__init__(
             DecoderStack(language_model),
             language_model.embed_tokens.weight.detach(),
@@ -41,6 +45,11 @@ class LlamaDecoder(Decoder):
             tokenizer,
             frozenset(eos if isinstance(eos, list) else [eos]),
         )
+
+    def prefill(
+        self, x: Float[Tensor, "B R D"], cache: KVCache, num_states: int
+    ) -> Float[Tensor, "B n D"]:
+        return self.stack.forward(x, cache, num_states)
 
     def read(self, ids: Sequence[int] | Int[Tensor, " R"], cache: KVCache) -> Scored:
         """Where passes are compiled or captured, embedding, LM head and choice are part of it."""
@@ -67,8 +76,7 @@ class LlamaDecoder(Decoder):
     def use_cores(self, num_cores: int) -> None:
         """Compiled passes share out their layers and images; PyTorch's threads, which wait for
         work by spinning, would only keep them from the cores."""
-        if isinstance(self.features, CompiledTower):
-            self.features.num_cores = num_cores
+        self.crew.num_cores = num_cores
         if self.stack.compiled is None:
             super().use_cores(num_cores)
             return

@@ -18,6 +18,7 @@ from xsd import kernels
 from xsd.errors import XsdError
 from xsd.files import read_json, write_json
 from xsd.pairs.base import Prompt
+from xsd.pairs.crew import Crew
 from xsd.pairs.resample import BICUBIC, resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -97,22 +98,29 @@ class ImageProcessing:
         self,
         images: Iterable[UInt8[np.ndarray, "_h _w 3"]],
         device: torch.device | None = None,
+        crew: Crew | None = None,
     ) -> Float[Tensor, "N 3 H W"]:
         """RGB bytes to a model's ``pixel_values``; sizes may differ from image to image.
 
         Args:
             device: where they are wanted; a GPU computes them itself, to the same bits.
+            crew: shares out the images; None: one core.
         """
         given = [*images]
         if device is not None and device.type == "cuda":
             return self.on(device, given)
         pixels = np.empty((len(given), 3, *self.crop), np.float32)
-        for image, out in zip(given, pixels, strict=True):
-            taps = self._taps(*image.shape[:2])
-            if taps is None:
-                self._by_pillow(image, out)
-            else:
-                kernels.normalise_image(np.ascontiguousarray(image), *taps, self._table, out)
+        found = [self._taps(*image.shape[:2]) for image in given]
+        table = self._table
+
+        def process(share: slice) -> None:
+            for image, taps, out in zip(given[share], found[share], pixels[share], strict=True):
+                if taps is None:
+                    self._by_pillow(image, out)
+                else:
+                    kernels.normalise_image(np.ascontiguousarray(image), *taps, table, out)
+
+        (crew or Crew()).share_out(len(given), process)
         return torch.from_numpy(pixels)
 
     def on(

@@ -89,16 +89,24 @@ class DecoderStack:
         )
 
     @torch.inference_mode()
-    def forward(self, x: Float[Tensor, "B R D"], cache: KVCache) -> Float[Tensor, "B R D"]:
+    def forward(
+        self, x: Float[Tensor, "B R D"], cache: KVCache, num_states: int | None = None
+    ) -> Float[Tensor, "B n D"]:
         """Run R new rows behind what ``cache`` holds; append them; return final-norm states.
+
+        Args:
+            num_states: of each answer's last so many rows; None: of all.
 
         Raises:
             AssertionError: the rows do not fit into the cache.
         """
         num_rows = x.shape[1]
         cache.check_room(num_rows)
-        layers = self._layers if self.compiled is None or self.tap is not None else self.compiled
-        states = layers.run(x, cache)
+        if self.compiled is None or self.tap is not None:
+            states = self._layers.run(x, cache)
+            states = states if num_states is None else states[:, num_rows - num_states :]
+        else:
+            states = self.compiled.run(x, cache, num_states)
         cache.length += num_rows
         return states
 

@@ -26,7 +26,7 @@ from xsd.pairs.capture import Again
 from xsd.pairs.checkpoint import Placement, load_config, load_weights, staged
 from xsd.pairs.llama import LlamaDecoder
 from xsd.pairs.processing import ImageProcessing, prompt_split
-from xsd.pairs.vision import Features, clip_features, features_of
+from xsd.pairs.vision import CompiledProjector, Features, Projection, clip_features, features_of
 
 
 def load(
@@ -88,6 +88,7 @@ def visual_tokens(
     model: VideoLlavaForConditionalGeneration,
     pixels: Float[Tensor, "*batch N 3 H W"],
     features: Features | None = None,
+    project: Projection | None = None,
 ) -> Float[Tensor, "*batch visual D"]:
     """Frames to the projected tokens (CLS among them), frame after frame.
 
@@ -95,10 +96,12 @@ def visual_tokens(
 
     Args:
         features: of the tower; None: its modules'.
+        project: features to embeddings; None: the model's module.
     """
     parts, layer = model.model, model.config.vision_feature_layer
     features = features or partial(clip_features, parts.video_tower, layer=layer)
-    projected: Tensor = parts.multi_modal_projector(features(pixels.flatten(0, -4).to(model.dtype)))
+    project = project or parts.multi_modal_projector
+    projected = project(features(pixels.flatten(0, -4).to(model.dtype)))
     return projected.reshape(*pixels.shape[:-4], -1, projected.shape[-1])
 
 
@@ -119,15 +122,20 @@ class VideoLlavaDecoder(LlamaDecoder):
         )
         self.model = model
         self.processing = processing
-        self.features = features_of(model.model.video_tower, model.config.vision_feature_layer)
-        self._visual = Again(partial(visual_tokens, model, features=self.features))
+        layer = model.config.vision_feature_layer
+        self.features = features_of(model.model.video_tower, layer, self.crew)
+        project, kind = model.model.multi_modal_projector, model.config.projector_hidden_act
+        maps = project.linear_1, kind, project.linear_2
+        if CompiledProjector.takes(*maps):
+            project = CompiledProjector(*maps, self.crew)
+        self._visual = Again(partial(visual_tokens, model, features=self.features, project=project))
 
     def prompt(self, question: str) -> Prompt:
         text = f"USER: <video>\n{question} ASSISTANT:"
         return prompt_split(self.tokenizer, text, self.model.config.video_token_index)
 
     def pixels(self, media: Media) -> Float[Tensor, "N 3 H W"]:
-        return self.processing(media.frames, self.stack.device)
+        return self.processing(media.frames, self.stack.device, self.crew)
 
     @torch.inference_mode()
     def visual_tokens(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "visual D"]:

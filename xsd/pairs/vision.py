@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from xsd import kernels
+from xsd.pairs.crew import Crew
 from xsd.pairs.folded import affine, stack
 
 COMPILED_BYTES = 1 << 28
 """Larger towers are run as they are: the compiled pass keeps a copy of the weights."""
 
 Features = Callable[[Float[Tensor, "N 3 H W"]], Float[Tensor, "N tokens width"]]
+Projection = Callable[[Float[Tensor, "N tokens width"]], Float[Tensor, "N tokens D"]]
 
 _ACTIVATIONS = {"gelu": 0, "silu": 1, "swish": 1, "quick_gelu": 2}
 """By the kernel's numbers."""
@@ -42,18 +42,15 @@ def _num_run(tower: Any, layer: int) -> int:
     return layer % (len(tower.encoder.layers) + 1)
 
 
-def features_of(tower: Any, layer: int) -> Features:
+def features_of(tower: Any, layer: int, crew: Crew | None = None) -> Features:
     """``clip_features`` of one tower and layer, compiled where that can be."""
     if _num_run(tower, layer) and CompiledTower.takes(tower):
-        return CompiledTower(tower, layer)
+        return CompiledTower(tower, layer, crew)
     return partial(clip_features, tower, layer=layer)
 
 
 class CompiledTower:
     """``clip_features`` in single precision on a CPU. Weights are copied."""
-
-    num_cores = 1
-    """Images are shared out among so many."""
 
     @staticmethod
     def takes(tower: Any) -> bool:
@@ -71,8 +68,9 @@ class CompiledTower:
         )
 
     @torch.no_grad()
-    def __init__(self, tower: Any, layer: int) -> None:
-        """``layer``: as ``clip_features`` takes it; at least one layer is run."""
+    def __init__(self, tower: Any, layer: int, crew: Crew | None = None) -> None:
+        """``layer``: as ``clip_features`` takes it; at least one layer is run. ``crew``: shares out
+        the images."""
         config, begin, norm = tower.config, tower.embeddings, tower.pre_layrnorm
         self.size = int(config.image_size)
         blocks = tower.encoder.layers[: _num_run(tower, layer)]
@@ -85,7 +83,7 @@ class CompiledTower:
             torch.stack([norm.weight, norm.bias]).numpy(),
         )
         self._shape = begun.shape
-        self._cores: ThreadPoolExecutor | None = None
+        self.crew = crew or Crew()
         stacks = [stack([*parts]) for parts in zip(*map(_block, blocks), strict=True)]
         weights, biases = zip(*stacks, strict=True)
         activation = _ACTIVATIONS[config.hidden_act]
@@ -96,23 +94,12 @@ class CompiledTower:
         assert pixels.shape[2:] == (self.size, self.size), f"images of {self.size} pixels expected"
         images = pixels.contiguous().numpy()
         features = np.empty((len(images), *self._shape), np.float32)
-        num_shares = max(1, min(self.num_cores, len(images)))
-        bounds = [len(images) * i // num_shares for i in range(num_shares + 1)]
-        if num_shares > 1 and self._cores is None:
-            self._cores = ThreadPoolExecutor(self.num_cores, "xsd-images")
-        first, *others = (slice(*ends) for ends in pairwise(bounds))
-        waiting = [
-            self._cores.submit(self._encode, images[share], features[share])
-            for share in others
-            if self._cores is not None
-        ]
-        self._encode(images[first], features[first])
-        for done in waiting:
-            done.result()
-        return torch.from_numpy(features)
 
-    def _encode(self, images: np.ndarray, features: np.ndarray) -> None:
-        kernels.encode_images(images, *self._begin, *self._rest, features)
+        def encode(share: slice) -> None:
+            kernels.encode_images(images[share], *self._begin, *self._rest, features[share])
+
+        self.crew.share_out(len(images), encode)
+        return torch.from_numpy(features)
 
 
 def _block(block: Any) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
@@ -129,3 +116,34 @@ def _block(block: Any) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         affine(mlp.fc1, block.layer_norm2),
         affine(mlp.fc2),
     )
+
+
+class CompiledProjector:
+    """Features to embeddings, row by row: an affine map, an activation, another map; on a CPU."""
+
+    @staticmethod
+    def takes(first: Any, activation: str, second: Any) -> bool:
+        return activation in _ACTIVATIONS and all(
+            type(linear) is nn.Linear
+            and linear.bias is not None
+            and (linear.weight.device.type, linear.weight.dtype) == ("cpu", torch.float32)
+            for linear in (first, second)
+        )
+
+    @torch.no_grad()
+    def __init__(self, first: nn.Linear, activation: str, second: nn.Linear, crew: Crew) -> None:
+        self._maps = *stack([affine(first)]), *stack([affine(second)])
+        self._activation, self._width = _ACTIVATIONS[activation], second.out_features
+        self._crew = crew
+
+    def __call__(self, features: Float[Tensor, "N tokens width"]) -> Float[Tensor, "N tokens D"]:
+        given = features.contiguous().numpy()
+        num_images, num_tokens, width = given.shape
+        rows = given.reshape(-1, width)
+        out = np.empty((len(rows), self._width), np.float32)
+
+        def work(share: slice) -> None:
+            kernels.project(rows[share], *self._maps, self._activation, out[share])
+
+        self._crew.share_out(len(rows), work)
+        return torch.from_numpy(out).view(num_images, num_tokens, -1)
