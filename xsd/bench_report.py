@@ -60,18 +60,17 @@ def write(
     run.tag({"mlflow.note.content": text})
     run.artifacts(folder)
     figures = {
-        "speedup_comparison": clock.speedup_comparison(traces),
-        "timing_breakdown": clock.timing_breakdown(traces),
-        "accept_rate_comparison": clock.accept_rate_comparison(traces),
+        f"speedup_comparison_{stamp}": clock.speedup_comparison(traces),
+        f"timing_breakdown_{stamp}": clock.timing_breakdown(traces),
+        f"accept_rate_comparison_{stamp}": clock.accept_rate_comparison(traces),
     }
     # A batch's time is no sample's, so there is no one sample's timeline to show.
     shown = example(traces, items, pair) if config.batch_size == 1 else None
     if shown is not None:
         write_json(folder / "example.json", shown.as_dict())
         run.artifact(folder / "example.json")
-        figures["prefill_hiding"] = timeline.prefill_hiding(shown)
-    for name, figure in figures.items():
-        run.figure(f"{name}_{stamp}", figure, folder)
+        figures[f"prefill_hiding_{stamp}"] = timeline.prefill_hiding(shown)
+    run.figures(figures, folder)
     run.table("benchmark", summary)
     run.table("per_sample", speedup.per_sample(traces))
     run.log(metrics(summary))

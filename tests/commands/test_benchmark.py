@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands.conftest import World, tags, xsd
+from tests.commands.conftest import World, drawn, tags, xsd
 from xsd.files import read_json
 
 FIGURES = (
@@ -36,7 +36,9 @@ def test_trainings_are_found_in_a_folder_and_all_files_are_left(
     [folder] = Path("out").iterdir()
     names = {re.sub(r"_\d{8}_\d{6}", "", path.name) for path in folder.iterdir()}
     tables = {"e2e_wallclock.json", "e2e_wallclock.md"}
-    assert {*tables, *(f"{name}.html" for name in FIGURES)} <= names
+    assert {*tables, "benchmark.html"} <= names
+    stamped = drawn(folder / "benchmark.html")
+    assert [re.sub(r"_\d{8}_\d{6}", "", name) for name in stamped] == [*FIGURES]
     [text] = (path.read_text() for path in folder.glob("e2e_wallclock_*.md"))
     header = [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")]
     assert header[:4] == ["Config", "Prefill", "Decode", "Total"]

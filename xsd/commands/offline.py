@@ -137,8 +137,6 @@ class Evaluation:
         write_text(folder / "METRICS_COMPARISON.md", self.comparison())
         for file in ("acceptance_metrics.json", "position_stats.json", "METRICS_COMPARISON.md"):
             run.artifact(folder / file)
-        run.figure("metrics_summary", metrics_summary(name, self.counts, self.modelled), folder)
-        run.figure("token_metrics", token_metrics(name, self.counts), folder)
         accepted = self.modelled.get("modelled.gap_accepted")
         timeline = stage_timeline(
             self.costs,
@@ -146,7 +144,12 @@ class Evaluation:
             None if accepted is None else round(accepted),
             self.modelled.get("modelled.decode_speedup", 1.0),
         )
-        run.figure("stage_timeline", timeline, folder)
+        figures = {
+            "metrics_summary": metrics_summary(name, self.counts, self.modelled),
+            "token_metrics": token_metrics(name, self.counts),
+            "stage_timeline": timeline,
+        }
+        run.figures(figures, folder)
 
     def comparison(self) -> str:
         """Markdown: what states say beside what tokens say."""

@@ -244,9 +244,8 @@ def _show(run: Run, study: Any) -> Any:
         figures["importance"] = plots.importance(importance)
     if "latency_ms" in trials:
         figures["pareto"] = plots.pareto(trials)
-    for name, figure in figures.items():
-        # To be hovered over and filtered; a browser for stills would take longer than some sweeps.
-        run.figure(name, figure, still=False)
+    # To be hovered over and filtered; a browser for stills would take longer than some sweeps.
+    run.figures(figures, still=False)
     complete = trials[trials["state"] == "complete"]
     for number, best in zip(complete["number"], complete["accept_length"].cummax(), strict=True):
         run.log({"best.accept_length": best}, step=int(number))

@@ -240,7 +240,7 @@ def _keep(
     row, tags = adapter.row, model_tags(data, adapter, config)
     checkpoint.save(adapter, folder, name="final_model", extra=about(data, best, config))
     run.artifacts(folder)
-    run.figure("training_curves", training_curves(row.name, history), folder)
+    run.figures({"training_curves": training_curves(row.name, history)}, folder)
     run.tag({**tags, "mlflow.runName": f"train {variant(tags)}"})
     accept_length = best.val[row.selection_metric]
     metrics = {f"val.{name}": value for name, value in best.val.items()}

@@ -167,7 +167,7 @@ def _write(run: Run, name: str, metrics: Mapping[str, float], assumed: Costs, fo
         round(metrics["phase1.accepted"]),
         metrics["modelled.decode_speedup"],
     )
-    run.figure("stage_timeline", figure, folder)
+    run.figures({"stage_timeline": figure}, folder)
 
 
 def run(config: Config) -> None:
