@@ -166,7 +166,7 @@ def test_bad_space(
     assert message in capsys.readouterr().err
 
 
-def test_every_level_has_a_space(
+def test_the_space_is_that_of_the_levels_family(
     world: World, workplace: Path, monkeypatch: pytest.MonkeyPatch, runs: Callable[..., list[Any]]
 ) -> None:
     root = Path(__file__).parents[2]
@@ -175,4 +175,4 @@ def test_every_level_has_a_space(
     small = ["--num_trials", 1, "--num_epochs", 1]
     xsd("sweep", *world.train_flags, "--level", "L1", *small)
     [parent] = runs("sweep")
-    assert tags(parent)["input.space"].endswith("sweep.yaml")
+    assert tags(parent)["input.space"].endswith("sweep_bottleneck.yaml")

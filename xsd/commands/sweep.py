@@ -260,13 +260,16 @@ def _searchable() -> list[str]:
 
 
 def _space_file(config: Config) -> Path:
+    """The space given, the level's own, or that of its family."""
+    from xsd.adapters.catalog import level
     from xsd.tracking.store import project_root
 
     if config.space is not None:
         return config.space
-    folder = project_root() / "experiments"
+    row, folder = level(config.level), project_root() / "experiments"
+    family = "bottleneck" if "bottleneck_dim" in row.sizes else row.phase
     own = folder / f"sweep_{config.level.lower()}.yaml"
-    return own if own.is_file() else folder / "sweep.yaml"
+    return own if own.is_file() else folder / f"sweep_{family}.yaml"
 
 
 def _listed(params: Mapping[str, Any]) -> str:
