@@ -80,7 +80,7 @@ def test_every_level_has_a_space(level: str, name: str, monkeypatch: pytest.Monk
 
 
 def test_the_seeds_recipe_has_the_published_settings() -> None:
-    """Of every flag that it sets, the published default; of L4, L5 and L5F the published command."""
+    """Of every flag that it sets the published default, of levels the published commands."""
     recipe = yaml.safe_load((FOLDER / "seed.yaml").read_text())
     compared = 0
     for flag in SEED_FLAGS:
