@@ -108,7 +108,7 @@ def _judge(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
         }
     )
     why = f" ({'; '.join(outcome.reasons)})" if outcome.reasons else ""
-    print(f"promote {tags['level']}: {verdict}{why}; {outcome.uri} is {incumbent}")
+    run.say(f"promote {tags['level']}: {verdict}{why}; {outcome.uri} is {incumbent}")
 
 
 class _Gate:

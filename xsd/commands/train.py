@@ -254,7 +254,7 @@ def _keep(
     )
     num_parameters = sum(x.numel() for x in adapter.parameters())
     run.log({"best_epoch": best.epoch, "num_parameters": num_parameters}, step=best.step)
-    print(f"train {row.name}: {row.selection_metric} {accept_length:.3f} (val): {folder}")
+    run.say(f"train {row.name}: {row.selection_metric} {accept_length:.3f} (val): {folder}")
 
 
 def _folder(config: Config, key: str) -> Path:

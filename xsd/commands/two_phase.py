@@ -105,7 +105,7 @@ def _work(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
     )
     run.log(metrics)
     run.tag({"level": name, "mlflow.runName": f"two_phase {name}"})
-    print(
+    run.say(
         f"two_phase {name}: {metrics['phase1.accepted']:.2f} drafts accepted in the gap, then "
         f"tau_{config.gamma} {metrics[f'phase2.tau_{config.gamma}']:.2f}; modelled speedup "
         f"{metrics['modelled.speedup_e2e']:.2f}x"

@@ -51,6 +51,7 @@ class Run:
     _tags: dict[str, str] = field(default_factory=dict)
     _flushed: float = field(default_factory=time.monotonic)
     _non_finite: set[str] = field(default_factory=set)
+    _said: list[str] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -78,6 +79,17 @@ class Run:
             self._metrics += self._points(metrics, step, model_id)
             if len(self._metrics) >= BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self.flush()
+
+    def sample(self, metrics: Mapping[str, float], step: int) -> None:
+        """Buffer metrics from another thread; they go out with what this one writes next."""
+        with self._lock:
+            self._metrics += self._points(metrics, step)
+
+    def say(self, line: str) -> None:
+        """Print a line about what was done, and add it to the description of the run."""
+        print(line)
+        self._said.append(line)
+        self.tag({"mlflow.note.content": "\n\n".join(self._said)})
 
     def _points(
         self, metrics: Mapping[str, float], step: int, model_id: str | None = None
