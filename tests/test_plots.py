@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from xsd.adapters.catalog import LEVELS
-from xsd.metrics import Counts, PositionCounts
+from xsd.counts import Counts, PositionCounts
 from xsd.plots import clock, learning, offline, style, timeline
 from xsd.speedup import Costs
 from xsd.types import EpochReport, Span, Trace

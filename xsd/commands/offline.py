@@ -15,11 +15,12 @@ from xsd.adapters.catalog import Level
 from xsd.commands.adapter_data import in_order, test_keys
 from xsd.commands.processes import Processes
 from xsd.commands.progress import progress
+from xsd.counts import MAX_GAMMA, THRESHOLDS, TOP, Counts
 from xsd.files import write_json, write_text
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.store import HiddenStore
 from xsd.learning.batches import OrderedBatches
-from xsd.metrics import MAX_GAMMA, THRESHOLDS, TOP, Counts, score_batches
+from xsd.metrics import score_batches
 from xsd.speedup import Costs, modelled
 from xsd.speedup_config import CostsConfig
 

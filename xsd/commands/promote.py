@@ -58,7 +58,7 @@ def perform(config: Config) -> Product:
         "promote",
         config,
         resolve=resolve,
-        rooms=["kernels", "adapters", "decoding", "metrics", "bench"],
+        rooms=["kernels", "adapters", "decoding", "counts", "metrics", "bench"],
         work=lambda run, inputs: _judge(run, inputs, config),
         tags={"level": config.level},
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xsd.types import EpochReport
 
 HELP = "search the hyperparameters of one level"
-ROOMS = ("adapters", "decoding/latency", "hidden", "learning", "metrics", "search")
+ROOMS = ("adapters", "decoding/latency", "hidden", "learning", "counts", "metrics", "search")
 
 Inputs = Mapping[str, "Product"]
 

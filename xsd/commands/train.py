@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from xsd.types import EpochReport
 
 HELP = "train the adapter of one level"
-ROOMS = ["adapters", "learning", "metrics", "decoding/accept"]
+ROOMS = ["adapters", "learning", "counts", "metrics", "decoding/accept"]
 """The source that decides what training gives."""
 _UNFINISHED = ".unfinished"
 """Folder of a training's state; it goes when the training ends."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xsd.two_phase import TwoPhaseCounts
 
 HELP = "score a prefill adapter and a decode adapter together"
+ROOMS = ("adapters", "hidden", "counts", "metrics", "decoding/accept", "speedup", "two_phase")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def perform(config: Config) -> Product:
         "two_phase",
         config,
         resolve=resolve,
-        rooms=["adapters", "hidden", "metrics", "decoding/accept", "speedup", "two_phase"],
+        rooms=ROOMS,
         work=lambda run, inputs: _work(run, inputs, config),
     )
 
