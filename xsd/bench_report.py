@@ -18,11 +18,18 @@ from xsd.decoding.strategies import metric_name
 from xsd.files import write_json, write_text
 from xsd.pairs.base import ModelPair
 from xsd.plots import clock, timeline
+from xsd.plots.style import kind
 from xsd.plots.timeline import Example, data_uri
 from xsd.types import Trace
 
 if TYPE_CHECKING:
     from xsd.tracking.run import Run
+
+_FIRST = (
+    *("strategy", "speedup", "lossless", "tokens_accepted", "tau", "share_drafting"),
+    *("prefill_ms", "decode_ms", "total_ms"),
+)
+"""Columns that a reader of the table in the UI sees without scrolling."""
 
 
 def write(
@@ -57,7 +64,7 @@ def write(
         },
     )
     write_text(folder / f"e2e_wallclock_{stamp}.md", text + "\n")
-    run.tag({"mlflow.note.content": text})
+    run.tag({"mlflow.note.content": f"{_headline(summary)}\n\n{text}"})
     run.artifacts(folder)
     figures = {
         f"speedup_comparison_{stamp}": clock.speedup_comparison(traces),
@@ -71,7 +78,8 @@ def write(
         run.artifact(folder / "example.json")
         figures[f"prefill_hiding_{stamp}"] = timeline.prefill_hiding(shown)
     run.figures(figures, folder)
-    run.table("benchmark", summary)
+    first = [name for name in _FIRST if name in summary]
+    run.table("benchmark", summary[[*first, *summary.columns.difference(first, sort=False)]])
     run.table("per_sample", speedup.per_sample(traces))
     run.log(metrics(summary))
     run.tag(
@@ -189,6 +197,17 @@ def table(
             "the last column over plain decoding of its questions one by one."
         )
     return "\n".join([*lines, "", note])
+
+
+def _headline(summary: pd.DataFrame) -> str:
+    """What a reader of the run wants to know first."""
+    drafted = summary[summary["strategy"] != BASELINE]
+    kept = f"{int(drafted['lossless'].sum())} of {len(drafted)} configs keep every answer"
+    learned = drafted[drafted["strategy"].map(lambda name: kind(str(name)) != "control")]
+    if learned.empty:
+        return f"benchmark: {kept}."
+    best = max(learned.to_dict("records"), key=lambda row: float(row["speedup"]))
+    return f"benchmark: {best['strategy']} is {best['speedup']:.2f}x plain decoding; {kept}."
 
 
 def _verdict(row: pd.Series[Any]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from tests.commands.conftest import World, drawn, tags, xsd
 from xsd.files import read_json
+from xsd.tracking import products
 
 FIGURES = (
     "speedup_comparison",
@@ -43,7 +45,11 @@ def test_trainings_are_found_in_a_folder_and_all_files_are_left(
     header = [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")]
     assert header[:4] == ["Config", "Prefill", "Decode", "Total"]
     assert {"Accept", "Speedup", "Free Tokens"} <= set(header)
-    assert tags(run)["mlflow.note.content"].startswith("| Config")
+    note = tags(run)["mlflow.note.content"]
+    assert re.match(r"benchmark: L1\+VL is \d\.\d\dx plain decoding; 1 of 1 configs keep", note)
+    assert "| Config" in note
+    shown = products.load(f"runs:/{run.info.run_id}").path / "tables/benchmark.json"
+    assert json.loads(shown.read_text())["columns"][:3] == ["strategy", "speedup", "lossless"]
     [path] = folder.glob("e2e_wallclock_*.json")
     assert len(read_json(path)["traces"]) == 4
     assert "Strict" not in text and "strict_rows" not in tags(run)

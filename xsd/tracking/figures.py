@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import html
 import sys
 import warnings
@@ -18,7 +19,9 @@ from xsd.files import atomic_path, write_text
 class Figure(Protocol):
     """What is used of ``plotly.graph_objects.Figure``."""
 
-    def to_html(self, *, full_html: bool, include_plotlyjs: bool) -> str: ...
+    def to_html(self, *, full_html: bool, include_plotlyjs: bool, config: object) -> str: ...
+
+    def update_layout(self, *, width: None, autosize: bool) -> object: ...
 
     def write_image(self, file: Path) -> None: ...
 
@@ -41,7 +44,12 @@ def write_page(figures: Mapping[str, Figure], path: Path, title: str) -> None:
     """
     parts = []
     for number, (name, figure) in enumerate(figures.items()):
-        drawn = figure.to_html(full_html=False, include_plotlyjs=number == 0)
+        # As wide as the frame that shows it; a still has the width that it was made for.
+        fitting = copy.deepcopy(figure)
+        fitting.update_layout(width=None, autosize=True)
+        drawn = fitting.to_html(
+            full_html=False, include_plotlyjs=number == 0, config={"responsive": True}
+        )
         parts.append(f'<section id="{name}">{drawn}</section>')
     write_text(path, _PAGE.format(title=html.escape(title), figures="\n".join(parts)))
 
