@@ -49,6 +49,8 @@ def test_a_child_a_trial_and_the_best_is_a_candidate(
     best = int(tags(parent)["best_trial"])
     assert table["accept_length"][best] == table["accept_length"].max() >= max(values) - 1e-6
     assert tags(parent)["best_run"] == table["run"][best]
+    [given] = parent.inputs.dataset_inputs
+    assert given.dataset.name == "chunked_train_1s_fp32"
     kept = products.load(f"runs:/{parent.info.run_id}")
     _, about = checkpoint.load(products.load(f"models:/{kept.model_id}").path, expect_level="L4")
     assert about["extra"]["training"]["learning_rate"] == pytest.approx(

@@ -212,7 +212,9 @@ def _publish(run: Run, search: _Search) -> None:
     adapter, _ = checkpoint.load(kept.path)
     config = replace(search.config, **best.params)
     metric = adapter.row.selection_metric
-    tags = model_tags(_Trials(search, run.run_id).data(config.conditioning), adapter, config)
+    data = _Trials(search, run.run_id).data(config.conditioning)
+    run.dataset(data.store.path.name, data.store.digest, str(data.store.path), "train")
+    tags = model_tags(data, adapter, config)
     files = [kept.path / "best_model.safetensors", kept.path / checkpoint.CONFIG]
     for path in files:
         run.artifact(path)
