@@ -18,9 +18,10 @@ import torch
 from benchmarks import synthetic_states
 from xsd.adapters.catalog import build, configure
 from xsd.adapters.config import AdapterSizes
+from xsd.counts import Counts
 from xsd.files import write_json
 from xsd.learning.batches import OrderedBatches
-from xsd.metrics import Counts, score_batches
+from xsd.metrics import score_batches
 
 LEVEL = "L4"
 LENGTH = 36

@@ -37,6 +37,7 @@ from xsd.hidden.config import ExtractConfig
 from xsd.hidden.extract import clips_together, extract, header
 from xsd.hidden.media import read_media
 from xsd.hidden.plan import Batch, plan_batches
+from xsd.hidden.sample import HiddenSample
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.writer import HiddenWriter
 from xsd.pairs.base import Decoder, ModelPair
@@ -45,7 +46,7 @@ from xsd.pairs.config import PairConfig
 from xsd.scenes.config import ScenesConfig
 from xsd.scenes.dataset import make_scenes
 from xsd.scenes.dsec import load_index
-from xsd.types import HiddenSample, Sample, Scene
+from xsd.types import Sample, Scene
 
 BAR = 6.0
 """On a CPU with the tiny pair."""

@@ -33,6 +33,11 @@ from hypothesis import settings
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+_FLAGS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
 torch.set_num_threads(1)
 # A busy machine is no failure: nothing here is a timed test.
 settings.register_profile("xsd", deadline=None)
@@ -77,3 +82,25 @@ def tracking(_initialised: Path, own_store: Path) -> Iterator[Path]:
     """A fresh, initialised store; yields its folder, which also holds the artifacts."""
     shutil.copyfile(_initialised, own_store / "mlflow.db")
     yield own_store
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """Headless Chromium, driven by selenium; the test is skipped where there is none."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip(
+            "there is no Chromium with its driver (apt-get install chromium chromium-driver)"
+        )
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (*_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=Service(driver))
+    yield opened
+    opened.quit()

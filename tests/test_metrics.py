@@ -10,8 +10,9 @@ from tests.adapters.conftest import D_VERIFIER, make_adapter, make_streams
 from tests.adapters.test_levels import live_rows
 from xsd.adapters.base import Adapter, Streams
 from xsd.adapters.catalog import LEVELS, Level
+from xsd.counts import Counts
 from xsd.decoding.accept import Draft, verify_greedy
-from xsd.metrics import Counts, count_drafts, score, score_batch
+from xsd.metrics import count_drafts, score, score_batch
 
 LM_HEAD = torch.randn(3, D_VERIFIER, generator=torch.Generator().manual_seed(3))
 HEADS = [row for row in LEVELS.values() if row.shift]

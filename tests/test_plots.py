@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from xsd.adapters.catalog import LEVELS
+from xsd.counts import Counts, PositionCounts
 from xsd.decoding.config import AGAIN
-from xsd.metrics import Counts, PositionCounts
 from xsd.plots import clock, learning, offline, style, timeline
 from xsd.speedup import Costs, measured
 from xsd.types import EpochReport, Span, Trace

@@ -19,11 +19,18 @@ from xsd.decoding.strategies import metric_name
 from xsd.files import write_json, write_text
 from xsd.pairs.base import ModelPair
 from xsd.plots import clock, timeline
+from xsd.plots.style import kind
 from xsd.plots.timeline import Example, data_uri
 from xsd.types import Trace
 
 if TYPE_CHECKING:
     from xsd.tracking.run import Run
+
+_FIRST = (
+    *("strategy", "speedup", "lossless", "tokens_accepted", "tau", "share_drafting"),
+    *("prefill_ms", "decode_ms", "total_ms"),
+)
+"""Columns that a reader of the table in the UI sees without scrolling."""
 
 
 def write(
@@ -58,22 +65,22 @@ def write(
         },
     )
     write_text(folder / f"e2e_wallclock_{stamp}.md", text + "\n")
-    run.tag({"mlflow.note.content": text})
+    run.tag({"mlflow.note.content": f"{_headline(summary)}\n\n{text}"})
     run.artifacts(folder)
     figures = {
-        "speedup_comparison": clock.speedup_comparison(traces),
-        "timing_breakdown": clock.timing_breakdown(traces),
-        "accept_rate_comparison": clock.accept_rate_comparison(traces),
+        f"speedup_comparison_{stamp}": clock.speedup_comparison(traces),
+        f"timing_breakdown_{stamp}": clock.timing_breakdown(traces),
+        f"accept_rate_comparison_{stamp}": clock.accept_rate_comparison(traces),
     }
     # A batch's time is no sample's, so there is no one sample's timeline to show.
     shown = example(traces, items, pair) if config.batch_size == 1 else None
     if shown is not None:
         write_json(folder / "example.json", shown.as_dict())
         run.artifact(folder / "example.json")
-        figures["prefill_hiding"] = timeline.prefill_hiding(shown)
-    for name, figure in figures.items():
-        run.figure(f"{name}_{stamp}", figure, folder)
-    run.table("benchmark", summary)
+        figures[f"prefill_hiding_{stamp}"] = timeline.prefill_hiding(shown)
+    run.figures(figures, folder)
+    first = [name for name in _FIRST if name in summary]
+    run.table("benchmark", summary[[*first, *summary.columns.difference(first, sort=False)]])
     run.table("per_sample", speedup.per_sample(traces))
     run.table("breakdown", speedup.breakdown(traces))
     run.table("traces", traces_frame(traces))
@@ -228,6 +235,17 @@ def _parts(traces: Sequence[Trace]) -> tuple[tuple[str, ...], list[tuple[str, ..
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = (header, ("---",) * len(header), *rows)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _headline(summary: pd.DataFrame) -> str:
+    """What a reader of the run wants to know first."""
+    drafted = summary[summary["strategy"] != BASELINE]
+    kept = f"{int(drafted['lossless'].sum())} of {len(drafted)} configs keep every answer"
+    learned = drafted[drafted["strategy"].map(lambda name: kind(str(name)) != "control")]
+    if learned.empty:
+        return f"benchmark: {kept}."
+    best = max(learned.to_dict("records"), key=lambda row: float(row["speedup"]))
+    return f"benchmark: {best['strategy']} is {best['speedup']:.2f}x plain decoding; {kept}."
 
 
 def _verdict(row: pd.Series[Any]) -> str:

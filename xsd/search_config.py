@@ -17,7 +17,8 @@ class SearchConfig:
     """Trials of the study (also --n_trials), those of other processes and interrupted sweeps of the
     same question included."""
     space: Path | None = None
-    """YAML file of what to search; null: experiments/sweep_<level>.yaml, else sweep.yaml there."""
+    """YAML file of what to search; null: experiments/sweep_<level>.yaml, else that of its family
+    (bottleneck: L1-L3, gap: L4 and X1, decode: heads)."""
     objectives: tuple[ObjectiveName, ...] = ("accept_length",)
     """accept_length: validation accept length; accept_length,latency_ms: against the measured time
     of one drafted token, without pruning."""

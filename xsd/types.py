@@ -1,4 +1,4 @@
-"""The records that rooms hand to each other, and the legend of the axes in their shapes.
+"""The records that rooms hand to each other, and the legend of the axes in all shapes. Torch-free.
 
 Axes, as they are spelled in every signature:
 
@@ -25,9 +25,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from jaxtyping import Float, Int
-from torch import Tensor
 
 Split = Literal["train", "val", "test"]
 Conditioning = Literal["teacher_forced", "free_running"]
@@ -65,39 +62,6 @@ class Sample:
     @property
     def key(self) -> str:
         return f"{self.scene.key}/q{self.question_index}"
-
-
-@dataclass(frozen=True, slots=True)
-class HiddenSample:
-    """The paired decoder states of one answer.
-
-    Teacher-forced: both models were fed the verifier's answer, so the two id rows are equal and
-    ``drafter_hidden[t]`` pairs with ``verifier_hidden[t]``. Free-running: each model decoded on its
-    own, the lengths differ, and nothing is cut.
-    """
-
-    key: str
-    drafter_hidden: Float[Tensor, "Td Dd"]
-    verifier_hidden: Float[Tensor, "T Dv"]
-    drafter_ids: Int[Tensor, " Td"]
-    verifier_ids: Int[Tensor, " T"]
-    verifier_layers: Float[Tensor, "T layers Dv"] | None = None
-    """Outputs of further layers at the same positions, before the final norm; None: not kept."""
-
-    @property
-    def scene_key(self) -> str:
-        return self.key.rpartition("/")[0]
-
-
-@dataclass(frozen=True, slots=True)
-class ClipVisual:
-    """What every question of a clip shares: the verifier's visual states, pooled to K vectors."""
-
-    scene_key: str
-    projected: Float[Tensor, "K Dv"]
-    """Before the language model: exists long before the verifier's prefill ends."""
-    prefilled: Float[Tensor, "K Dv"]
-    """After the last layer and the final norm: exists when the verifier's prefill ends."""
 
 
 @dataclass(frozen=True, slots=True)

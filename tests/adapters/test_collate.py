@@ -6,7 +6,7 @@ import torch
 from xsd.adapters.catalog import level
 from xsd.adapters.collate import Answers, collate
 from xsd.errors import XsdError
-from xsd.types import ClipVisual, HiddenSample
+from xsd.hidden.sample import ClipVisual, HiddenSample
 
 EMBEDDING = torch.randn(50, 6)
 VISUALS = {"night/000003": ClipVisual("night/000003", torch.zeros(5, 6), torch.ones(5, 6))}

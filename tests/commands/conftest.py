@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,3 +110,8 @@ def xsd(*words: object, expect: int = 0) -> None:
 
 def tags(run: Any) -> Mapping[str, str]:
     return dict(run.data.tags)
+
+
+def drawn(page: Path) -> list[str]:
+    """Names of the figures in a page of them."""
+    return re.findall(r'<section id="(\w+)">', page.read_text(encoding="utf-8"))

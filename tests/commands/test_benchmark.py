@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.commands.conftest import World, tags, xsd
+from tests.commands.conftest import World, drawn, tags, xsd
 from xsd.files import read_json
+from xsd.tracking import products
 
 FIGURES = (
     "speedup_comparison",
@@ -36,12 +38,18 @@ def test_trainings_are_found_in_a_folder_and_all_files_are_left(
     [folder] = Path("out").iterdir()
     names = {re.sub(r"_\d{8}_\d{6}", "", path.name) for path in folder.iterdir()}
     tables = {"e2e_wallclock.json", "e2e_wallclock.md"}
-    assert {*tables, *(f"{name}.html" for name in FIGURES)} <= names
+    assert {*tables, "benchmark.html"} <= names
+    stamped = drawn(folder / "benchmark.html")
+    assert [re.sub(r"_\d{8}_\d{6}", "", name) for name in stamped] == [*FIGURES]
     [text] = (path.read_text() for path in folder.glob("e2e_wallclock_*.md"))
     header = [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")]
     assert header[:4] == ["Config", "Prefill", "Decode", "Total"]
     assert {"Accept", "Speedup", "Free Tokens"} <= set(header)
-    assert tags(run)["mlflow.note.content"].startswith("| Config")
+    note = tags(run)["mlflow.note.content"]
+    assert re.match(r"benchmark: L1\+VL is \d\.\d\dx plain decoding; 1 of 1 configs keep", note)
+    assert "| Config" in note
+    shown = products.load(f"runs:/{run.info.run_id}").path / "tables/benchmark.json"
+    assert json.loads(shown.read_text())["columns"][:3] == ["strategy", "speedup", "lossless"]
     [path] = folder.glob("e2e_wallclock_*.json")
     assert len(read_json(path)["traces"]) == 4
     assert "Strict" not in text and "strict_rows" not in tags(run)

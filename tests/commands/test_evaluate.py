@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.commands.conftest import World, tags, xsd
+from tests.commands.conftest import World, drawn, tags, xsd
 from xsd.adapters import checkpoint
 from xsd.adapters.catalog import build, configure, level
 from xsd.adapters.config import AdapterSizes
@@ -22,7 +22,7 @@ from xsd.metrics import score, score_batches
 SIZES = AdapterSizes(num_heads=4, ffn_dim=16, bottleneck_dim=8, max_positions=16)
 FILES = {
     *("acceptance_metrics.json", "position_stats.json", "METRICS_COMPARISON.md"),
-    *("metrics_summary.html", "token_metrics.html", "stage_timeline.html"),
+    "evaluate.html",
 }
 
 
@@ -51,6 +51,8 @@ def test_all_files_and_metrics(
 ) -> None:
     folder = evaluate(name, "--gamma_decode", "4", loss="token")
     assert {path.name for path in folder.iterdir()} >= FILES
+    figures = drawn(folder / "evaluate.html")
+    assert figures == ["metrics_summary", "token_metrics", "stage_timeline"]
     [run] = runs("evaluate")
     logged, row = run.data.metrics, level(name)
     written = json.loads((folder / "acceptance_metrics.json").read_text())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands.conftest import World, tags, xsd
+from tests.commands.conftest import World, drawn, tags, xsd
 from xsd.adapters import checkpoint
 from xsd.tracking import products, query, store
 
@@ -49,13 +49,15 @@ def test_a_child_a_trial_and_the_best_is_a_candidate(
     best = int(tags(parent)["best_trial"])
     assert table["accept_length"][best] == table["accept_length"].max() >= max(values) - 1e-6
     assert tags(parent)["best_run"] == table["run"][best]
+    [given] = parent.inputs.dataset_inputs
+    assert given.dataset.name == "chunked_train_1s_fp32"
     kept = products.load(f"runs:/{parent.info.run_id}")
     _, about = checkpoint.load(products.load(f"models:/{kept.model_id}").path, expect_level="L4")
     assert about["extra"]["training"]["learning_rate"] == pytest.approx(
         float(trials[best].data.params["cfg.learning_rate"])
     )
-    names = {path.stem for path in (kept.path / "figures").iterdir()}
-    assert names == {"history", "parallel_coordinates"}, "three trials explain no importance"
+    names = drawn(kept.path / "figures" / "sweep.html")
+    assert names == ["history", "parallel_coordinates"], "three trials explain no importance"
     assert "3 trials (3 complete)" in tags(parent)["mlflow.note.content"]
     [folder] = Path("outputs/sweep").iterdir()
     assert not list(folder.glob("trial_*")), "runs keep the checkpoints"
@@ -95,7 +97,7 @@ def test_two_objectives_in_two_processes(words: list[Any], runs: Callable[..., l
     best = table.set_index("run").loc[tags(parent)["best_run"]]
     assert best["on_front"] and best["accept_length"] == table["accept_length"].max()
     kept = products.load(f"runs:/{parent.info.run_id}")
-    assert {"pareto.html", "history.html"} <= {p.name for p in (kept.path / "figures").iterdir()}
+    assert {"pareto", "history"} <= {*drawn(kept.path / "figures" / "sweep.html")}
     assert Path("shared.log").is_file() and not list(Path("outputs").rglob("study.log"))
 
 
@@ -166,7 +168,7 @@ def test_bad_space(
     assert message in capsys.readouterr().err
 
 
-def test_every_level_has_a_space(
+def test_the_space_is_that_of_the_levels_family(
     world: World, workplace: Path, monkeypatch: pytest.MonkeyPatch, runs: Callable[..., list[Any]]
 ) -> None:
     root = Path(__file__).parents[2]
@@ -175,4 +177,4 @@ def test_every_level_has_a_space(
     small = ["--num_trials", 1, "--num_epochs", 1]
     xsd("sweep", *world.train_flags, "--level", "L1", *small)
     [parent] = runs("sweep")
-    assert tags(parent)["input.space"].endswith("sweep.yaml")
+    assert tags(parent)["input.space"].endswith("sweep_bottleneck.yaml")

@@ -29,7 +29,7 @@ def test_what_a_training_leaves(world: World, runs: Callable[..., list[Any]], na
     assert folder.name.startswith(f"{name}_2")
     found = {path.name for path in folder.iterdir()}
     expected = {"best_model.safetensors", "final_model.safetensors", "config.json", "history.json"}
-    assert found == {*expected, "training_curves.html"}
+    assert found == {*expected, "train.html"}
     history = json.loads((folder / "history.json").read_text())
     assert [entry["epoch"] for entry in history] == [0, 1]
     assert {"accept_90", "token_top1_match", "loss", row.selection_metric} <= set(history[0]["val"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.adapters.conftest import make_adapter, make_streams
-from tests.commands.conftest import World, tags, xsd
+from tests.commands.conftest import World, drawn, tags, xsd
 from xsd.adapters import checkpoint
 from xsd.adapters.base import Adapter
 from xsd.adapters.catalog import build, configure
@@ -88,7 +88,7 @@ def test_run(
     ):
         assert written[key] == pytest.approx(metrics[key]), key
     assert 1 <= metrics["phase2.tau_3"] <= 4
-    assert Path("out/stage_timeline.html").is_file()
+    assert drawn(Path("out/two_phase.html")) == ["stage_timeline"]
     assert "modelled speedup" in capsys.readouterr().out
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -256,3 +258,12 @@ def test_a_port_that_is_taken(filled: Filled) -> None:
         taken.listen()
         with pytest.raises(XsdError, match="is taken"):
             serve("127.0.0.1", taken.getsockname()[1])
+
+
+def test_it_opens_without_what_it_does_not_need() -> None:
+    """Loading torch would take half of the time in which 1,000 runs are to be there."""
+    heavy = "{'torch', 'transformers', 'optuna', 'numba'}"
+    code = f"import sys, dashboards.app; print({heavy} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"

@@ -16,13 +16,14 @@ from xsd.adapters.config import AdapterSizes
 from xsd.bench import BenchItem
 from xsd.decoding.config import BASELINE, DecodingConfig
 from xsd.decoding.strategies import config_of, parse
+from xsd.hidden.sample import ClipVisual, HiddenSample
 from xsd.hidden.visual import pool_visual
 from xsd.learning.losses import adapter_loss
 from xsd.metrics import score_batch
 from xsd.pairs.base import ModelPair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.generate import generate, prefill, teacher_force
-from xsd.types import ClipVisual, HiddenSample, Trace
+from xsd.types import Trace
 
 MAX_NEW, GAMMA = 64, 3
 

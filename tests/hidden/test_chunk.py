@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from xsd.errors import XsdError
 from xsd.hidden.chunk import UNKNOWN_ID, Chunk, read_chunk, write_chunk
-from xsd.types import HiddenSample
+from xsd.hidden.sample import HiddenSample
 
 
 def sample(num_drafter: int, num_verifier: int, seed: int = 0) -> HiddenSample:

@@ -14,9 +14,10 @@ from xsd.hidden.check import stats
 from xsd.hidden.chunk import Chunk, read_chunk, write_chunk
 from xsd.hidden.place import Place
 from xsd.hidden.precision import decode, encode
+from xsd.hidden.sample import HiddenSample
 from xsd.hidden.store import HiddenStore
 from xsd.pairs.base import ModelPair
-from xsd.types import HiddenSample, Scene
+from xsd.types import Scene
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 1.0, 1e4])

@@ -16,6 +16,7 @@ from xsd.errors import XsdError
 from xsd.hidden.index import Header
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.plan import Batch, Extracted
+from xsd.hidden.sample import ClipVisual, HiddenSample
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.writer import HiddenWriter
 from xsd.learning import batches
@@ -26,7 +27,7 @@ from xsd.learning.batches import (
     check_level,
     held_out_keys,
 )
-from xsd.types import ClipVisual, HiddenSample, Sample, Scene
+from xsd.types import Sample, Scene
 
 VOCAB, D_DRAFTER, D_VERIFIER = 30, 3, 4
 HEAD = VerifierHead(torch.randn(VOCAB, D_VERIFIER), torch.randn(VOCAB, D_VERIFIER), "", "")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def test_promotion_moves_the_alias_and_keeps_the_way_back(tmp_path: Path) -> Non
     opened = products.load(second.uri)
     assert (opened.path / "best_model.safetensors").read_text() == "better"
     assert opened.model_id == model
+    known = store.client().get_logged_model(model).tags["mlflow.modelVersions"]
+    assert json.loads(known) == [{"name": "xsd-tiny-L4", "version": 2}], "the UI's link to it"
     assert opened.tags["metric"] == "6.0"
     assert opened.tags["source_run"] == opened.run_id
     assert len(registry.versions("tiny")) == 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs
 
 from xsd.errors import XsdError
 from xsd.tracking import figures, products, query, store
@@ -237,13 +239,16 @@ def test_figures_need_no_network(
     figures._browser_found.cache_clear()
     monkeypatch.setattr(Chromium, "find_browser", lambda **_: None)
     with stage_run("evaluate", "tiny", {}) as run:
-        written = run.figure("curve", go.Figure(go.Scatter(y=[1, 2])), tmp_path)
-        run.figure("other", go.Figure())
-    assert [path.name for path in written] == ["curve.html"]
+        drawn = {"curve": go.Figure(go.Scatter(y=[1, 2])), "other": go.Figure()}
+        written = run.figures(drawn, tmp_path)
+        assert run.figures(drawn) == []
+    assert [path.name for path in written] == ["evaluate.html"]
     html = written[0].read_text()
     assert "<script src=" not in html
+    assert re.findall(r'<section id="(\w+)">', html) == ["curve", "other"]
+    assert len(html) < 1.2 * len(get_plotlyjs()), "its script is there once"
     assert capsys.readouterr().err.count("no browser") == 1
-    assert set(run.manifest) == {"figures/curve.html", "figures/other.html"}
+    assert set(run.manifest) == {"figures/evaluate.html"}
 
 
 def test_tables_come_back() -> None:

@@ -12,7 +12,7 @@ from xsd.adapters.base import Streams
 from xsd.adapters.catalog import Level
 from xsd.adapters.layout import Layout
 from xsd.errors import XsdError
-from xsd.types import ClipVisual, HiddenSample
+from xsd.hidden.sample import ClipVisual, HiddenSample
 
 
 class Answers:

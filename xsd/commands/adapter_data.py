@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from xsd.adapters import catalog
     from xsd.adapters.base import Adapter, Streams
+    from xsd.counts import Counts
     from xsd.hidden.index import Half
     from xsd.hidden.lm_head import VerifierHead
     from xsd.hidden.store import HiddenStore
     from xsd.learning.config import FitConfig
     from xsd.learning.fit import Scorer
-    from xsd.metrics import Counts
     from xsd.tracking.products import Product
 
 T = TypeVar("T")
@@ -162,10 +162,11 @@ class TrainingData:
         from one pass; every process scores a share, and all get the whole."""
         import torch
 
+        from xsd.counts import Counts
         from xsd.learning.batches import OrderedBatches
         from xsd.learning.cpu import CpuOps
         from xsd.learning.losses import Weights, chain_loss, steps_of
-        from xsd.metrics import Counts, score_chain
+        from xsd.metrics import score_chain
 
         together = processes or Processes()
         batches = OrderedBatches(

@@ -70,7 +70,7 @@ def perform(config: Config, processes: Processes | None = None) -> Product:
         "evaluate",
         config,
         resolve=resolve,
-        rooms=["adapters", "hidden", "metrics", "decoding/accept", "speedup"],
+        rooms=["adapters", "hidden", "counts", "metrics", "decoding/accept", "speedup"],
         work=work,
         tags={"level": config.level},
     )

@@ -74,7 +74,7 @@ def perform(config: Config, processes: Processes | None = None) -> Product:
             run.log(_measured(half, totals))
             if num_halvings := sum(done.num_halvings for done in totals):
                 print(f"extract: memory was too small {num_halvings} times; batches were halved")
-            print(f"extract: {counts['num_samples']} {half} answers: {folder}")
+            run.say(f"extract: {counts['num_samples']} {half} answers: {folder}")
         run.tag({"quant": pair.quant, "conditioning": config.conditioning})
         run.tag({f"has_{half}": "true" for half in halves})
 

@@ -46,7 +46,7 @@ def perform(config: Config) -> Product:
             run.artifact(file)
         rows, width = tensors[lm_head.HEAD].shape
         run.log({"num_rows": rows, "width": width})
-        print(f"lm_head: {rows} x {width}, {tensors[lm_head.HEAD].dtype}: {files[0]}")
+        run.say(f"lm_head: {rows} x {width}, {tensors[lm_head.HEAD].dtype}: {files[0]}")
 
     return stage.perform("lm_head", config, resolve=resolve, rooms=["hidden/lm_head"], work=work)
 

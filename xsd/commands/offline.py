@@ -15,11 +15,12 @@ from xsd.adapters.catalog import Level
 from xsd.commands.adapter_data import in_order, test_keys
 from xsd.commands.processes import Processes
 from xsd.commands.progress import progress
+from xsd.counts import MAX_GAMMA, THRESHOLDS, TOP, Counts
 from xsd.files import write_json, write_text
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.store import HiddenStore
 from xsd.learning.batches import OrderedBatches
-from xsd.metrics import MAX_GAMMA, THRESHOLDS, TOP, Counts, score_batches
+from xsd.metrics import score_batches
 from xsd.speedup import Costs, modelled
 from xsd.speedup_config import CostsConfig
 
@@ -137,8 +138,6 @@ class Evaluation:
         write_text(folder / "METRICS_COMPARISON.md", self.comparison())
         for file in ("acceptance_metrics.json", "position_stats.json", "METRICS_COMPARISON.md"):
             run.artifact(folder / file)
-        run.figure("metrics_summary", metrics_summary(name, self.counts, self.modelled), folder)
-        run.figure("token_metrics", token_metrics(name, self.counts), folder)
         accepted = self.modelled.get("modelled.gap_accepted")
         timeline = stage_timeline(
             self.costs,
@@ -146,7 +145,12 @@ class Evaluation:
             None if accepted is None else round(accepted),
             self.modelled.get("modelled.decode_speedup", 1.0),
         )
-        run.figure("stage_timeline", timeline, folder)
+        figures = {
+            "metrics_summary": metrics_summary(name, self.counts, self.modelled),
+            "token_metrics": token_metrics(name, self.counts),
+            "stage_timeline": timeline,
+        }
+        run.figures(figures, folder)
 
     def comparison(self) -> str:
         """Markdown: what states say beside what tokens say."""

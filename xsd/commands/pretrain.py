@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +52,9 @@ def perform(config: Config) -> Product:
         folder = config.output_dir / run.work_name
         models.save(folder)
         held_out = make_corpus(config, config.num_held_out, HELD_OUT_RECORDINGS)
-        write_card(folder, config, held_out, _made(config.device))
+        card = write_card(folder, config, held_out, _made(config.device))
         run.artifacts(folder)
+        run.say(f"pretrain: {config.num_scenes} clips, {_facts_right(card)}: {folder}")
 
     return stage.perform(
         "pretrain",
@@ -85,8 +85,13 @@ def write_card(folder: Path, config: PretrainConfig, held_out: Any, made: str) -
     card = examine_pair(load_folder(folder, device), held_out, config, made)
     write_json(folder / "card.json", card)
     write_text(folder / "README.md", render(card))
-    print(json.dumps(card["verifier"]["facts_right"], indent=2))
     return card
+
+
+def _facts_right(card: Mapping[str, Any]) -> str:
+    """Of the verifier's answers about unseen recordings."""
+    shares = card["verifier"]["facts_right"]
+    return "facts right: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
 def run(config: Config) -> None:

@@ -58,7 +58,7 @@ def perform(config: Config) -> Product:
         "promote",
         config,
         resolve=resolve,
-        rooms=["kernels", "adapters", "decoding", "metrics", "bench"],
+        rooms=["kernels", "adapters", "decoding", "counts", "metrics", "bench"],
         work=lambda run, inputs: _judge(run, inputs, config),
         tags={"level": config.level},
     )
@@ -108,7 +108,7 @@ def _judge(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
         }
     )
     why = f" ({'; '.join(outcome.reasons)})" if outcome.reasons else ""
-    print(f"promote {tags['level']}: {verdict}{why}; {outcome.uri} is {incumbent}")
+    run.say(f"promote {tags['level']}: {verdict}{why}; {outcome.uri} is {incumbent}")
 
 
 class _Gate:

@@ -53,7 +53,7 @@ def perform(config: Config) -> Product:
         html = build(_sources(list(inputs.values())), config.pair, _recipes(inputs))
         write_text(path, html)
         run.artifact(path)
-        print(f"report: {path}")
+        run.say(f"report: {len(inputs)} runs of {config.pair}: {path}")
 
     return stage.perform("report", config, resolve=resolve, rooms=["plots", "speedup"], work=work)
 

@@ -53,6 +53,8 @@ def perform(config: Config) -> Product:
         digest = dataset_digest(folder)
         run.dataset(config.source, digest, str(folder), "scenes")
         run.log({f"num_{split}": number for split, number in splits.items()})
+        parts = ", ".join(f"{number} {split}" for split, number in sorted(splits.items()))
+        run.say(f"scenes: {parts or 'no'} clips ({config.source}): {folder}")
         run.tag({"xsd.digest": digest})
         if folder == root:
             run.artifacts(root, "scenes")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xsd.types import EpochReport
 
 HELP = "search the hyperparameters of one level"
-ROOMS = ("adapters", "decoding/latency", "hidden", "learning", "metrics", "search")
+ROOMS = ("adapters", "decoding/latency", "hidden", "learning", "counts", "metrics", "search")
 
 Inputs = Mapping[str, "Product"]
 
@@ -212,7 +212,9 @@ def _publish(run: Run, search: _Search) -> None:
     adapter, _ = checkpoint.load(kept.path)
     config = replace(search.config, **best.params)
     metric = adapter.row.selection_metric
-    tags = model_tags(_Trials(search, run.run_id).data(config.conditioning), adapter, config)
+    data = _Trials(search, run.run_id).data(config.conditioning)
+    run.dataset(data.store.path.name, data.store.digest, str(data.store.path), "train")
+    tags = model_tags(data, adapter, config)
     files = [kept.path / "best_model.safetensors", kept.path / checkpoint.CONFIG]
     for path in files:
         run.artifact(path)
@@ -244,9 +246,8 @@ def _show(run: Run, study: Any) -> Any:
         figures["importance"] = plots.importance(importance)
     if "latency_ms" in trials:
         figures["pareto"] = plots.pareto(trials)
-    for name, figure in figures.items():
-        # To be hovered over and filtered; a browser for stills would take longer than some sweeps.
-        run.figure(name, figure, still=False)
+    # To be hovered over and filtered; a browser for stills would take longer than some sweeps.
+    run.figures(figures, still=False)
     complete = trials[trials["state"] == "complete"]
     for number, best in zip(complete["number"], complete["accept_length"].cummax(), strict=True):
         run.log({"best.accept_length": best}, step=int(number))
@@ -261,13 +262,16 @@ def _searchable() -> list[str]:
 
 
 def _space_file(config: Config) -> Path:
+    """The space given, the level's own, or that of its family."""
+    from xsd.adapters.catalog import level
     from xsd.tracking.store import project_root
 
     if config.space is not None:
         return config.space
-    folder = project_root() / "experiments"
+    row, folder = level(config.level), project_root() / "experiments"
+    family = "bottleneck" if "bottleneck_dim" in row.sizes else row.phase
     own = folder / f"sweep_{config.level.lower()}.yaml"
-    return own if own.is_file() else folder / "sweep.yaml"
+    return own if own.is_file() else folder / f"sweep_{family}.yaml"
 
 
 def _listed(params: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from xsd.types import EpochReport
 
 HELP = "train the adapter of one level"
-ROOMS = ["adapters", "learning", "metrics", "decoding/accept"]
+ROOMS = ["adapters", "learning", "counts", "metrics", "decoding/accept"]
 """The source that decides what training gives."""
 _UNFINISHED = ".unfinished"
 """Folder of a training's state; it goes when the training ends."""
@@ -240,7 +240,7 @@ def _keep(
     row, tags = adapter.row, model_tags(data, adapter, config)
     checkpoint.save(adapter, folder, name="final_model", extra=about(data, best, config))
     run.artifacts(folder)
-    run.figure("training_curves", training_curves(row.name, history), folder)
+    run.figures({"training_curves": training_curves(row.name, history)}, folder)
     run.tag({**tags, "mlflow.runName": f"train {variant(tags)}"})
     accept_length = best.val[row.selection_metric]
     metrics = {f"val.{name}": value for name, value in best.val.items()}
@@ -254,7 +254,7 @@ def _keep(
     )
     num_parameters = sum(x.numel() for x in adapter.parameters())
     run.log({"best_epoch": best.epoch, "num_parameters": num_parameters}, step=best.step)
-    print(f"train {row.name}: {row.selection_metric} {accept_length:.3f} (val): {folder}")
+    run.say(f"train {row.name}: {row.selection_metric} {accept_length:.3f} (val): {folder}")
 
 
 def _folder(config: Config, key: str) -> Path:

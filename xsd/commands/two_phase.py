@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xsd.two_phase import TwoPhaseCounts
 
 HELP = "score a prefill adapter and a decode adapter together"
+ROOMS = ("adapters", "hidden", "counts", "metrics", "decoding/accept", "speedup", "two_phase")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def perform(config: Config) -> Product:
         "two_phase",
         config,
         resolve=resolve,
-        rooms=["adapters", "hidden", "metrics", "decoding/accept", "speedup", "two_phase"],
+        rooms=ROOMS,
         work=lambda run, inputs: _work(run, inputs, config),
     )
 
@@ -105,7 +106,7 @@ def _work(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
     )
     run.log(metrics)
     run.tag({"level": name, "mlflow.runName": f"two_phase {name}"})
-    print(
+    run.say(
         f"two_phase {name}: {metrics['phase1.accepted']:.2f} drafts accepted in the gap, then "
         f"tau_{config.gamma} {metrics[f'phase2.tau_{config.gamma}']:.2f}; modelled speedup "
         f"{metrics['modelled.speedup_e2e']:.2f}x"
@@ -167,7 +168,7 @@ def _write(run: Run, name: str, metrics: Mapping[str, float], assumed: Costs, fo
         round(metrics["phase1.accepted"]),
         metrics["modelled.decode_speedup"],
     )
-    run.figure("stage_timeline", figure, folder)
+    run.figures({"stage_timeline": figure}, folder)
 
 
 def run(config: Config) -> None:

@@ -16,11 +16,12 @@ from xsd.errors import XsdError
 from xsd.hidden.config import ExtractConfig
 from xsd.hidden.media import ClipPixels
 from xsd.hidden.prefix import SharedPrefix, share_prefix
+from xsd.hidden.sample import ClipVisual, HiddenSample
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, ModelPair
 from xsd.pairs.generate import Answer, generate, teacher_force
-from xsd.types import ClipVisual, HiddenSample, Sample
+from xsd.types import Sample
 
 
 @dataclass

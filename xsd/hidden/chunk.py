@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xsd.errors import XsdError
 from xsd.files import atomic_path
 from xsd.hidden.precision import DTYPES, decode, encode
-from xsd.types import HiddenSample
+from xsd.hidden.sample import HiddenSample
 
 UNKNOWN_ID = -1
 """Token id of chunks that hold none."""

@@ -14,9 +14,10 @@ from xsd.errors import XsdError
 from xsd.files import sha256_json
 from xsd.hidden.config import ExtractConfig
 from xsd.hidden.index import Failure, Half
+from xsd.hidden.sample import ClipVisual, HiddenSample
 from xsd.scenes.dsec import samples
 from xsd.scenes.questions import QUESTIONS
-from xsd.types import ClipVisual, HiddenSample, Sample, Scene
+from xsd.types import Sample, Scene
 
 
 @dataclass(frozen=True, slots=True)

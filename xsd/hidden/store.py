@@ -30,7 +30,8 @@ from xsd.hidden.index import (
     load_index,
     seed_index,
 )
-from xsd.types import ClipVisual, HiddenSample, Split
+from xsd.hidden.sample import ClipVisual, HiddenSample
+from xsd.types import Split
 
 _UNPACKED_BYTES = 4 << 30
 """Chunks of the published format are unpacked into memory; so much is kept of them."""

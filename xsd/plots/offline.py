@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from xsd.adapters.catalog import level
-from xsd.metrics import HISTOGRAM_BINS, PREFIX, THRESHOLDS, TOP, Counts, PositionCounts
+from xsd.counts import HISTOGRAM_BINS, PREFIX, THRESHOLDS, TOP, Counts, PositionCounts
 from xsd.plots.style import (
     BLUE,
     GREEN,

@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 import atexit
+import copy
+import html
 import sys
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from xsd.files import atomic_path
+from xsd.files import atomic_path, write_text
 
 
 @runtime_checkable
 class Figure(Protocol):
     """What is used of ``plotly.graph_objects.Figure``."""
 
-    def write_html(self, file: Path, *, include_plotlyjs: bool) -> None: ...
+    def to_html(self, *, full_html: bool, include_plotlyjs: bool, config: object) -> str: ...
+
+    def update_layout(self, *, width: None, autosize: bool) -> object: ...
 
     def write_image(self, file: Path) -> None: ...
 
 
-def write_figure(figure: Figure, folder: Path, name: str, *, still: bool = True) -> list[Path]:
-    """Write ``name.html`` and, if ``still`` and a browser is found, ``name.png``."""
-    html = folder / f"{name}.html"
-    with atomic_path(html) as temporary:
-        figure.write_html(temporary, include_plotlyjs=True)
-    if not still or not _browser_found():
-        return [html]
-    image = folder / f"{name}.png"
-    with atomic_path(image) as temporary, warnings.catch_warnings():
-        # Plotly's own remark that a running browser keeps its options.
-        warnings.filterwarnings("ignore", message="The kopts argument")
-        figure.write_image(temporary)
-    return [html, image]
+_PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title></head>
+<body style="margin: 1rem; background: white">
+{figures}
+</body>
+</html>
+"""
+
+
+def write_page(figures: Mapping[str, Figure], path: Path, title: str) -> None:
+    """All figures below each other in one HTML.
+
+    Plotly's script, 4.8 MB, is in it once. It cannot lie beside the page: the UI shows a page in a
+    frame that reaches no other file.
+    """
+    parts = []
+    for number, (name, figure) in enumerate(figures.items()):
+        # As wide as the frame that shows it; a still has the width that it was made for.
+        fitting = copy.deepcopy(figure)
+        fitting.update_layout(width=None, autosize=True)
+        drawn = fitting.to_html(
+            full_html=False, include_plotlyjs=number == 0, config={"responsive": True}
+        )
+        parts.append(f'<section id="{name}">{drawn}</section>')
+    write_text(path, _PAGE.format(title=html.escape(title), figures="\n".join(parts)))
+
+
+def write_stills(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """``<name>.png`` of every figure, if a browser is found."""
+    if not _browser_found():
+        return []
+    images = [folder / f"{name}.png" for name in figures]
+    for image, figure in zip(images, figures.values(), strict=True):
+        with atomic_path(image) as temporary, warnings.catch_warnings():
+            # Plotly's own remark that a running browser keeps its options.
+            warnings.filterwarnings("ignore", message="The kopts argument")
+            figure.write_image(temporary)
+    return images
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from xsd.files import sha256_file, sha256_json, write_json
 from xsd.tracking import store, writes
 from xsd.tracking.artifacts import local_folder, place
 from xsd.tracking.credentials import redacted, redactor
-from xsd.tracking.figures import Figure, write_figure
+from xsd.tracking.figures import Figure, write_page, write_stills
 from xsd.tracking.products import MANIFEST
 from xsd.tracking.spool import Outbox
 from xsd.tracking.writes import BATCH, PointOfCurve
@@ -51,6 +51,7 @@ class Run:
     _tags: dict[str, str] = field(default_factory=dict)
     _flushed: float = field(default_factory=time.monotonic)
     _non_finite: set[str] = field(default_factory=set)
+    _said: list[str] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -78,6 +79,17 @@ class Run:
             self._metrics += self._points(metrics, step, model_id)
             if len(self._metrics) >= BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self.flush()
+
+    def sample(self, metrics: Mapping[str, float], step: int) -> None:
+        """Buffer metrics from another thread; they go out with what this one writes next."""
+        with self._lock:
+            self._metrics += self._points(metrics, step)
+
+    def say(self, line: str) -> None:
+        """Print a line about what was done, and add it to the description of the run."""
+        print(line)
+        self._said.append(line)
+        self.tag({"mlflow.note.content": "\n\n".join(self._said)})
 
     def _points(
         self, metrics: Mapping[str, float], step: int, model_id: str | None = None
@@ -135,23 +147,26 @@ class Run:
                 below = (Path(folder or ".") / relative.parent).as_posix()
                 self.artifact(path, None if below == "." else below)
 
-    def figure(
-        self, name: str, figure: Figure, output_dir: Path | None = None, *, still: bool = True
+    def figures(
+        self,
+        figures: Mapping[str, Figure],
+        output_dir: Path | None = None,
+        *,
+        still: bool = True,
     ) -> list[Path]:
-        """Keep a plotly figure as ``figures/<name>.html`` and, if ``still``, as .png where a
-        browser is found.
+        """Keep plotly figures as one page, ``figures/<stage>.html``, and, if ``still``, each as
+        ``figures/<name>.png`` where a browser is found.
 
         Returns the files in ``output_dir``; empty if none was given.
         """
-        if output_dir is not None:
-            written = write_figure(figure, output_dir, name, still=still)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = output_dir or Path(temporary)
+            page = folder / f"{self.stage}.html"
+            write_page(figures, page, f"{self.stage} {self.run_id}")
+            written = [page, *(write_stills(figures, folder) if still else [])]
             for path in written:
                 self.artifact(path, "figures")
-            return written
-        with tempfile.TemporaryDirectory() as folder:
-            for path in write_figure(figure, Path(folder), name, still=still):
-                self.artifact(path, "figures")
-        return []
+        return written if output_dir else []
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """Keep a frame as ``tables/<name>.json``, which the UI shows and compares across runs."""

@@ -83,8 +83,12 @@ class FolderRun(Run):
         self.manifest[name] = {"sha256": sha256_file(path), "num_bytes": path.stat().st_size}
         write_json(self.path / MANIFEST, self.manifest)
 
-    def figure(
-        self, name: str, figure: Figure, output_dir: Path | None = None, *, still: bool = True
+    def figures(
+        self,
+        figures: Mapping[str, Figure],
+        output_dir: Path | None = None,
+        *,
+        still: bool = True,
     ) -> list[Path]:
         """Left out: a figure shows what the tables hold."""
         return []

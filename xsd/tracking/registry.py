@@ -6,6 +6,7 @@ lock, and looks again at what stands behind it before it moves.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CHAMPION: Final = "champion"
 PREVIOUS: Final = "previous_champion"
+_VERSIONS: Final = "mlflow.modelVersions"
 _LOCK_SECONDS: Final = 120.0
 _STALE_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.1
@@ -173,6 +175,11 @@ def _register(name: str, model_id: str, tags: Mapping[str, object], run_id: str 
         model_id=model_id,
         tags={**kept, "source_run": str(run_id)},
     )
+    # By this tag the UI leads from the model to its versions.
+    model = client.get_logged_model(model_id)
+    known = json.loads(model.tags.get(_VERSIONS, "[]"))
+    known.append({"name": name, "version": version.version})
+    client.set_logged_model_tags(model_id, {_VERSIONS: json.dumps(known)})
     return int(version.version)
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from xsd.tracking import spool, store, writes
+from xsd.tracking import spool, store, system, writes
 from xsd.tracking.open_run import Run, as_tags
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def stage_run(
         *killed_by,
     )
     try:
-        with _terminating():
+        with _terminating(), system.watched(run):
             run.params(config)
             _link_models(run, inputs)
             yield run
