@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from xsd.cli import main
-from xsd.tracking import registry, store
+from xsd.tracking import registry
 from xsd.tracking.run import stage_run
 
 pytestmark = pytest.mark.usefixtures("tracking")

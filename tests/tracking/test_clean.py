@@ -79,7 +79,7 @@ def test_what_a_champion_or_benchmark_was_made_of_stays(file: Path) -> None:
     loose = ended("FAILED", file)
     assert clean.protected() >= {data, run.run_id, scenes, between}
     collect()
-    assert all(folder_of(one).is_dir() for one in (data, run.run_id, scenes, between))
+    assert all(folder_of(one).is_dir() for one in (data, scenes, between))
     assert is_deleted(loose) and not is_deleted(data)
 
 

@@ -44,8 +44,11 @@ def test_urls_are_hidden_and_still_say_where(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["s3://bucket/key", "http://127.0.0.1:5000", "sqlite:////a/b@c.db", "file:///a", "ssh://me@h/p"]
-    + ["https://h/x?v=1&design=2", "accept@0.90", "models:/xsd-tiny-L4@champion"],
+    [
+        *("s3://bucket/key", "http://127.0.0.1:5000", "sqlite:////a/b@c.db", "file:///a"),
+        *("ssh://me@h/p", "https://h/x?v=1&design=2", "accept@0.90"),
+        "models:/xsd-tiny-L4@champion",
+    ],
 )
 def test_what_holds_none_is_left_as_it_is(text: str) -> None:
     assert redacted(text) == text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 HIDDEN: Final = "***"
@@ -54,7 +55,7 @@ def _secrets() -> list[str]:
     found = set()
     for name, value in os.environ.items():
         # A file of credentials is named, not shown: its path is no secret.
-        if _SECRET.search(name) and not os.path.exists(value):
+        if _SECRET.search(name) and not Path(value).is_file():
             found.add(value)
         if "://" in value and (match := _URL.search(value)):
             found.add(match[3])

@@ -221,7 +221,7 @@ def _input_tags(inputs: Mapping[str, Product] | None) -> dict[str, object]:
 
 
 def _link(run: Run, inputs: Mapping[str, Product] | None) -> None:
-    """In the UI's own fields; by the names of the data sets ``lineage.down`` finds who read what."""
+    """In the UI's own fields; by its data sets' names ``lineage.down`` finds who read a run."""
     for role, product in (inputs or {}).items():
         if product.run_id:
             run.dataset(f"{role} {product.run_id}", product.digest, product.uri, "input")
