@@ -191,7 +191,9 @@ def _caches(before: float) -> Iterator[Item]:
             if path.is_dir() and _newest(path) <= before:
                 yield Item(kind, str(path), why, path=path, root=root)
     current = _kernels()
-    for path in sorted(current.parent.glob("*")) if current else ():
+    if current is None:
+        return
+    for path in sorted(current.parent.glob("*")):
         if _KERNELS.fullmatch(path.name) and path != current and _newest(path) <= before:
             yield Item("kernels", str(path), "of other sources", path=path, root=current.parent)
 
@@ -220,7 +222,7 @@ def _root(experiment_id: str) -> Path | None:
 def _last_sign(run: Run) -> int:
     """In ms."""
     points = run.data._metric_objs
-    return max([run.info.start_time, *(point.timestamp for point in points)])
+    return max([int(run.info.start_time), *(int(point.timestamp) for point in points)])
 
 
 def _is_inside(path: Path, root: Path | None) -> bool:
