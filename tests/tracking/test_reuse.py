@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+import xsd
 from xsd.errors import XsdError
 from xsd.tracking import products, reuse
 from xsd.tracking.run import stage_run
@@ -27,6 +29,23 @@ def test_the_key_knows_what_matters() -> None:
     assert key() != reuse.stage_key("train", CONFIG, {"data": product("other")}, ROOMS)
     assert key() != reuse.stage_key("train", CONFIG, {"data": product()}, ROOMS[:1])
     assert key() != reuse.stage_key("evaluate", CONFIG, {"data": product()}, ROOMS)
+
+
+def test_other_packages_or_altered_source_make_another_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = key()
+    with monkeypatch.context() as patch:
+        patch.setattr(reuse, "version", lambda name: "0.0.1")
+        assert key() != before
+    package = tmp_path / "xsd"
+    shutil.copytree(Path(xsd.__file__).parent / "tracking", package / "tracking")
+    shutil.copy(Path(xsd.__file__).with_name("config.py"), package)
+    monkeypatch.setattr(xsd, "__file__", str(package / "__init__.py"))
+    assert key() == before
+    with (package / "tracking" / "run.py").open("a") as source:
+        source.write("# altered\n")
+    assert key() != before
 
 
 def test_the_key_needs_rooms_that_exist() -> None:

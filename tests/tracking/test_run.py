@@ -19,7 +19,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from xsd.errors import XsdError
-from xsd.tracking import figures, products, query, store
+from xsd.tracking import figures, lineage, products, query, store
 from xsd.tracking.run import active, stage_run
 
 pytestmark = pytest.mark.usefixtures("tracking")
@@ -273,7 +273,7 @@ def test_datasets_and_inputs_are_linked(tmp_path: Path) -> None:
     assert found.data.tags["digest.data"] == given.digest
     (dataset,) = fetch(first.run_id).inputs.dataset_inputs
     assert (dataset.dataset.name, len(dataset.dataset.digest)) == ("scenes", 36)
-    assert query.lineage(run.uri)["stage"].tolist() == ["train", "extract"]
+    assert [node.stage for _, node in lineage.up(run.uri).walk()] == ["train", "extract"]
 
 
 def test_the_link_opens_the_right_page() -> None:

@@ -187,7 +187,7 @@ def _summarise(products: Mapping[str, Product], link: str, config: Config) -> No
     if config.recipe.name == Path(DEMO).name:
         print("\nThis is the demo, a cut of experiments/tiny.yaml: its numbers are a taste only.")
     print(f"\nReport:    {products['report'].path / 'report.html'}")
-    print(f"MLflow UI: mlflow ui --backend-store-uri {store.tracking_uri()}\n           {link}")
+    print(f"MLflow UI: {store.ui_command()}\n           {link}")
 
 
 def _level_table(products: Mapping[str, Product]) -> str:

@@ -5,17 +5,31 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 HIDDEN: Final = "***"
 _URL: Final = re.compile(r"\b([A-Za-z][\w+.-]*://)([^/\s@:]*):([^/\s]+)@")
-_SECRET: Final = re.compile(r"(PASSWORD|PASSWD|TOKEN|SECRET|API_KEY|ACCESS_KEY)(_ID)?$", re.I)
+_USER: Final = re.compile(r"\b([A-Za-z][\w+.-]*://)([^/\s@:]{16,})@")
+"""A token in the user's place; a bucket or a host may follow."""
+_QUERY: Final = re.compile(
+    r"([?&](?:[\w.-]*(?:signature|credential|token|password|passwd|secret|api[_-]?key|access[_-]?key"
+    r"(?:id)?)|sig)=)[^&#\s'\"]+",
+    re.I,
+)
+"""Signed links (S3, GCS, Azure), and drivers that take a password as an option."""
+_SECRET: Final = re.compile(
+    r"(PASSWORD|PASSWD|PASSPHRASE|TOKEN|SECRET|API_KEY|ACCESS_KEY|ACCOUNT_KEY|CONNECTION_STRING"
+    r"|CREDENTIALS)(_ID)?$",
+    re.I,
+)
 _SHORTEST: Final = 6
 """Shorter values are words that stand for themselves elsewhere."""
 
 
 def redacted(text: str) -> str:
-    """``text`` without passwords of URLs and without values of secret environment variables."""
+    """``text`` without passwords and signatures of URLs, and without values of secret environment
+    variables."""
     return redactor()(text)
 
 
@@ -24,7 +38,11 @@ def redactor() -> Callable[[str], str]:
     secrets = _secrets()
 
     def hide(text: str) -> str:
-        shown = _URL.sub(rf"\1\2:{HIDDEN}@", text) if "://" in text else text
+        shown = text
+        if "://" in text:
+            shown = _URL.sub(rf"\1\2:{HIDDEN}@", shown)
+            shown = _USER.sub(rf"\1{HIDDEN}@", shown)
+            shown = _QUERY.sub(rf"\1{HIDDEN}", shown)
         for value in secrets:
             shown = shown.replace(value, HIDDEN)
         return shown
@@ -36,7 +54,8 @@ def _secrets() -> list[str]:
     """Values of variables that are secret by their names, and passwords in URLs of any."""
     found = set()
     for name, value in os.environ.items():
-        if _SECRET.search(name):
+        # A file of credentials is named, not shown: its path is no secret.
+        if _SECRET.search(name) and not Path(value).is_file():
             found.add(value)
         if "://" in value and (match := _URL.search(value)):
             found.add(match[3])

@@ -14,6 +14,7 @@ from xsd.errors import XsdError
 from xsd.files import read_json, sha256_file, sha256_json
 from xsd.tracking import store
 from xsd.tracking.artifacts import local_folder
+from xsd.tracking.credentials import redacted
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
@@ -106,7 +107,7 @@ def _load_run(uri: str) -> Product:
     try:
         run = store.client().get_run(run_id)
     except MlflowException as error:
-        raise XsdError(f"{uri}: no such run in {store.tracking_uri()}") from error
+        raise XsdError(f"{uri}: no such run in {redacted(store.tracking_uri())}") from error
     product = from_run(run, subfolder)
     if subfolder and not product.path.exists():
         raise XsdError(f"{uri}: the run has no such artifact")
@@ -120,10 +121,10 @@ def _load_model(uri: str) -> Product:
     from mlflow.exceptions import MlflowException
 
     try:
-        model, tags = _logged_model(uri.removeprefix("models:/"))
+        model, tags = logged_model(uri.removeprefix("models:/"))
     except MlflowException as error:
         raise XsdError(
-            f"{uri}: no such model in {store.tracking_uri()}; xsd registry lists them"
+            f"{uri}: no such model in {redacted(store.tracking_uri())}; xsd registry lists them"
         ) from error
     folder = local_folder(model.artifact_location) or _fetched_model(model.model_id)
     hashed = {name for name in tags if name.startswith(_SHA_TAG)}
@@ -141,7 +142,7 @@ def _load_model(uri: str) -> Product:
     )
 
 
-def _logged_model(name: str) -> tuple[LoggedModel, dict[str, str]]:
+def logged_model(name: str) -> tuple[LoggedModel, dict[str, str]]:
     """The logged model behind an alias, a version or an id; with the version's tags on top."""
     client = store.client()
     if match := re.fullmatch(r"([^@/]+)(?:@([^@/]+)|/(\d+))", name):

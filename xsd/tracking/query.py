@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -107,42 +107,6 @@ def num_bytes(found: pd.DataFrame) -> pd.Series[float]:
     """What each run's files weigh; NaN where neither its tags nor a manifest on this disk say."""
     both = zip(found["run_id"], found["tags"], strict=True)
     return pd.Series([_num_bytes(*one) for one in both], index=found.index, dtype=float)
-
-
-def lineage(uri: str) -> pd.DataFrame:
-    """Walk from a product back to its sources.
-
-    Columns: depth, role (what it was to the row above), uri, stage, level, run_id, digest.
-    """
-    rows: list[dict[str, Any]] = []
-    _walk(uri, "", 0, rows)
-    return pd.DataFrame(rows)
-
-
-def _walk(uri: str, role: str, depth: int, rows: list[dict[str, Any]]) -> None:
-    try:
-        product = products.load(uri)
-    except XsdError as error:
-        rows.append({"depth": depth, "role": role, "uri": uri, "stage": "", "note": str(error)})
-        return
-    tags: dict[str, str] = {}
-    if product.run_id:
-        tags = store.client().get_run(product.run_id).data.tags
-    rows.append(
-        {
-            "depth": depth,
-            "role": role,
-            "uri": uri,
-            "stage": tags.get("stage", ""),
-            "level": tags.get("level", ""),
-            "run_id": product.run_id or "",
-            "digest": product.digest[:12],
-            "note": "",
-        }
-    )
-    for name, value in sorted(tags.items()):
-        if name.startswith("input."):
-            _walk(value, name.removeprefix("input."), depth + 1, rows)
 
 
 def _num_bytes(run_id: str, tags: Mapping[str, str]) -> float:

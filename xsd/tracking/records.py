@@ -23,6 +23,7 @@ from xsd.errors import XsdError
 from xsd.files import read_json, sha256_file, sha256_json, write_json
 from xsd.tracking import store
 from xsd.tracking.artifacts import place
+from xsd.tracking.credentials import redacted, redactor
 from xsd.tracking.open_run import Run
 from xsd.tracking.products import MANIFEST, Product
 
@@ -70,10 +71,13 @@ class FolderRun(Run):
         """Every value is on disk already."""
 
     def params(self, config: Mapping[str, object]) -> None:
-        self._keep("params", {f"cfg.{name}": str(value) for name, value in config.items()})
+        hide = redactor()
+        self._keep("params", {f"cfg.{name}": hide(str(value)) for name, value in config.items()})
 
     def tag(self, tags: Mapping[str, object]) -> None:
-        self._keep("tags", {name: str(value) for name, value in tags.items() if value is not None})
+        hide = redactor()
+        given = {name: value for name, value in tags.items() if value is not None}
+        self._keep("tags", {name: hide(str(value)) for name, value in given.items()})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         if not path.is_file():
@@ -100,7 +104,9 @@ class FolderRun(Run):
         self.artifact(path, "tables")
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        self._keep("datasets", {name: {"digest": digest, "source": source, "context": context}})
+        self._keep(
+            "datasets", {name: {"digest": digest, "source": redacted(source), "context": context}}
+        )
 
     def log_model(
         self,
@@ -168,7 +174,7 @@ def record(
         status = "KILLED"
         raise
     except BaseException as error:
-        run.tag({"xsd.error": " ".join(str(error).split())[:500]})
+        run.tag({"xsd.error": redacted(" ".join(str(error).split()))[:500]})
         raise
     finally:
         run.end(status)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from xsd.tracking import spool, store, system, writes
+from xsd.tracking.credentials import redacted, redactor
 from xsd.tracking.open_run import Run, as_tags
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def stage_run(
     try:
         with _terminating(), system.watched(run):
             run.params(config)
-            _link_models(run, inputs)
+            _link(run, inputs)
             yield run
             run.finish_manifest()
         # Set last: a run found by its key is complete.
@@ -97,7 +98,7 @@ def stage_run(
         status = "KILLED"
         raise
     except BaseException as error:
-        run.tag({"xsd.error": " ".join(str(error).split())[:500]})
+        run.tag({"xsd.error": redacted(" ".join(str(error).split()))[:500]})
         raise
     finally:
         _active.reset(token)
@@ -118,7 +119,7 @@ def connect(run: Run, inputs: Mapping[str, Product], key: str) -> None:
     """Tell an open run what it reads, where that became known only after it was opened."""
     run.key = key
     run.tag(_input_tags(inputs))
-    _link_models(run, inputs)
+    _link(run, inputs)
     run.flush()
 
 
@@ -144,9 +145,27 @@ def _open(stage: str, pair: str, parent: str | None, name: str, told: Mapping[st
         info = _create(client, experiment, tags, name, within=outer is not None)
     run = Run(client, info.run_id, info.experiment_id, stage, pair, info.artifact_uri)
     if joined:
+        _hide_what_was_launched(client, info.run_id)
         run.tag(told)
         run.flush()
     return run
+
+
+def _hide_what_was_launched(client: MlflowClient, run_id: str) -> None:
+    """``mlflow run`` keeps its command line before our code starts: tags can be written over,
+    params cannot."""
+    data, hide = client.get_run(run_id).data, redactor()
+    for name, value in data.tags.items():
+        if hide(value) != value:
+            client.set_tag(run_id, name, hide(value))
+    shown = sorted(name for name, value in data.params.items() if hide(value) != value)
+    if shown:
+        print(
+            f"warning: mlflow kept a credential as param {', '.join(shown)} of run {run_id}, where"
+            " it cannot be changed; give it by the environment instead, delete that run"
+            " (mlflow runs delete, mlflow gc) and change the credential",
+            file=sys.stderr,
+        )
 
 
 def _create(
@@ -184,6 +203,7 @@ def _context_tags(stage: str, pair: str) -> dict[str, object]:
         "pair": pair,
         "mlflow.source.name": f"xsd {stage}",
         "mlflow.source.git.commit": store.git_commit(),
+        "xsd.environment": store.environment(),
         "xsd.process": store.this_process(),
     }
 
@@ -195,10 +215,16 @@ def _input_tags(inputs: Mapping[str, Product] | None) -> dict[str, object]:
         name = re.sub(r"[^\w\-. :/]", "_", role)
         tags[f"input.{name}"] = product.uri
         tags[f"digest.{name}"] = product.digest
+        # An alias moves: what it stood for stays known.
+        tags[f"model.{name}"] = product.model_id
     return tags
 
 
-def _link_models(run: Run, inputs: Mapping[str, Product] | None) -> None:
+def _link(run: Run, inputs: Mapping[str, Product] | None) -> None:
+    """In the UI's own fields; by its data sets' names ``lineage.down`` finds who read a run."""
+    for role, product in (inputs or {}).items():
+        if product.run_id:
+            run.dataset(f"{role} {product.run_id}", product.digest, product.uri, "input")
     models = [product.model_id for product in (inputs or {}).values() if product.model_id]
     if models:
         run.outbox.send(writes.models_read(models))

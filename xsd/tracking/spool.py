@@ -47,7 +47,7 @@ class Outbox:
 
     @property
     def folder(self) -> Path:
-        return _root() / self.run_id
+        return root() / self.run_id
 
     @property
     def has_undelivered(self) -> bool:
@@ -99,7 +99,7 @@ def pending() -> list[str]:
     """Runs of the present tracking server with undelivered writes."""
     return sorted(
         path.parent.name
-        for path in _root().glob(f"*/{_WRITES}")
+        for path in root().glob(f"*/{_WRITES}")
         if (path.parent / _SERVER).read_text(encoding="utf-8") == _server()
     )
 
@@ -112,7 +112,7 @@ def deliver(client: MlflowClient, run_id: str) -> bool:
     """
     from mlflow.exceptions import MlflowException
 
-    folder = _root() / run_id
+    folder = root() / run_id
     with _lock(run_id):
         kept = _lines(folder / _WRITES)
         if not kept:
@@ -147,7 +147,7 @@ def deliver_pending(client: MlflowClient) -> None:
             print(f"warning: {error}", file=sys.stderr)
 
 
-def _root() -> Path:
+def root() -> Path:
     return store.local_root() / "spool"
 
 
@@ -158,7 +158,7 @@ def _server() -> str:
 @contextmanager
 def _lock(run_id: str) -> Iterator[None]:
     """A run may be delivered by another process while its own still writes."""
-    folder = _root() / run_id
+    folder = root() / run_id
     folder.mkdir(parents=True, exist_ok=True)
     with store.lock(f"spool-{run_id}"):
         folder.mkdir(parents=True, exist_ok=True)

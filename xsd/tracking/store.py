@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import socket
 import sqlite3
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from http import HTTPStatus
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +194,15 @@ def local_root() -> Path:
     return project_root() / "mlruns"
 
 
+def ui_command() -> str:
+    """How to open the UI; a password stays in the environment."""
+    uri = tracking_uri()
+    if is_server(uri):
+        return f"at {redacted(uri)}"
+    shown = uri if redacted(uri) == uri else '"$MLFLOW_TRACKING_URI"'
+    return f"mlflow ui --backend-store-uri {shown}"
+
+
 def run_link(experiment: str, run_id: str, ui: str | None = None) -> str:
     """The page of a run in the MLflow UI, without credentials.
 
@@ -249,6 +260,15 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()
+
+
+@lru_cache(maxsize=1)
+def environment() -> str:
+    """Versions of what a number may depend on: ``python 3.11.7, torch 2.9.0, ...``."""
+    names = ("torch", "transformers", "numpy", "numba", "mlflow", "safetensors")
+    return ", ".join(
+        [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
+    )
 
 
 @lru_cache(maxsize=1)
