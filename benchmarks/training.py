@@ -39,7 +39,12 @@ from xsd.metrics import score
 
 LEVEL = "L4"
 SHOWN = ("accepted_prefix_22", "token_top1_match", "cos_sim_mean", "accept_90")
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+ARMS: dict[str, dict[str, Any]] = {
+    "fp32": {"mixed_precision": "no"},
+    "bf16": {"mixed_precision": "bf16"},
+    "fp32-compiled": {"mixed_precision": "no", "compile": True},
+    "bf16-compiled": {"mixed_precision": "bf16", "compile": True},
+}
 
 
 class SeedBlock(nn.Module):
@@ -146,12 +151,12 @@ class Bench:
         made: dict[str, Arm] = {}
         times = PartTimes(self.device)
         made["seed's loop"] = Arm(self.seeds_epochs(seed, times), times)
-        for name in self.options.precisions.split(","):
+        for name in self.options.arms.split(","):
             times = PartTimes(self.device)
-            made[f"xsd {name}"] = Arm(self.our_epochs(seed, PRECISIONS[name], times), times)
+            made[f"xsd {name}"] = Arm(self.our_epochs(seed, ARMS[name], times), times)
         return made
 
-    def our_epochs(self, seed: int, mixed: Any, times: PartTimes) -> Iterator[Adapter]:
+    def our_epochs(self, seed: int, how: dict[str, Any], times: PartTimes) -> Iterator[Adapter]:
         """``fit``, an epoch at a time."""
         adapter = self.adapter(seed)
         batches = TrainBatches(
@@ -161,7 +166,7 @@ class Bench:
             seed=seed,
             device=self.device,
         )
-        config = replace(self.config, mixed_precision=mixed, seed=seed)
+        config = replace(self.config, seed=seed, **how)
         metric = adapter.row.selection_metric
         reports = fit(
             adapter, batches, config, lambda _: {metric: 0.0}, lm_head=self.lm_head, times=times
@@ -334,7 +339,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--loss", choices=("feature", "token"), default="feature")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--precisions", default="fp32,bf16", help="arms of ours")
+    parser.add_argument("--arms", default="fp32,bf16", help=f"ours: {', '.join(ARMS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write all numbers there")
     parser.add_argument("--mlflow", action="store_true", help="log to MLflow")

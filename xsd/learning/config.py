@@ -31,6 +31,9 @@ class FitConfig:
     mixed_precision: Literal["no", "bf16"] | None = None
     """bf16: products in half precision, weights and sums in float32; null: that on a GPU, no on a
     CPU."""
+    compile: bool = False
+    """Fuse the row-wise parts of attentive levels by torch.compile: for a GPU. On a CPU our own
+    products are faster than what it makes (docs/training.md)."""
     seed: int = 0
 
     def __post_init__(self) -> None:

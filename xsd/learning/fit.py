@@ -10,6 +10,7 @@ batch, gradients are summed, and so the weights are those of one process, up to 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -152,6 +153,8 @@ class _Training:
         self.progress = FitState()
         if state is not None and state.exists():
             self.progress = load_state(state, adapter, self.optimizer, self._key)
+        if config.compile:
+            _compile(adapter)
         self._accelerator = _accelerator(self.device, config)
         self._objective = self._accelerator.prepare_model(
             _Objective(adapter, config, lm_head), device_placement=False
@@ -197,7 +200,7 @@ class _Training:
         self.learning_rate = learning_rate(config, epoch, step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        with self.part("forward, loss"), CpuOps():
+        with self.part("forward, loss"), nullcontext() if config.compile else CpuOps():
             loss = self._objective(batch)
         self.optimizer.zero_grad()
         with self.part("backward"):
@@ -264,6 +267,18 @@ class _Training:
         wait = max(_STATE_SECONDS, self._took / _STATE_SHARE)
         if time.monotonic() - self._saved > wait:
             self.save()
+
+
+def _compile(adapter: Adapter) -> None:
+    """
+    Raises:
+        XsdError: the machine has nothing to compile with.
+    """
+    device = next(adapter.parameters()).device
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise XsdError("--compile true: no C++ compiler is here; install one, or leave it out")
+    for block in adapter.blocks:
+        block.compile_rows()
 
 
 def _accelerator(device: torch.device, config: FitConfig) -> Any:
