@@ -269,6 +269,7 @@ class Bench:
         )
 
     def decode(self, item: BenchItem, strategy: Strategy) -> Decoded:
+        """One answer by a strategy, or by as much of it as its policy makes use of."""
         speculator = self.speculators[strategy.name]
         question = item.sample.question
         if speculator is None:
