@@ -28,7 +28,7 @@ def choose_device(name: str) -> torch.device:
         raise XsdError(f"--device {name}: not a device; say cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise XsdError(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs")
-    if device.type == "cuda" and device.index is None and torch.cuda.is_initialized():
+    if device.type == "cuda" and ":" not in name and torch.cuda.is_initialized():
         # A launcher sets the current GPU of one thread; others would take the first.
         return torch.device("cuda", torch.cuda.current_device())
     return device
