@@ -15,19 +15,22 @@ ROLES = ("drafter", "verifier")
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``: the first GPU, else the CPU.
+    """``auto``: the first GPU, else the CPU; in a launched process, its own GPU, by number.
 
     Raises:
         XsdError: not a device, or not of this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise XsdError(f"--device {name}: not a device; say cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise XsdError(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs")
+    if device.type == "cuda" and ":" not in name and torch.cuda.is_initialized():
+        # A launcher sets the current GPU of one thread; others would take the first.
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

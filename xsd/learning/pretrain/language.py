@@ -5,9 +5,11 @@ Several questions of a clip share its visual prefix in one row, kept apart by th
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
@@ -246,6 +248,12 @@ def _fill(ids: list[int], length: int, value: int) -> list[int]:
     return ids + [value] * (length - len(ids))
 
 
+def start_loaders() -> None:
+    """Start, in the background, the server that the processes which word lessons are forked of."""
+    multiprocessing.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
+
+
 def _as_it_is(rows: Any) -> Any:
     return rows
 
@@ -274,11 +282,11 @@ def teach_language(
     batches = DataLoader(
         lessons,
         batch_size=None,
-        # Each is begun only when the one before has loaded PyTorch: many cost minutes.
         num_workers=min(config.num_workers, MAX_LOADERS),
         collate_fn=_as_it_is,
-        # A fork of a process that holds a GPU takes many seconds.
-        multiprocessing_context="spawn" if config.num_workers else None,
+        # A fork of a process that holds a GPU takes many seconds, and so does one that loads
+        # PyTorch anew; the server has loaded it while the facts were taught.
+        multiprocessing_context="forkserver" if config.num_workers else None,
     )
     running = torch.zeros((), device=visual.device)
     for step, rows in enumerate(batches):

@@ -24,6 +24,7 @@ from xsd.learning.pretrain.language import (
     Lessons,
     Readout,
     shallow,
+    start_loaders,
     teach_gathering,
     teach_language,
 )
@@ -177,6 +178,8 @@ def pretrain_one(
 ) -> Iterator[PretrainReport]:
     """Train one of the two models in place."""
     torch.manual_seed(config.seed)
+    if config.num_workers:
+        start_loaders()
     device = choose_device(config.device)
     pupil = Pupil.of(house, models)
     pupil.model.to(device)
