@@ -11,7 +11,9 @@ import pytest
 
 from tests.commands.conftest import World, xsd
 from tests.servers.conftest import PASSWORD, SECRET, Server
+from tests.tracking.rivals import promote_at_once
 from xsd.tracking import figures, products, query, registry, store
+from xsd.tracking.run import stage_run
 
 SPACE = "learning_rate: {type: float, low: 1.0e-3, high: 1.0e-2, log: true}\n"
 
@@ -101,3 +103,20 @@ def test_train_sweep_promote_benchmark(
     for secret in (PASSWORD, SECRET):
         assert secret.encode() not in everything(server)
         assert secret not in server.log.read_text()
+
+
+def test_promotions_at_once_cannot_both_win(server: Server, workplace: Path) -> None:
+    """In folders of their own, as on several machines: the server's lock alone is between them."""
+    weights = workplace / "best_model.safetensors"
+    told = {"pair": "rivals", "level": "L4"}
+    models, folders = {}, []
+    for value in (1.0, 2.0, 3.0):
+        weights.write_text(str(value))
+        with stage_run("train", "rivals", {}, tags={"level": "L4"}) as run:
+            models[value] = str(run.log_model("adapter", [weights], tags=told))
+        folders.append(workplace / str(value))
+        folders[-1].mkdir()
+    promote_at_once("rivals", models, workplace / "gate", folders)
+    with psycopg2.connect(server.database) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT name FROM registered_models WHERE name LIKE '%.lock'")
+        assert cursor.fetchall() == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tracking.rivals import promote_at_once
 from xsd.errors import XsdError
 from xsd.tracking import products, registry, store
 from xsd.tracking.run import stage_run
@@ -108,47 +109,10 @@ def test_rollback_goes_back_and_can_be_undone(tmp_path: Path) -> None:
     assert all("rolled_back" in tags for tags in rolled.values())
 
 
-PROMOTE = """
-import sys, time
-from pathlib import Path
-from xsd.tracking import registry
-mine, model, gate = float(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-
-def better(incumbent):
-    if incumbent is None:
-        # All are here before any goes on: each has seen that there is no champion.
-        (gate / str(mine)).touch()
-        while len(list(gate.iterdir())) < 3:
-            time.sleep(0.01)
-        return []
-    theirs = float(incumbent.tags["accept_length"])
-    return [] if mine > theirs else [f"{mine} does not beat {theirs}"]
-
-outcome = registry.promote("tiny", "L4", model, better, {"accept_length": mine})
-print(outcome.promoted)
-"""
-
-
 @pytest.mark.slow
 def test_promotions_at_once_cannot_both_win(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    gate.mkdir()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROMOTE, str(value), train(tmp_path, str(value)), str(gate)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for value in (1.0, 2.0, 3.0)
-    ]
-    won = [process.communicate(timeout=300)[0].strip() for process in processes]
-    assert won[2] == "True", "the best is never refused"
-    found = sorted(registry.versions("tiny"), key=lambda version: int(version.version))
-    values = [float(version.tags["accept_length"]) for version in found]
-    assert values == sorted(set(values)), "each promotion beat the champion of its moment"
-    assert len(values) == won.count("True")
-    champion = registry.champion("tiny", "L4")
-    assert champion is not None and champion.tags["accept_length"] == "3.0"
+    models = {value: train(tmp_path, str(value)) for value in (1.0, 2.0, 3.0)}
+    promote_at_once("tiny", models, tmp_path / "gate", [tmp_path] * 3)
 
 
 LOCKED = """
