@@ -370,6 +370,13 @@ class TestModelled:
         assert got["modelled.speedup_e2e"] <= got["modelled.bound_free_decode"] + 1e-9
 
 
+def test_cycles_of_one_length_are_the_formula() -> None:
+    costs = Costs(10.0, 2.0, 1.0, 100.0, 40.0, {4: 13.0})
+    plain = 12 * costs.step_ms
+    assert plain / costs.cycles_ms([3] * 4, 0) == pytest.approx(costs.decode_speedup(3.0, 3))
+    assert costs.cycles_ms([], 12) == plain
+
+
 class TestBatches:
     """Samples a and b were decoded together, c with nobody."""
 

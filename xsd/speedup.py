@@ -315,6 +315,14 @@ class Costs:
         lost = (self.verifier_slowdown - 1) * self.verifier_prefill_ms
         return (self.verify_ms(num_free) + lost) * decode_speedup / self.step_ms
 
+    def cycles_ms(self, cycle_drafted: Sequence[int], num_steps: int) -> float:
+        """Decode as it went: a head's drafts and one pass a cycle, and ``num_steps`` plain steps.
+
+        With cycles of one length, over ``t`` a token, it is ``decode_speedup`` by other letters.
+        """
+        drafted_ms = sum(n * self.adapter_ms + self.verify_ms(n + 1) for n in cycle_drafted)
+        return drafted_ms + num_steps * self.step_ms
+
     def decode_speedup(self, tau: float, gamma: int, *, with_drafter: bool = False) -> float:
         """``S``: a head drafts at ``a`` a token; a drafter model adds ``t_d`` to each."""
         draft_ms = self.adapter_ms + (self.drafter_step_ms if with_drafter else 0.0)

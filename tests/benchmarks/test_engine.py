@@ -44,18 +44,3 @@ def test_it_needs_no_tracking_and_no_media_libraries() -> None:
     subprocess.run(
         [sys.executable, "-c", f"{blocked}; from benchmarks import engine"], cwd=ROOT, check=True
     )
-
-
-def test_costs_of_cycles_are_found_from_the_answers_that_had_them() -> None:
-    first_ms, cycle_ms, step_ms = 0.3, {1: 1.0, 2: 1.4, 3: 1.7}, 0.8
-    answers = [
-        engine.Spent(
-            first_ms + sum(cycle_ms[count] for count in drafted) + num_steps * step_ms,
-            drafted,
-            num_steps,
-        )
-        for drafted, num_steps in (([1] * 20, 0), ([1] * 9, 1), ([2] * 20, 0), ([3] * 5 + [1], 2))
-    ]
-    found_first, found = engine.cycle_costs(answers, step_ms)
-    assert found_first == pytest.approx(first_ms)
-    assert found == pytest.approx(cycle_ms)

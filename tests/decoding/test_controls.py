@@ -11,12 +11,12 @@ from xsd.decoding.controls import (
     NGramHead,
     NGramTable,
     OracleHead,
-    acceptance_rates,
     commonest_answers,
     looked_up,
     ngram_tau,
     template_prefix,
 )
+from xsd.decoding.strategies import acceptance_rates
 from xsd.errors import XsdError
 
 STATES = torch.zeros(1, 2)

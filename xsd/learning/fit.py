@@ -84,6 +84,7 @@ def fit(
         started = time.perf_counter()
         epoch = training.progress.epoch
         loss = training.run_epoch(batches)
+        rate = training.learning_rate(training.progress.step - 1)
         adapter.eval()
         metrics = dict(scorer(adapter))
         for name, value in metrics.items():
@@ -93,7 +94,7 @@ def fit(
         yield EpochReport(
             epoch=epoch,
             step=training.progress.step,
-            learning_rate=training.learning_rate,
+            learning_rate=rate,
             train={"loss": loss},
             val=metrics,
             is_best=is_best,
@@ -148,8 +149,6 @@ class _Training:
         self._key = sha256_json([asdict(config), asdict(adapter.config)])
         self.num_batches: int | None = None
         """Of an epoch, where that is known."""
-        self.learning_rate = config.learning_rate
-        """Of the last step."""
         self.progress = FitState()
         if state is not None and state.exists():
             self.progress = load_state(state, adapter, self.optimizer, self._key)
@@ -188,18 +187,21 @@ class _Training:
             raise XsdError(f"epoch {epoch} has no training batches; check the training data")
         return self.progress.loss_sum / self.progress.num_batches
 
+    def learning_rate(self, step: int) -> float:
+        """Of a step of the epoch in hand."""
+        epoch = float(self.progress.epoch)
+        if self.num_batches:
+            done = self.progress.num_batches + step - self.progress.step
+            epoch += done / self.num_batches
+        return learning_rate(self.config, epoch, step)
+
     def _step(self, batch: TrainBatch, step: int) -> Tensor:
         accelerator, config = self._accelerator, self.config
         # Dropout depends on seed, step and share alone: no generator's state need be kept.
         seeds = np.random.SeedSequence([config.seed, step, accelerator.process_index])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-        epoch = float(self.progress.epoch)
-        if self.num_batches:
-            done = self.progress.num_batches + step - self.progress.step
-            epoch += done / self.num_batches
-        self.learning_rate = learning_rate(config, epoch, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate(step)
         with self.part("forward, loss"), nullcontext() if config.compile else CpuOps():
             loss = self._objective(batch)
         self.optimizer.zero_grad()
