@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -108,6 +109,14 @@ class Counts(_Sums):
     chain_matched: Numbers = ()
     """Those whose first k drafts all match (joint, never a product of marginals)."""
 
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Counts:
+        """Out of its fields as JSON gives them: objects and lists; numbers are the very ones."""
+        sides = {
+            name: PositionCounts(**_tuples(values[name])) for name in ("target", "same_position")
+        }
+        return cls(**{**_tuples(values), **sides})
+
     def rates(self) -> dict[str, float]:
         """Flat metric keys -> values; the only place that divides."""
         rates = self.target.rates()
@@ -120,6 +129,10 @@ class Counts(_Sums):
             same = self.same_position.rates()
             rates |= {f"same_position.{key}": value for key, value in same.items()}
         return rates
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
 
 
 def _ratio(numerator: float | int, denominator: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,25 +105,25 @@ def test_damage_is_named(
     assert not (tmp_path / "b/index.json").exists()
 
 
+def renamed(source: Path, folder: Path, recording: str) -> Path:
+    """A part of the test store, as an extraction of some recording would be."""
+    shutil.copytree(source, folder)
+    index = json.loads((folder / "index.json").read_text())
+    for sample in index["chunks"][0]["samples"]:
+        sample["key"] = sample["key"].replace("test_0000", recording)
+    index["visual"][0]["scenes"] = [
+        scene.replace("test_0000", recording) for scene in index["visual"][0]["scenes"]
+    ]
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
 def test_merging_takes_one_kind_and_every_answer_once(
     world: World,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def half(name: str, recordings: tuple[str, ...]) -> Path:
-        """A part of the test store, as an extraction of some recordings would be."""
-        folder = tmp_path / name
-        shutil.copytree(world.data / TEST, folder)
-        index = json.loads((folder / "index.json").read_text())
-        for sample in index["chunks"][0]["samples"]:
-            sample["key"] = sample["key"].replace("test_0000", recordings[0])
-        index["visual"][0]["scenes"] = [
-            scene.replace("test_0000", recordings[0]) for scene in index["visual"][0]["scenes"]
-        ]
-        (folder / "index.json").write_text(json.dumps(index))
-        return folder
-
-    one, other = half("one", ("first",)), half("other", ("second",))
+    one, other = (renamed(world.data / TEST, tmp_path / name, name) for name in ("first", "second"))
     store("merge", one, other, "--target", tmp_path / "both")
     store("verify", tmp_path / "both")
     both = HiddenStore.open(tmp_path / "both")
@@ -171,6 +172,9 @@ def test_ours_become_published_ones(world: World, tmp_path: Path) -> None:
         (["verify"], "xsd store verify SOURCE ...: name a store"),
         (["verify", "nowhere"], "no index.json there or right below"),
         (["verify", "nopro://x"], "Protocol not known: nopro"),
+        (["verify", "gs://bucket/x"], "gs://bucket/x: Please install gcsfs"),
+        (["convert", "x", "--target", "abfs://box/x"], "abfs://box/x: Install adlfs"),
+        (["stats", "s3://me:hidden@bucket/x"], "s3://***@bucket/x: holds a password"),
         (["convert", "x"], "say where to with --target"),
         (["verify", "x", "--target", "y"], "xsd store verify writes nothing"),
         (["convert", "x", "y", "--target", "z"], "one source at a time"),
@@ -186,6 +190,8 @@ def test_bad_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for package in ("gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, package, None)
     store(*words, expect=2)
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1

@@ -53,6 +53,7 @@ def run(config: Config) -> None:
     if config.action == "merge":
         _merge(config)
         return
+    target = None if config.target is None else Place(config.target)
     stores = [store for source in config.sources for store in _place(source).stores()]
     if config.action == "verify":
         _verify(stores)
@@ -61,8 +62,7 @@ def run(config: Config) -> None:
 
         for store in stores:
             print("\n".join(_lines(store.uri, stats(store))))
-    else:
-        target = Place(str(config.target))
+    elif target is not None:
         for store in stores:
             below = target if len(stores) == 1 else target / store.uri.rpartition("/")[2]
             _convert(store, below, config)

@@ -16,10 +16,13 @@ from xsd.pairs.config import PairConfig
 from xsd.speedup_config import CostsConfig
 
 if TYPE_CHECKING:
+    from xsd.commands.journal import Journal
     from xsd.commands.offline import Evaluation
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
 
+ROOMS = ["adapters", "hidden", "counts", "metrics", "decoding/accept"]
+"""The source that decides what is counted."""
 HELP = "score one adapter on held-out answers"
 
 
@@ -57,33 +60,53 @@ def perform(config: Config, processes: Processes | None = None) -> Product:
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
         store = open_store(inputs["data"].path, "test")
         run.dataset(store.path.name, store.digest, str(store.path), "test")
-        found, extra = _evaluate(together.tell(dict(inputs)), config, together)
-        found.write(_folder(config, run.work_name), run)
+        given, root = _given_folder(config), Path("outputs/evaluate")
+        task = Task(dict(inputs), (given or root).resolve())
+        found, extra, journal = _evaluate(together.tell(task), config, together)
+        found.write(given or root / run.work_name, run)
         run.log(found.metrics, model_id=inputs["checkpoint"].model_id)
         kept = ("loss", "conditioning", "selected_on_test", "approximate_split")
         tags = {"level": found.row.name, **{name: extra.get(name) for name in kept}}
         run.tag({**tags, "mlflow.runName": f"evaluate {variant(tags)}"})
         run.tag({"mlflow.note.content": found.comparison()})
         print(found.line)
+        finished.append(journal)
 
-    return stage.perform(
+    finished: list[Journal] = []
+    product = stage.perform(
         "evaluate",
         config,
         resolve=resolve,
-        rooms=["adapters", "hidden", "counts", "metrics", "decoding/accept", "speedup"],
+        rooms=[*ROOMS, "speedup"],
         work=work,
         tags={"level": config.level},
     )
+    # Only now: an evaluation whose run did not end well is taken up again.
+    for journal in finished:
+        journal.remove()
+    return product
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the main process tells the others to score."""
+
+    inputs: Mapping[str, Product]
+    folder: Path
+    """Where counts are kept until all are there."""
 
 
 def _evaluate(
-    inputs: Mapping[str, Product], config: Config, processes: Processes
-) -> tuple[Evaluation, Mapping[str, Any]]:
-    """What was found, and what the checkpoint says of itself."""
+    task: Task, config: Config, processes: Processes
+) -> tuple[Evaluation, Mapping[str, Any], Journal]:
+    """What was found, what the checkpoint says of itself, and where the counts are kept."""
     from xsd.adapters import checkpoint
-    from xsd.commands.offline import Evaluation
+    from xsd.commands.journal import Journal
+    from xsd.commands.offline import Evaluation, depth
     from xsd.pairs.device import choose_device
+    from xsd.tracking.reuse import stage_key
 
+    inputs = task.inputs
     store = open_store(inputs["data"].path, "test")
     adapter, about = checkpoint.load(
         inputs["checkpoint"].path,
@@ -91,9 +114,22 @@ def _evaluate(
         expect_widths=(store.d_drafter, store.d_verifier),
     )
     head = open_head(inputs["lm_head"].path, store)
-    adapter = adapter.to(choose_device(config.device))
-    found = Evaluation.of(adapter, store, head, config, config.batch_size, processes)
-    return found, about["extra"]
+    device = choose_device(config.device)
+    # Not the run's key: costs change no count, and results may come to lie beside the checkpoint.
+    counted = {
+        "adapter": [inputs["checkpoint"].path.name, about["sha256"]],
+        "data": store.digest,
+        "lm_head": inputs["lm_head"].digest,
+        "batch_size": config.batch_size,
+        "depth": depth(config),
+        "device": device.type,
+    }
+    key = stage_key("counts", counted, {}, [*ROOMS, "kernels", "learning"])
+    journal = Journal(task.folder / f".counts_{key[:16]}")
+    found = Evaluation.of(
+        adapter.to(device), store, head, config, config.batch_size, processes, journal
+    )
+    return found, about["extra"], journal
 
 
 def conditioning_of(path: Path) -> str:
@@ -108,13 +144,14 @@ def conditioning_of(path: Path) -> str:
     return str(extra.get("conditioning", "teacher_forced"))
 
 
-def _folder(config: Config, work_name: str) -> Path:
+def _given_folder(config: Config) -> Path | None:
+    """Where results were asked for, or beside a checkpoint given by path."""
     if config.output_dir is not None:
         return config.output_dir
     given = Path(config.checkpoint or "")
     if config.checkpoint is not None and given.exists():
         return given if given.is_dir() else given.parent
-    return Path("outputs/evaluate") / work_name
+    return None
 
 
 def run(config: Config) -> None:
@@ -123,9 +160,9 @@ def run(config: Config) -> None:
         perform(config, processes)
         processes.tell(None)
         return
-    nothing: dict[str, Product] | None = None
-    while (inputs := processes.tell(nothing)) is not None:
-        _evaluate(inputs, config, processes)
+    nothing: Task | None = None
+    while (task := processes.tell(nothing)) is not None:
+        _evaluate(task, config, processes)
 
 
 if __name__ == "__main__":

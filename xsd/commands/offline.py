@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ from jaxtyping import Int
 
 from xsd.adapters.base import Adapter, Streams
 from xsd.adapters.catalog import Level
-from xsd.commands.adapter_data import in_order, test_keys
+from xsd.commands.adapter_data import test_keys
+from xsd.commands.journal import Journal
 from xsd.commands.processes import Processes
 from xsd.commands.progress import progress
 from xsd.counts import MAX_GAMMA, THRESHOLDS, TOP, Counts
@@ -20,7 +22,7 @@ from xsd.files import write_json, write_text
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.store import HiddenStore
 from xsd.learning.batches import OrderedBatches
-from xsd.metrics import score_batches
+from xsd.metrics import Scored, score_batches
 from xsd.speedup import Costs, modelled
 from xsd.speedup_config import CostsConfig
 
@@ -65,9 +67,16 @@ class Evaluation:
         config: CostsConfig,
         batch_size: int,
         processes: Processes | None = None,
+        journal: Journal | None = None,
     ) -> Evaluation:
-        """Score the test answers of a store, in one pass; every process a share of the batches."""
+        """Score the test answers of a store, in one pass; every process a share of the batches.
+
+        Args:
+            journal: where counts are kept batch by batch; what is in it is not counted again.
+        """
         row, together, keys = adapter.row, processes or Processes(), test_keys(store)
+        # Others may have begun to write when the last one reads: one looks for all.
+        done = together.tell(journal.read() if journal and together.is_main else {})
         batches = OrderedBatches(
             store,
             row,
@@ -75,11 +84,19 @@ class Evaluation:
             batch_size=batch_size,
             head=head,
             share=(together.rank, together.count),
+            done=done,
         )
-        max_gamma = max(MAX_GAMMA, config.gamma)
-        shown = _shown(batches, f"evaluate {row.name}") if together.is_main else batches
-        mine = list(score_batches(adapter, shown, head.lm_head, max_gamma=max_gamma))
-        scored = in_order(together.gather(mine))
+        shown = _shown(batches, row.name, len(done)) if together.is_main else batches
+        parts = score_batches(adapter, shown, head.lm_head, max_gamma=depth(config))
+        mine: dict[int, Scored] = {}
+        with journal.writing(together.rank) if journal else nullcontext() as keep:
+            for number, part in zip(batches.numbers, parts, strict=True):
+                mine[number] = part
+                if keep is not None:
+                    keep(number, part)
+        for share in together.gather(mine):
+            done |= share
+        scored = [done[number] for number in sorted(done)]
         counts = sum((part.counts for part in scored), Counts())
         lengths, assumed = answer_lengths(store, keys), costs(config)
         if row.phase == "gap":
@@ -185,8 +202,15 @@ class Evaluation:
         return "\n".join(lines) + "\n"
 
 
-def _shown(batches: OrderedBatches, desc: str) -> Iterator[Streams]:
-    with progress(desc, len(batches), "batches") as bar:
+def depth(config: CostsConfig) -> int:
+    """Drafts a cycle that are counted up to."""
+    return max(MAX_GAMMA, config.gamma)
+
+
+def _shown(batches: OrderedBatches, level: str, num_done: int) -> Iterator[Streams]:
+    if num_done:
+        print(f"evaluate {level}: goes on behind {num_done} batches that were scored before")
+    with progress(f"evaluate {level}", len(batches), "batches") as bar:
         for streams in batches:
             yield streams
             bar.update()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from xsd.files import atomic_path, inside
 from xsd.hidden.index import CHUNKS, INDEX, ChunkEntry, Index, parse_index
 
 _BLOCK = 1 << 20
+_PASSWORD = re.compile("://[^/@]*:[^/@]*@")
 
 
 class Place:
@@ -27,11 +29,15 @@ class Place:
             uri: a path, or what fsspec knows: ``s3://bucket/x``, ``memory://x``, ``file:///x``.
 
         Raises:
-            XsdError: no such protocol, or its library is not installed.
+            XsdError: no such protocol, its library is not installed, or the URI holds a password,
+                which would be kept in logs.
         """
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
+        if _PASSWORD.search(uri):
+            shown = _PASSWORD.sub("://***@", uri)
+            raise XsdError(f"{shown}: holds a password; give it by the environment or a file")
         try:
             self._fs, self._root = url_to_fs(uri)
         except (ImportError, ValueError) as error:
@@ -135,7 +141,11 @@ class Place:
     def _ask(self, what: Any) -> Any:
         try:
             return what()
-        except (OSError, ImportError, PermissionError) as error:
+        except XsdError:
+            raise
+        except Exception as error:
             if self.folder is not None and not isinstance(error, FileNotFoundError):
                 raise
-            raise XsdError(f"{self.uri}: {type(error).__name__}: {error}") from error
+            # Every library of object storage has exceptions of its own.
+            reason = " ".join(str(error).split())
+            raise XsdError(f"{self.uri}: {type(error).__name__}: {reason}") from error

@@ -80,6 +80,26 @@ def convert(
     yield INDEX
 
 
+def copy(source: Place, target: Place) -> None:
+    """The same files; those that an interrupted copy left there are kept, and the index comes last.
+
+    Raises:
+        XsdError: the source is unfinished or altered.
+    """
+    index = _finished(source)
+    files: list[tuple[str, ChunkEntry | VisualEntry]] = []
+    files += [(source.chunk_name(entry), entry) for entry in index.chunks]
+    files += [(f"{VISUAL}/{entry.path}", entry) for entry in index.visual]
+    for name, entry in files:
+        if target.has(name) and target.size(name) == source.size(name):
+            continue
+        with source.fetched(name) as path:
+            if entry.sha256 is not None and size_and_digest(path)[1] != entry.sha256:
+                raise _altered(source, name)
+            target.put(path, name)
+    target.put_index(index)
+
+
 def merge(sources: Sequence[Place], target: Place) -> Iterator[str]:
     """Stores of one extraction's kind, one behind the other; yields each file that is there.
 
@@ -173,8 +193,12 @@ def _refuse_unlike(sources: Sequence[Place], indices: Sequence[Index]) -> None:
 def _checked(source: Place, name: str, entry: ChunkEntry | VisualEntry) -> str:
     """A name whose file is what the index says."""
     if entry.sha256 is not None and source.sha256(name) != entry.sha256:
-        raise XsdError(f"{source.uri}/{name}: its sha256 is not the index's; it was altered")
+        raise _altered(source, name)
     return name
+
+
+def _altered(source: Place, name: str) -> XsdError:
+    return XsdError(f"{source.uri}/{name}: its sha256 is not the index's; it was altered")
 
 
 def _lengths(chunk: Chunk) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -185,8 +185,13 @@ class OrderedBatches:
         batch_size: int,
         head: VerifierHead | None = None,
         share: tuple[int, int] = (0, 1),
+        done: Collection[int] = (),
     ) -> None:
-        """``share``: number of this process, and of all; whole batches are shared out.
+        """Cut the answers into batches, and take those of this process.
+
+        Args:
+            share: number of this process, and of all; whole batches are shared out.
+            done: numbers of batches that nobody wants any more.
 
         Raises:
             XsdError: the level reads what is not there, or there is nothing to batch.
@@ -198,7 +203,10 @@ class OrderedBatches:
             raise XsdError(f"{store.path}: no answers to score; extract that split")
         self._store, self._row, self._head = store, row, head
         batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-        self.batches = batches[share[0] :: share[1]]
+        wanted = [number for number in range(len(batches)) if number not in done]
+        self.numbers = wanted[share[0] :: share[1]]
+        """Place of every batch among those of all processes."""
+        self.batches = [batches[number] for number in self.numbers]
         """Keys of every batch."""
 
     def __len__(self) -> int:

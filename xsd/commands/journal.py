@@ -1,0 +1,66 @@
+"""What an evaluation has counted so far, a line a batch: a kill costs the batch in hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xsd.counts import Counts
+from xsd.metrics import Scored
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A hidden folder with a file a process; any number of processes may go on from it.
+
+    Batches are known by their number among all of the evaluation. Each line carries the sha256 of
+    its content, so what a dying machine wrote by half, or the disk lost, is scored again.
+    """
+
+    folder: Path
+    """Named by what decides the counts: nobody else's are found in it."""
+
+    def read(self) -> dict[int, Scored]:
+        """Number of every batch that is whole here, and what was counted of it."""
+        found: dict[int, Scored] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                digest, _, content = line.partition(b" ")
+                if digest == _digest(content):
+                    number, values = json.loads(content)
+                    found[number] = _scored(values)
+        return found
+
+    @contextmanager
+    def writing(self, rank: int) -> Iterator[Callable[[int, Scored], None]]:
+        """A function that keeps a batch, for the process of that rank.
+
+        Nobody waits for the disk: that survives the death of the process, not of the machine.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{rank}.jsonl").open("ab", buffering=0) as file:
+
+            def keep(number: int, scored: Scored) -> None:
+                content = json.dumps([number, scored], default=vars).encode()
+                # A line begins anew, so that one cut short harms no other.
+                file.write(b"\n" + _digest(content) + b" " + content + b"\n")
+
+            yield keep
+
+    def remove(self) -> None:
+        """The evaluation is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _scored(values: Mapping[str, Any]) -> Scored:
+    return Scored(Counts.parse(values["counts"]), tuple(values["accepted"]))
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
