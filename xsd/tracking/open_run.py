@@ -87,8 +87,9 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print a line about what was done, and add it to the description of the run."""
-        print(line)
-        self._said.append(line)
+        shown = redacted(line)
+        print(shown)
+        self._said.append(shown)
         self.tag({"mlflow.note.content": "\n\n".join(self._said)})
 
     def _points(
