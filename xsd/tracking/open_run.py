@@ -19,7 +19,7 @@ from xsd.tracking import store, writes
 from xsd.tracking.artifacts import local_folder, place
 from xsd.tracking.credentials import redacted, redactor
 from xsd.tracking.figures import Figure, write_page, write_stills
-from xsd.tracking.products import MANIFEST
+from xsd.tracking.products import CONTENTS, MANIFEST, given_as
 from xsd.tracking.spool import Outbox
 from xsd.tracking.writes import BATCH, PointOfCurve
 
@@ -239,6 +239,7 @@ class Run:
                 self._place(path, MANIFEST)
         kept = {name: at for name, at in self.manifest.items() if not name.startswith("figures/")}
         self.tag({"xsd.digest": sha256_json(kept) if kept else None})
+        self.tag({CONTENTS: " ".join(given_as(self.manifest)) if kept else None})
         self.tag({"xsd.num_bytes": sum(entry["num_bytes"] for entry in self.manifest.values())})
 
 
