@@ -46,6 +46,18 @@ def everything(server: Server) -> bytes:
     return b"\n".join([*rows, *objects(server).values()])
 
 
+def dump(database: str) -> str:
+    """Every row of every table."""
+    with psycopg2.connect(database) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        names = [name for (name,) in cursor.fetchall()]
+        rows = []
+        for name in names:
+            cursor.execute(f'SELECT * FROM "{name}"')
+            rows += [f"{name}: {row}" for row in cursor.fetchall()]
+    return "\n".join(rows)
+
+
 def objects(server: Server) -> dict[str, bytes]:
     keys = {"aws_access_key_id": "xsd", "aws_secret_access_key": SECRET}
     client = boto3.client("s3", endpoint_url=server.bucket_url, region_name="us-east-1", **keys)
@@ -54,15 +66,15 @@ def objects(server: Server) -> dict[str, bytes]:
     return {name: client.get_object(Bucket="xsd", Key=name)["Body"].read() for name in names}
 
 
-def study_database(server: Server) -> str:
-    """A database beside MLflow's, for the search."""
+def another_database(server: Server, name: str) -> str:
+    """A database beside the server's own."""
     connection = psycopg2.connect(server.database)
     connection.autocommit = True
     with connection.cursor() as cursor:
-        cursor.execute("CREATE DATABASE studies")
+        cursor.execute(f"CREATE DATABASE {name}")
     connection.close()
     address = server.database.rpartition("/")[0].replace("postgresql:", "postgresql+psycopg2:")
-    return f"{address}/studies"
+    return f"{address}/{name}"
 
 
 def test_train_sweep_promote_benchmark(
@@ -71,7 +83,7 @@ def test_train_sweep_promote_benchmark(
     xsd("train", *world.train_flags, "--level", "E1", "--max_positions", 80)
     [trained] = finished("train")
     (workplace / "space.yaml").write_text(SPACE)
-    monkeypatch.setenv("XSD_STORAGE", study_database(server))
+    monkeypatch.setenv("XSD_STORAGE", another_database(server, "studies"))
     words = ["--level", "L1", "--space", "space.yaml", "--num_trials", 3, "--num_workers", 2]
     xsd("sweep", *world.train_flags, *words)
     [sweep] = finished("sweep")
@@ -120,3 +132,37 @@ def test_promotions_at_once_cannot_both_win(server: Server, workplace: Path) -> 
     with psycopg2.connect(server.database) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT name FROM registered_models WHERE name LIKE '%.lock'")
         assert cursor.fetchall() == []
+
+
+@pytest.mark.parametrize("way", ["server", "database"])
+def test_the_password_of_the_tracking_uri_is_nowhere(
+    way: str,
+    server: Server,
+    world: World,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Userinfo before the server's name, or PostgreSQL without a server in between."""
+    uri = server.uri.replace("://", f"://me:{PASSWORD}@")
+    database = server.database
+    if way == "database":
+        uri = another_database(server, "direct")
+        database = uri.replace("+psycopg2", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    xsd("train", *world.train_flags, "--level", "L1", "--num_epochs", 1, "--rerun")
+    trained = finished("train")[0].info.run_id
+    given = ["--checkpoint", f"runs:/{trained}", "--data", world.data, "--lm_head", world.head]
+    xsd("evaluate", *world.pair_flags, *given)
+    xsd("report", "--pair", world.pair.pair, "--runs", f"{finished('evaluate')[0].info.run_id}")
+    xsd("report", "--pair", world.pair.pair, "--runs", f"{uri}/nope", expect=2)
+    xsd("lineage", trained)
+    said = "".join(capfd.readouterr())
+    html = (workplace / "outputs/report/report.html").read_text()
+    rows = dump(database)
+    assert trained in rows and trained in said and "Levels, offline" in html
+    assert PASSWORD not in said
+    assert PASSWORD not in rows
+    assert PASSWORD.encode() not in everything(server)
+    for file in (file for file in workplace.rglob("*") if file.is_file()):
+        assert PASSWORD.encode() not in file.read_bytes(), file

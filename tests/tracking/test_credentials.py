@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ LEAKS = (
     f"postgresql://h/d?user=u&password={PASSWORD}",
     SIGNED,
 )
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +46,16 @@ def test_urls_are_hidden_and_still_say_where(text: str) -> None:
     assert shown.startswith(f"reads {text.partition('://')[0]}://") and shown.endswith(" now")
 
 
+@pytest.mark.parametrize("text", LEAKS)
+def test_a_path_made_of_a_url_is_hidden_too(text: str) -> None:
+    assert is_clean(redacted(str(Path(text))))
+
+
 @pytest.mark.parametrize(
     "text",
     [
         *("s3://bucket/key", "http://127.0.0.1:5000", "sqlite:////a/b@c.db", "file:///a"),
+        *("file:/a/b", "outputs/a:/b@c", "C:/Users/me@work/adapters:new"),
         *("ssh://me@h/p", "https://h/x?v=1&design=2", "accept@0.90"),
         "models:/xsd-tiny-L4@champion",
     ],
@@ -63,6 +73,7 @@ def test_no_stage_keeps_a_credential(
     given = {name: LEAKS[n % len(LEAKS)] + " s3-secret-in-env" for n, name in enumerate(names)}
     with pytest.raises(RuntimeError), stage_run(stage, "tiny", given, tags={"note": SIGNED}) as run:
         run.dataset("scenes", "d", SIGNED, "train")
+        run.say(f"made from {SIGNED}")
         raise RuntimeError(f"cannot read {' '.join(LEAKS)}")
     data = store.client().get_run(run.run_id).data
     assert len([name for name in data.params if name.startswith("cfg.")]) == len(names)
@@ -99,3 +110,58 @@ def test_the_way_to_the_ui_shows_no_password(monkeypatch: pytest.MonkeyPatch) ->
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert store.ui_command() == shown
+
+
+# As from a shell, or without what xsd adds to the launcher: it is another machine's, say.
+LAUNCHERS = {
+    "mlflow": "",
+    "bare": "from xsd.tracking import environment; environment.patch = lambda _: None\n",
+}
+
+
+def launch(launcher: str, folder: Path, *params: str) -> subprocess.CompletedProcess[str]:
+    """``mlflow run`` of this project, for real."""
+    code = LAUNCHERS[launcher] + "from mlflow.cli import cli; cli()"
+    words = ["run", str(ROOT), "-e", "report", "--env-manager", "local"]
+    words += [word for one in params for word in ("-P", one)]
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def lines_with(text: str, part: str) -> Sequence[str]:
+    return [line for line in text.splitlines() if part in line]
+
+
+def files(folder: Path) -> str:
+    found = (file for file in folder.rglob("*") if file.is_file())
+    return "".join(file.read_bytes().decode("latin-1") for file in found)
+
+
+@pytest.mark.slow
+def test_mlflow_run_refuses_a_credential_before_it_is_kept(tracking: Path, tmp_path: Path) -> None:
+    done = launch("mlflow", tmp_path, f"runs={LEAKS[0]}", f"output_dir={LEAKS[1]}", "pair=tiny")
+    assert done.returncode == 1
+    [said] = lines_with(done.stderr, "credential")
+    assert "-P output_dir, runs" in said and "by the environment" in said
+    assert is_clean(done.stdout + done.stderr) and is_clean(files(tmp_path))
+    assert store.client().search_runs(store.experiment_ids()) == []
+
+
+@pytest.mark.slow
+def test_what_a_bare_launcher_kept_is_told_in_one_line(tracking: Path, tmp_path: Path) -> None:
+    """MLflow keeps the params, and shows its command line, before our code starts."""
+    done = launch("bare", tmp_path, f"runs={LEAKS[0]}", f"output_dir={LEAKS[1]}")
+    assert done.returncode == 1
+    [run] = store.client().search_runs(store.experiment_ids())
+    assert {name for name, value in run.data.params.items() if not is_clean(value)} == {
+        "output_dir",
+        "runs",
+    }
+    assert run.info.status == "FAILED" and "***" in run.data.params["cfg.output_dir"]
+    assert is_clean(json.dumps(run.data.tags))
+    [said] = lines_with(done.stderr, "kept a credential")
+    assert f"param output_dir, runs of run {run.info.run_id}" in said and "delete" in said
+    spoken = [line for line in done.stderr.splitlines() if "=== Running command" not in line]
+    assert is_clean(done.stdout + "".join(spoken))

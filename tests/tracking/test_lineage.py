@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,29 @@ def test_an_alias_that_moved_does_not_change_the_past(
     assert registry.promote("tiny", "L4", model, lambda _: [], {}).version == 2
     adapter = lineage.up(f"runs:/{chain['benchmark']}").children[0]
     assert adapter.run_id == chain["train"] != other.run_id
+
+
+@pytest.mark.parametrize("part", ["", "sub", "a"])
+def test_a_path_leads_to_the_run_that_made_what_lies_there(tmp_path: Path, part: str) -> None:
+    """The whole folder, a folder in it, or one file; a copy of it, too."""
+    made, given = tmp_path / "made", tmp_path / "given"
+    (made / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b", "sub/c"):
+        (made / name).write_text(f"of {name}")
+    (tmp_path / "curve.html").write_text("drawn")
+    with stage_run("extract", "tiny", {}) as extract:
+        extract.artifacts(made)
+        extract.artifact(tmp_path / "curve.html", "figures")
+    shutil.copytree(made, given)
+    with stage_run("train", "tiny", {}, inputs={"data": products.load(given / part)}) as run:
+        pass
+    assert lineage.up(run.uri).children[0].run_id == extract.run_id
+    assert stages(lineage.down(extract.run_id)) == [(0, "", "extract"), (1, "as data", "train")]
+    (given / "sub/b").write_text("altered")
+    (given / "a").write_text("altered")
+    with stage_run("train", "tiny", {}, inputs={"data": products.load(given / part)}) as other:
+        pass
+    assert lineage.up(other.uri).children[0].run_id == ""
 
 
 def test_deleted_and_missing_sources_are_named(chain: dict[str, str]) -> None:

@@ -31,13 +31,18 @@ def test_the_key_knows_what_matters() -> None:
     assert key() != reuse.stage_key("evaluate", CONFIG, {"data": product()}, ROOMS)
 
 
-def test_other_packages_or_altered_source_make_another_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("package", ["torch", "transformers", "numba", "numpy"])
+def test_another_version_of_a_package_makes_another_key(
+    package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before, installed = key(), reuse.version
+    changed = {package: "0.0.1"}
+    monkeypatch.setattr(reuse, "version", lambda name: changed.get(name) or installed(name))
+    assert key() != before
+
+
+def test_altered_source_makes_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
-    with monkeypatch.context() as patch:
-        patch.setattr(reuse, "version", lambda name: "0.0.1")
-        assert key() != before
     package = tmp_path / "xsd"
     shutil.copytree(Path(xsd.__file__).parent / "tracking", package / "tracking")
     shutil.copy(Path(xsd.__file__).with_name("config.py"), package)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tracking.server import Server
+from tests.tracking.test_credentials import LEAKS, PASSWORD, is_clean
 from xsd.cli import main
 from xsd.errors import XsdError
 from xsd.tracking import products, query, spool, store
@@ -133,3 +134,28 @@ def test_a_write_that_is_refused_is_kept(
     assert "refuses write" in capsys.readouterr().err
     assert run.outbox.has_undelivered
     assert store.client().get_run(run.run_id).data.metrics == {"loss": 1.0}
+
+
+@pytest.mark.slow
+def test_no_credential_is_spooled_or_delivered(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The server's own, in its address, and those that a run was given."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("://", f"://me:{PASSWORD}@"))
+    with stage_run("train", "tiny", {"data": LEAKS[0]}) as run:
+        server.kill()
+        run.say(f"reads {LEAKS[1]}")
+        run.tag({"note": LEAKS[2]})
+        run.dataset("scenes", "d", LEAKS[3], "train")
+        (tmp_path / "w").write_bytes(b"w")
+        run.log_model("L4", [tmp_path / "w"], params={"from": LEAKS[4]}, tags={"at": LEAKS[0]})
+    kept = [file.read_text() for file in run.outbox.folder.rglob("*") if file.is_file()]
+    assert len(kept) == 3 and sum(text.count("***") for text in kept) >= 6
+    assert all(map(is_clean, kept))
+    assert main(["deliver"]) == 2, "the server is away"
+    server.start()
+    assert main(["deliver"]) == 0
+    assert store.client().get_run(run.run_id).data.tags["note"] != LEAKS[2]
+    for file in (file for file in tmp_path.rglob("*") if file.is_file()):
+        assert is_clean(file.read_bytes().decode("latin-1")), file
+    assert is_clean("".join(capfd.readouterr()))

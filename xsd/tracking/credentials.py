@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Final
 
 HIDDEN: Final = "***"
-_URL: Final = re.compile(r"\b([A-Za-z][\w+.-]*://)([^/\s@:]*):([^/\s]+)@")
-_USER: Final = re.compile(r"\b([A-Za-z][\w+.-]*://)([^/\s@:]{16,})@")
+_URL: Final = re.compile(r"\b([A-Za-z][\w+.-]*://?)([^/\s@:]*):([^/\s]+)@")
+"""One slash is what ``pathlib`` leaves of two."""
+_USER: Final = re.compile(r"\b([A-Za-z][\w+.-]*://?)([^/\s@:]{16,})@")
 """A token in the user's place; a bucket or a host may follow."""
 _QUERY: Final = re.compile(
     r"([?&](?:[\w.-]*(?:signature|credential|token|password|passwd|secret|api[_-]?key|access[_-]?key"
@@ -39,7 +40,7 @@ def redactor() -> Callable[[str], str]:
 
     def hide(text: str) -> str:
         shown = text
-        if "://" in text:
+        if ":/" in text:
             shown = _URL.sub(rf"\1\2:{HIDDEN}@", shown)
             shown = _USER.sub(rf"\1{HIDDEN}@", shown)
             shown = _QUERY.sub(rf"\1{HIDDEN}", shown)

@@ -4,6 +4,7 @@
    missing, xsd's own project runs in the environment of the launcher instead, and says so.
    ``XSD_ENV_MANAGER`` (local, conda, virtualenv, uv) overrides; ``--env-manager`` wins over both.
 2. Runs of the project land in the experiment of their pair, not in "Default".
+3. ``-P name=value`` with a credential is refused before MLflow keeps and shows it.
 
 Only the project named ``xsd`` is touched. MLflow imports this module halfway through its own
 import: nothing of MLflow may be imported at the top. The backend's ``run`` is not public; if it
@@ -13,10 +14,11 @@ changes, MLflow's own behaviour, and message, remain.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -68,14 +70,32 @@ def choose_manager() -> str | None:
     return None if has_conda else "local"
 
 
+def refuse_credentials(params: Mapping[str, object]) -> None:
+    """MLflow would keep them as params, which nobody can change, before a stage starts."""
+    from mlflow.exceptions import ExecutionException
+
+    from xsd.tracking.credentials import redactor
+
+    hide = redactor()
+    held = sorted(name for name, value in params.items() if hide(str(value)) != str(value))
+    if held:
+        raise ExecutionException(
+            f"a credential in -P {', '.join(held)}: mlflow would keep it; give it by the"
+            " environment instead (docs/lineage.md)"
+        )
+
+
 def patch(backend: ModuleType) -> None:
-    """Let ``LocalBackend.run`` choose the manager for our project."""
+    """Let ``LocalBackend.run`` choose the manager for our project, and refuse credentials."""
     original = getattr(getattr(backend, "LocalBackend", None), "run", None)
     if original is None:
         return
     from mlflow.projects.utils import PROJECT_ENV_MANAGER as key  # noqa: N811
 
     def run(self: Any, project_uri: str, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(project_uri):
+            given = inspect.signature(original).bind(self, project_uri, *args, **kwargs)
+            refuse_credentials(given.arguments.get("params") or {})
         settings = kwargs.get("backend_config") or next(
             (arg for arg in args if isinstance(arg, dict) and key in arg), {}
         )

@@ -1,9 +1,9 @@
 """Where a product came from, and what was made of it: the graph that the runs' tags describe.
 
-Upwards a run names its sources by ``input.<role>``, and by ``model.<role>`` the logged model that
-an alias stood for at the time. Downwards every source is a data set ``<role> <run id>`` of the run
-that read it, so that one search finds who used a run, whatever the roles were. Nothing is opened
-or hashed on the way.
+Upwards a run names its sources by ``input.<role>``, by ``model.<role>`` the logged model that an
+alias stood for at the time, and by ``run.<role>`` the run whose files lay at a path. Downwards
+every source is a data set ``<role> <run id>`` of the run that read it, so that one search finds who
+used a run, whatever the roles were. Nothing is opened or hashed on the way.
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ def find(name: str) -> str:
     return f"runs:/{found[0].info.run_id}"
 
 
-def up(uri: str, role: str = "", model_id: str = "", seen: set[str] | None = None) -> Node:
+def up(
+    uri: str, role: str = "", model_id: str = "", made_by: str = "", seen: set[str] | None = None
+) -> Node:
     """The sources of a product, down to files that no run is known for."""
     seen = set() if seen is None else seen
-    run, note = _origin(uri, model_id)
+    run, note = _origin(uri, model_id, made_by)
     if run is None:
         return Node(role, uri, note=note)
     return _above(run, uri, role, note, seen)
@@ -85,7 +87,7 @@ def down(run_id: str, role: str = "", seen: set[str] | None = None) -> Node:
 
 def run_of(uri: str) -> str | None:
     """The id of the run that made a product; None: none is known."""
-    run, _ = _origin(uri, "")
+    run, _ = _origin(uri)
     return str(run.info.run_id) if run else None
 
 
@@ -95,7 +97,7 @@ def _above(run: Run, uri: str, role: str, note: str, seen: set[str]) -> Node:
         return _node(run, uri, role, "shown above", ())
     seen.add(run_id)
     children = tuple(
-        up(value, one, tags.get(f"model.{one}", ""), seen)
+        up(value, one, tags.get(f"model.{one}", ""), tags.get(f"run.{one}", ""), seen)
         for name, value in sorted(tags.items())
         if name.startswith("input.") and (one := name.removeprefix("input."))
     )
@@ -129,8 +131,9 @@ def _role_of(run_id: str, user: Run) -> str:
     )
 
 
-def _origin(uri: str, model_id: str) -> tuple[Run | None, str]:
-    """The run behind a URI, and what is wrong; ``model_id`` wins over an alias that may move."""
+def _origin(uri: str, model_id: str = "", made_by: str = "") -> tuple[Run | None, str]:
+    """The run behind a URI, and what is wrong; ``model_id`` wins over an alias that may move, and
+    ``made_by`` is the run that a path's files came from."""
     from mlflow.exceptions import MlflowException
 
     if uri.startswith("runs:/"):
@@ -140,6 +143,8 @@ def _origin(uri: str, model_id: str) -> tuple[Run | None, str]:
             run_id = _source_run(uri, model_id)
         except MlflowException:
             return None, "missing: no such model"
+    elif made_by:
+        run_id = made_by
     else:
         exists = "://" in uri or Path(uri).exists()
         return None, "" if exists else "missing: no such file here"

@@ -19,7 +19,7 @@ from xsd.tracking import store, writes
 from xsd.tracking.artifacts import local_folder, place
 from xsd.tracking.credentials import redacted, redactor
 from xsd.tracking.figures import Figure, write_page, write_stills
-from xsd.tracking.products import MANIFEST
+from xsd.tracking.products import CONTENTS, MANIFEST, given_as
 from xsd.tracking.spool import Outbox
 from xsd.tracking.writes import BATCH, PointOfCurve
 
@@ -87,8 +87,9 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print a line about what was done, and add it to the description of the run."""
-        print(line)
-        self._said.append(line)
+        shown = redacted(line)
+        print(shown)
+        self._said.append(shown)
         self.tag({"mlflow.note.content": "\n\n".join(self._said)})
 
     def _points(
@@ -238,6 +239,7 @@ class Run:
                 self._place(path, MANIFEST)
         kept = {name: at for name, at in self.manifest.items() if not name.startswith("figures/")}
         self.tag({"xsd.digest": sha256_json(kept) if kept else None})
+        self.tag({CONTENTS: " ".join(given_as(self.manifest)) if kept else None})
         self.tag({"xsd.num_bytes": sum(entry["num_bytes"] for entry in self.manifest.values())})
 
 

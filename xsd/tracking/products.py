@@ -23,6 +23,9 @@ MANIFEST: Final = "manifest.json"
 _HASHED_BYTES: Final = 256 << 20
 """Larger files are compared by size here; the chunk store hashes them when it opens them."""
 _SHA_TAG: Final = "sha256."
+CONTENTS: Final = "xsd.contents"
+"""Tag of a run: what a path to its files would have as a digest, shortened."""
+_SHORT: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +231,43 @@ def downloads() -> Path:
 def _digest_of(path: Path) -> str:
     if path.is_file():
         return sha256_file(path)
-    entries: dict[str, Any] = {}
+    entries: dict[str, int | str] = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path)
         if file.is_file() and not any(part.startswith(".") for part in name.parts):
             size = file.stat().st_size
             entries[name.as_posix()] = size if size > _HASHED_BYTES else sha256_file(file)
     return sha256_json(entries)
+
+
+def given_as(manifest: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Digests of the paths that a run's files may be given by: all of them, a folder, one file.
+
+    What the run says about itself (figures, tables) is in no such folder.
+    """
+    folders: dict[str, dict[str, int | str]] = {"": {}}
+    files = []
+    for name, entry in sorted(manifest.items()):
+        top, _, rest = name.partition("/")
+        if rest and top in ("figures", "tables"):
+            continue
+        size, sha256 = entry["num_bytes"], entry["sha256"]
+        known = size if size > _HASHED_BYTES else sha256
+        folders[""][name] = known
+        if rest:
+            folders.setdefault(top, {})[rest] = known
+        else:
+            files.append(sha256)
+    digests = [sha256_json(dict(sorted(folder.items()))) for folder in folders.values()]
+    return [digest[:_SHORT] for digest in (*digests, *files)]
+
+
+def maker(digest: str) -> str | None:
+    """The newest finished run that made what lies at a path; None: none is known."""
+    found = store.client().search_runs(
+        store.experiment_ids(),
+        f"attributes.status = 'FINISHED' AND tags.`{CONTENTS}` LIKE '%{digest[:_SHORT]}%'",
+        order_by=["attributes.end_time DESC"],
+        max_results=1,
+    )
+    return str(found[0].info.run_id) if found else None

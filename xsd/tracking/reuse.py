@@ -20,6 +20,8 @@ OUTPUTS: Final = frozenset(
     {"output_dir", "output_path", "max_failures", "num_workers", "storage", "stale_minutes"}
 )
 """Configuration fields that change where and how a product is made, not what it is."""
+_PACKAGES: Final = ("torch", "transformers", "numba", "numpy")
+"""Of which the numbers are; numba compiles the kernels."""
 
 
 def stage_key(
@@ -44,7 +46,7 @@ def stage_key(
             "config": values,
             "inputs": {role: product.digest for role, product in inputs.items()},
             "source": {room: _source_digest(room) for room in rooms},
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "versions": {name: version(name) for name in _PACKAGES},
         }
     )
 

@@ -15,12 +15,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from xsd.tracking import spool, store, system, writes
 from xsd.tracking.credentials import redacted, redactor
 from xsd.tracking.open_run import Run, as_tags
+from xsd.tracking.products import maker
 
 if TYPE_CHECKING:
     from mlflow.entities import RunInfo
@@ -75,6 +77,7 @@ def stage_run(
     Raises:
         XsdError: the tracking server does not answer.
     """
+    inputs = _traced(inputs)
     told = {**_context_tags(stage, pair), **_input_tags(inputs), **(tags or {})}
     run = _open(stage, pair, parent, name or _run_name(stage, tags), told)
     token = _active.set(run)
@@ -118,8 +121,9 @@ def join(run_id: str) -> None:
 def connect(run: Run, inputs: Mapping[str, Product], key: str) -> None:
     """Tell an open run what it reads, where that became known only after it was opened."""
     run.key = key
-    run.tag(_input_tags(inputs))
-    _link(run, inputs)
+    traced = _traced(inputs)
+    run.tag(_input_tags(traced))
+    _link(run, traced)
     run.flush()
 
 
@@ -208,6 +212,20 @@ def _context_tags(stage: str, pair: str) -> dict[str, object]:
     }
 
 
+def _traced(inputs: Mapping[str, Product] | None) -> dict[str, Product]:
+    """With the runs that made what was given by a path, where the store knows one."""
+    found = dict(inputs or {})
+    for role, product in found.items():
+        if product.run_id is None and ":/" not in product.uri:
+            try:
+                found[role] = replace(product, run_id=maker(product.digest))
+            except Exception as error:
+                # A link is not worth a run: the server may be back for what the run writes.
+                if not store.is_outage(error):
+                    raise
+    return found
+
+
 def _input_tags(inputs: Mapping[str, Product] | None) -> dict[str, object]:
     tags: dict[str, object] = {}
     for role, product in (inputs or {}).items():
@@ -217,6 +235,8 @@ def _input_tags(inputs: Mapping[str, Product] | None) -> dict[str, object]:
         tags[f"digest.{name}"] = product.digest
         # An alias moves: what it stood for stays known.
         tags[f"model.{name}"] = product.model_id
+        # A path does not say which run made what lies there.
+        tags[f"run.{name}"] = product.run_id if ":/" not in product.uri else None
     return tags
 
 
