@@ -67,15 +67,16 @@ def convert(
         visuals: list[VisualEntry] = []
         for visual in index.visual if suffix != "pt" else ():
             name = f"{VISUAL}/{visual.path}"
-            path = Path(folder) / visual.path
+            # Its last part alone: the index is not trusted, and this one is written.
+            path = Path(folder) / Path(visual.path).name
             with source.fetched(_checked(source, name, visual)) as old:
                 states = load_file(old)
                 write_visual(
                     {kind: x.to(VISUAL_DTYPES[header.dtype]) for kind, x in states.items()}, path
                 )
             size, digest = size_and_digest(path)
-            yield _move(path, target, name)
-            visuals.append(VisualEntry(visual.path, visual.scenes, size, digest))
+            yield _move(path, target, f"{VISUAL}/{path.name}")
+            visuals.append(VisualEntry(path.name, visual.scenes, size, digest))
     target.put_index(replace(index, header=header, chunks=tuple(chunks), visual=tuple(visuals)))
     yield INDEX
 
