@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from xsd.commands.adapter_data import in_order, test_keys
 from xsd.commands.processes import Processes
 from xsd.commands.progress import progress
 from xsd.counts import MAX_GAMMA, THRESHOLDS, TOP, Counts
+from xsd.errors import XsdError
 from xsd.files import write_json, write_text
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.store import HiddenStore
@@ -81,6 +83,10 @@ class Evaluation:
         mine = list(score_batches(adapter, shown, head.lm_head, max_gamma=max_gamma))
         scored = in_order(together.gather(mine))
         counts = sum((part.counts for part in scored), Counts())
+        if not math.isfinite(counts.target.cos_sum):
+            raise XsdError(
+                f"{store.path}: holds states that are not finite; 'xsd store verify' names them"
+            )
         lengths, assumed = answer_lengths(store, keys), costs(config)
         if row.phase == "gap":
             speedups = modelled(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from xsd.errors import XsdError
 from xsd.files import sha256_json
-from xsd.hidden.chunk import Chunk, read_chunk, write_chunk
+from xsd.hidden.chunk import read_chunk, write_chunk
 from xsd.hidden.index import (
     CHUNKS,
     HAS_IDS,
@@ -55,10 +55,9 @@ def convert(
                 chunk = read_chunk(old)
                 widths = chunk.drafter_hidden.shape[1], chunk.verifier_hidden.shape[1]
                 header = replace(header, d_drafter=widths[0], d_verifier=widths[1])
-                lengths = _lengths(chunk)
                 samples = tuple(
                     replace(sample, drafter_len=both[0], verifier_len=both[1])
-                    for sample, both in zip(entry.samples, lengths, strict=True)
+                    for sample, both in zip(entry.samples, chunk.lengths(), strict=True)
                 )
                 write_chunk(chunk.recoded(header.dtype), path)
             size, digest = size_and_digest(path)
@@ -176,11 +175,6 @@ def _checked(source: Place, name: str, entry: ChunkEntry | VisualEntry) -> str:
     if entry.sha256 is not None and source.sha256(name) != entry.sha256:
         raise XsdError(f"{source.uri}/{name}: its sha256 is not the index's; it was altered")
     return name
-
-
-def _lengths(chunk: Chunk) -> list[tuple[int, int]]:
-    sides = (chunk.drafter_offsets.diff().tolist(), chunk.verifier_offsets.diff().tolist())
-    return list(zip(*sides, strict=True))
 
 
 def _move(path: Path, target: Place, name: str) -> str:
