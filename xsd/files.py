@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,8 @@ from xsd.errors import XsdError
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; on success fsync it and rename it into place.
 
-    An error inside the block leaves ``path`` as it was and removes the temporary file. Without
+    An error inside the block leaves ``path`` as it was and removes the temporary file; where the
+    disk is full that is an OSError which names ``path``, whichever library met it. Without
     ``durable`` nobody waits for the disk: that survives the death of the process, not of the
     machine.
     """
@@ -28,8 +31,26 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             sync(temporary)
         temporary.replace(path)
+    except Exception as error:
+        if number := _want_of_room(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _want_of_room(error: BaseException | None) -> int | None:
+    """The errno behind a failed write, if it is that the disk is full.
+
+    safetensors tells it in words alone, and torch covers the first error by a later one.
+    """
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def sync(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,3 +215,27 @@ def test_an_index_that_leaves_its_folder(
     store("verify", f"{memory}/a", expect=2)
     told = capsys.readouterr()
     assert "leaves the folder" in told.err or "it is missing" in told.out
+
+
+@pytest.mark.parametrize("path", ["../{victim}", "/{folder}/{victim}"])
+def test_visual_states_are_written_where_the_target_is(
+    world: World, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that lies in the source under the name of one elsewhere is converted, not written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    victim = tmp_path / "victim.safetensors"
+    victim.write_text("here first")
+    source = tmp_path / "source"
+    shutil.copytree(world.data / TEST, source)
+    index = json.loads((source / "index.json").read_text())
+    name = path.format(victim=victim.name, folder=tmp_path.relative_to("/"))
+    [visual] = (source / "visual").iterdir()
+    hostile = source / "visual" / name.lstrip("/")
+    hostile.parent.mkdir(parents=True, exist_ok=True)
+    visual.rename(hostile)
+    index["visual"][0]["path"] = name
+    (source / "index.json").write_text(json.dumps(index))
+    store("convert", source, "--target", tmp_path / "target", "--dtype", "fp32")
+    assert victim.read_text() == "here first"
+    assert [x.name for x in (tmp_path / "target/visual").iterdir()] == [victim.name]
+    store("verify", tmp_path / "target")

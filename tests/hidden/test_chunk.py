@@ -129,6 +129,9 @@ def test_malformed_safetensors(tmp_path: Path) -> None:
     save_file({k: v for k, v in tensors.items() if k != "verifier_ids"}, path)
     with pytest.raises(XsdError, match="it lacks verifier_ids"):
         read_chunk(path)
-    save_file({**tensors, "drafter_offsets": torch.tensor([0, 5, 6, 10])}, path)
-    with pytest.raises(XsdError, match="drafter offsets do not fit"):
-        read_chunk(path)
+    total = int(tensors["drafter_offsets"][-1])
+    # Beyond the rows, backwards, and an answer of no tokens.
+    for offsets in ([0, 5, 6, total + 1], [0, 5, 4, total], [0, 5, 5, total]):
+        save_file({**tensors, "drafter_offsets": torch.tensor(offsets)}, path)
+        with pytest.raises(XsdError, match="drafter offsets do not fit"):
+            read_chunk(path)

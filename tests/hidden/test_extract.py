@@ -152,8 +152,9 @@ def test_failures_are_counted_with_their_reason(
 def test_what_does_not_fit_into_memory_is_halved_and_counted(
     pair: ModelPair, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    """A batch of two clips with three questions; memory has room for so many answers."""
-    batches = plan_batches(scenes[:2], "train", CONFIG, 2)
+    """Batches of two clips with three questions; memory has room for so many answers."""
+    batches = plan_batches(scenes[:4], "train", CONFIG, 2)
+    assert len(batches) == 2
     expected = list(extract(pair, batches, CONFIG))
 
     def small(decoder: Decoder, prompts: list[torch.Tensor], num_new: int) -> list[Answer]:
@@ -163,8 +164,8 @@ def test_what_does_not_fit_into_memory_is_halved_and_counted(
 
     monkeypatch.setattr(answer_module, "generate", small)
     found = list(extract(pair, batches, CONFIG))
-    # 6 into 3 and 3, those into 1 and 2, those into 1 and 1.
-    assert [x.num_halvings for x in found] == [{6: 0, 3: 1, 1: 5}[room]]
+    # 6 into 3 and 3, those into 1 and 2, those into 1 and 1; the next batch is tried whole again.
+    assert [x.num_halvings for x in found] == [{6: 0, 3: 1, 1: 5}[room]] * 2
     for one, other in zip(found, expected, strict=True):
         assert one.batch == other.batch and not one.failures
         assert [x.key for x in one.samples] == [x.key for x in other.samples]

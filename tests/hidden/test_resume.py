@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from tests.hidden.test_store import CONFIG, run
 from xsd.errors import XsdError
 from xsd.hidden import chunk, parts, writer
 from xsd.hidden.extract import extract, header
-from xsd.hidden.index import Header
+from xsd.hidden.index import INDEX, Header, load_index
 from xsd.hidden.plan import Batch, Extracted, plan_batches
 from xsd.hidden.store import HiddenStore
 from xsd.hidden.writer import HiddenWriter
@@ -200,4 +202,73 @@ def test_parts_may_come_in_any_order_and_from_any_process(
             other.write(number, work.answers[number])
         for number in (3, 0, 2):
             keeper.add(number, work.answers[number])
+    assert files(tmp_path) == whole
+
+
+def test_a_lost_workers_share_is_missing_at_the_next_run(
+    work: Work, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Of two processes one answers batches 0, 2, 4; the other is lost after one of its own."""
+    with HiddenWriter.open(tmp_path, work.header, work.plan) as keeper:
+        parts.Parts(tmp_path, work.header).write(3, work.answers[3])
+        for number in (0, 2, 4):
+            keeper.add(number, work.answers[number])
+    with HiddenWriter.open(tmp_path, work.header, work.plan) as keeper:
+        assert keeper.missing == (1, 5)
+        for number in keeper.missing:
+            keeper.add(number, work.answers[number])
+    assert files(tmp_path) == whole
+
+
+@contextmanager
+def room_for_files_of(num_bytes: int) -> Iterator[None]:
+    """The system itself refuses to write beyond that, in any thread."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full(work: Work, whole: dict[str, bytes], tmp_path: Path) -> None:
+    room = len(whole[INDEX]) // 4
+    with room_for_files_of(room), pytest.raises(OSError, match="File too large") as told:
+        work.go_on(tmp_path)
+    assert told.value.errno == errno.EFBIG
+    assert told.value.filename == str(tmp_path / ".parts/part_000000.safetensors")
+    assert set(files(tmp_path)) == {INDEX}
+    work.go_on(tmp_path)
+    assert files(tmp_path) == whole
+
+
+@pytest.mark.parametrize("kind", ["chunk", "visual"])
+def test_a_disk_that_is_full_when_the_thread_writes(
+    work: Work,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    write = getattr(writer, f"write_{kind}")
+
+    def cramped(content: Any, path: Path) -> None:
+        with room_for_files_of(100):
+            write(content, path)
+
+    def two_batches() -> None:
+        with HiddenWriter.open(tmp_path, work.header, work.plan) as keeper:
+            for number in (0, 1):
+                keeper.add(number, work.answers[number])
+
+    monkeypatch.setattr(writer, f"write_{kind}", cramped)
+    with pytest.raises(OSError, match="File too large") as told:
+        two_batches()
+    assert Path(told.value.filename).name == f"{kind}_000000.safetensors"
+    # Nothing counts that is not whole, and what was answered is not lost.
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
+    assert not load_index(tmp_path).chunks
+    monkeypatch.undo()
+    work.stored = {0, 1}
+    work.go_on(tmp_path)
     assert files(tmp_path) == whole

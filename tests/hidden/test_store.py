@@ -10,6 +10,7 @@ import torch
 
 from tests.hidden.test_chunk import seed_chunk
 from xsd.errors import XsdError
+from xsd.hidden import store as store_module
 from xsd.hidden.config import ExtractConfig
 from xsd.hidden.extract import extract, header
 from xsd.hidden.index import INDEX, Half
@@ -225,6 +226,16 @@ def test_a_published_index_that_lies(tmp_path: Path) -> None:
     store = HiddenStore.open(folder)
     with pytest.raises(XsdError, match="holds 20 answers, its index 19"):
         store.sample(store.keys()[-1])
+
+
+def test_published_chunks_are_not_all_kept_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_UNPACKED_BYTES", 1)
+    store = HiddenStore.open(seed_folder(tmp_path / "x"))
+    for key in (store.keys()[0], store.keys()[-1], store.keys()[0]):
+        assert store.sample(key).key == key
+        assert len(store._loaded) == 1
 
 
 def test_written_in_the_published_format(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 from tests.hidden.test_store import seed_folder
 from xsd.adapters.base import Streams
 from xsd.adapters.catalog import LEVELS, level
+from xsd.adapters.collate import Answers
 from xsd.errors import XsdError
 from xsd.hidden.index import Header
 from xsd.hidden.lm_head import VerifierHead
@@ -233,3 +237,46 @@ def test_held_out_keys(store: HiddenStore, tmp_path: Path) -> None:
     assert held_out_keys(seed) == seed.keys()
     test = HiddenStore.open(seed_folder(tmp_path / "b", split="test"))
     assert held_out_keys(test) == test.keys("test") == test.keys()
+
+
+class Living:
+    """Answers that were read, and how many of them are still held."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = self.most = self.read = 0
+        self._lock = threading.Lock()
+        read = batches._answers
+
+        def counted(*args: Any) -> Answers:
+            answers = read(*args)
+            self._count(len(answers))
+            weakref.finalize(answers, self._count, -len(answers))
+            return answers
+
+        monkeypatch.setattr(batches, "_answers", counted)
+
+    def _count(self, num: int) -> None:
+        with self._lock:
+            self._now += num
+            self.most = max(self.most, self._now)
+            self.read += max(num, 0)
+
+
+def test_streaming_holds_few_windows(store: HiddenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the batch in hand and the next; for a moment between two, a third."""
+    window_bytes = store.num_bytes // NUM_CHUNKS
+    living = Living(monkeypatch)
+    made = TrainBatches(store, level("L1"), batch_size=2, seed=0, window_bytes=window_bytes, room=0)
+    for epoch in range(3):
+        assert len(trained_on(made(epoch))) == len(made)
+    assert living.read == 3 * 27
+    window = PER_CHUNK + 1  # one answer may be left over from the window before
+    assert PER_CHUNK // 2 <= living.most <= 3 * window < 27
+
+
+def test_scoring_reads_no_further_than_a_few_batches_ahead(
+    store: HiddenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living = Living(monkeypatch)
+    assert len([*OrderedBatches(store, level("L1"), store.keys(), batch_size=3)]) == 10
+    assert living.read == 30 and living.most <= 3 * (batches._AHEAD + 2)

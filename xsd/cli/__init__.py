@@ -29,7 +29,7 @@ VERBS: Final = (
 """Plain commands that make no run."""
 
 _REFUSALS: Final = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 """What a disk refuses is the user's to mend; a file that we should have made is a defect."""

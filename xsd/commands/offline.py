@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from xsd.commands.journal import Journal
 from xsd.commands.processes import Processes
 from xsd.commands.progress import progress
 from xsd.counts import MAX_GAMMA, THRESHOLDS, TOP, Counts
+from xsd.errors import XsdError
 from xsd.files import write_json, write_text
 from xsd.hidden.lm_head import VerifierHead
 from xsd.hidden.store import HiddenStore
@@ -98,6 +100,10 @@ class Evaluation:
             done |= share
         scored = [done[number] for number in sorted(done)]
         counts = sum((part.counts for part in scored), Counts())
+        if not math.isfinite(counts.target.cos_sum):
+            raise XsdError(
+                f"{store.path}: holds states that are not finite; 'xsd store verify' names them"
+            )
         lengths, assumed = answer_lengths(store, keys), costs(config)
         if row.phase == "gap":
             speedups = modelled(

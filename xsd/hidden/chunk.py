@@ -48,6 +48,11 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.verifier_offsets) - 1
 
+    def lengths(self) -> list[tuple[int, int]]:
+        """The drafter's and the verifier's, of each answer."""
+        sides = (self.drafter_offsets.diff().tolist(), self.verifier_offsets.diff().tolist())
+        return list(zip(*sides, strict=True))
+
     def sample(self, row: int, key: str) -> HiddenSample:
         """Answer ``row``: views of what is stored, or (fp8) float32."""
         a, b = self.drafter_offsets[row : row + 2].tolist()

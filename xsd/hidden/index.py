@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,6 +42,11 @@ class ChunkEntry:
     samples: tuple[SampleEntry, ...]
     num_bytes: int | None = None
     sha256: str | None = None
+
+    def fits(self, lengths: Sequence[tuple[int, int]]) -> bool:
+        """Whether its answers have these (drafter's, verifier's) lengths, as far as it says."""
+        told = ((sample.drafter_len, sample.verifier_len) for sample in self.samples)
+        return all(None in ours or ours == found for ours, found in zip(told, lengths, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +149,25 @@ def load_index(folder: Path) -> Index:
 def parse_index(content: Any, path: str) -> Index:
     """The content of an ``index.json`` that was found at ``path``; raises XsdError."""
     try:
-        if "format" not in content:
-            return _seed_index(content)
-        if content["format"] != FORMAT:
+        if content.get("format", FORMAT) != FORMAT:
             raise XsdError(f"{path}: format {content['format']!r}, {FORMAT!r} is read here")
-        return _own_index(content)
+        index = _own_index(content) if "format" in content else _seed_index(content)
+        int(index.header.config.get("vocab_size") or 0)
     except XsdError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise XsdError(f"{path}: not an index of hidden states ({error!r})") from error
+    keys = [sample.key for entry in index.chunks for sample in entry.samples]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise XsdError(f"{path}: names {twice!r} twice; extract again")
+    return index
 
 
 def _own_index(content: Mapping[str, Any]) -> Index:
     names = Header.__dataclass_fields__
+    if content["chunk_format"] not in ("safetensors", "pt"):
+        raise ValueError(f"chunk_format {content['chunk_format']!r}")
     return Index(
         header=Header(**{name: content[name] for name in names}),
         chunks=tuple(_own_chunk(entry) for entry in content["chunks"]),

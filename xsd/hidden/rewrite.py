@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from xsd.errors import XsdError
 from xsd.files import sha256_json
-from xsd.hidden.chunk import Chunk, read_chunk, write_chunk
+from xsd.hidden.chunk import read_chunk, write_chunk
 from xsd.hidden.index import (
     CHUNKS,
     HAS_IDS,
@@ -55,10 +55,9 @@ def convert(
                 chunk = read_chunk(old)
                 widths = chunk.drafter_hidden.shape[1], chunk.verifier_hidden.shape[1]
                 header = replace(header, d_drafter=widths[0], d_verifier=widths[1])
-                lengths = _lengths(chunk)
                 samples = tuple(
                     replace(sample, drafter_len=both[0], verifier_len=both[1])
-                    for sample, both in zip(entry.samples, lengths, strict=True)
+                    for sample, both in zip(entry.samples, chunk.lengths(), strict=True)
                 )
                 write_chunk(chunk.recoded(header.dtype), path)
             size, digest = size_and_digest(path)
@@ -67,15 +66,16 @@ def convert(
         visuals: list[VisualEntry] = []
         for visual in index.visual if suffix != "pt" else ():
             name = f"{VISUAL}/{visual.path}"
-            path = Path(folder) / visual.path
+            # Its last part alone: the index is not trusted, and this one is written.
+            path = Path(folder) / Path(visual.path).name
             with source.fetched(_checked(source, name, visual)) as old:
                 states = load_file(old)
                 write_visual(
                     {kind: x.to(VISUAL_DTYPES[header.dtype]) for kind, x in states.items()}, path
                 )
             size, digest = size_and_digest(path)
-            yield _move(path, target, name)
-            visuals.append(VisualEntry(visual.path, visual.scenes, size, digest))
+            yield _move(path, target, f"{VISUAL}/{path.name}")
+            visuals.append(VisualEntry(path.name, visual.scenes, size, digest))
     target.put_index(replace(index, header=header, chunks=tuple(chunks), visual=tuple(visuals)))
     yield INDEX
 
@@ -199,11 +199,6 @@ def _checked(source: Place, name: str, entry: ChunkEntry | VisualEntry) -> str:
 
 def _altered(source: Place, name: str) -> XsdError:
     return XsdError(f"{source.uri}/{name}: its sha256 is not the index's; it was altered")
-
-
-def _lengths(chunk: Chunk) -> list[tuple[int, int]]:
-    sides = (chunk.drafter_offsets.diff().tolist(), chunk.verifier_offsets.diff().tolist())
-    return list(zip(*sides, strict=True))
 
 
 def _move(path: Path, target: Place, name: str) -> str:

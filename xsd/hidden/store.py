@@ -214,6 +214,11 @@ class HiddenStore:
         chunk = read_chunk(path)
         if len(chunk) != len(entry.samples):
             raise XsdError(f"{path}: holds {len(chunk)} answers, its index {len(entry.samples)}")
+        if self.header.chunk_format != "pt" and not entry.fits(chunk.lengths()):
+            raise XsdError(f"{path}: its answers' lengths are not its index's; extract again")
+        widths = chunk.drafter_hidden.shape[1], chunk.verifier_hidden.shape[1]
+        if self.d_verifier and widths != (self.d_drafter, self.d_verifier):
+            raise XsdError(f"{path}: states {widths} wide, not what its index says; extract again")
         self._loaded[number] = chunk
         while path.suffix == ".pt" and len(self._loaded) > 1 and self._unpacked() > _UNPACKED_BYTES:
             self._loaded.popitem(last=False)

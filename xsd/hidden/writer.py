@@ -175,13 +175,9 @@ class HiddenWriter:
     ) -> ChunkEntry:
         asked = [sample for number in batches for sample in self._plan[number].samples]
         splits = {sample.key: sample.scene.split for sample in asked}
-        lengths = zip(
-            chunk.drafter_offsets.diff().tolist(),
-            chunk.verifier_offsets.diff().tolist(),
-            strict=True,
-        )
         entries = tuple(
-            SampleEntry(key, splits[key], *both) for key, both in zip(keys, lengths, strict=True)
+            SampleEntry(key, splits[key], *both)
+            for key, both in zip(keys, chunk.lengths(), strict=True)
         )
         return ChunkEntry(path.name, self.index.num_samples, entries, *size_and_digest(path))
 

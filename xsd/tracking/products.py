@@ -177,9 +177,9 @@ def logged_model(name: str) -> tuple[LoggedModel, dict[str, str]]:
         else:
             version = client.get_model_version(match[1], match[3])
         # MLflow may leave model_id empty and keep it in the source alone.
-        model = client.getlogged_model(version.model_id or version.source.removeprefix("models:/"))
+        model = client.get_logged_model(version.model_id or version.source.removeprefix("models:/"))
         return model, {**model.tags, **version.tags}
-    model = client.getlogged_model(name)
+    model = client.get_logged_model(name)
     return model, dict(model.tags)
 
 

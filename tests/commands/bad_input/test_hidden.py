@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.commands.bad_input.conftest import Damage, Hostile, Refused, cut, train
 from tests.commands.conftest import World
-from xsd.files import write_json
+from xsd.files import sha256_file, write_json
 
 
 def _altered(path: Path) -> None:
@@ -44,6 +45,62 @@ def test_a_chunk_that_was_damaged(
     for path in sorted(data.glob(f"chunked_train*/{files}/*")):
         damage(path)
     assert message in refused(*train(world, data, "--level", level))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_states_that_are_not_finite(
+    world: World, refused: Refused, data: Path, trained: Path, value: str
+) -> None:
+    """Whatever wrote them: their checksums are right."""
+    for folder in data.glob("chunked_*"):
+        index = json.loads((folder / "index.json").read_text())
+        for entry in index["chunks"]:
+            path = folder / "chunks" / entry["path"]
+            tensors = {name: x.clone() for name, x in load_file(path).items()}
+            tensors["verifier_hidden"][0, 0] = float(value)
+            save_file(tensors, path)
+            entry.update(sha256=sha256_file(path), num_bytes=path.stat().st_size)
+        write_json(folder / "index.json", index)
+    assert "the loss became" in refused(*train(world, data))
+    given = ["--checkpoint", trained, "--lm_head", world.head]
+    line = refused("evaluate", *given, "--data", next(data.glob("chunked_test*")))
+    assert "holds states that are not finite; 'xsd store verify' names them" in line
+
+
+def _first(index: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = index["chunks"][0]["samples"][0]
+    return found
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "another width": lambda index: index.update(d_drafter=7),
+    "no width": lambda index: index.update(d_verifier="wide"),
+    "no size": lambda index: index["chunks"][0].update(num_bytes="many"),
+    "no vocabulary": lambda index: index["config"].update(vocab_size="many"),
+    "no configuration": lambda index: index.update(config=None),
+    "another length": lambda index: _first(index).update(verifier_len=99),
+    "an empty answer": lambda index: _first(index).update(verifier_len=0),
+    "a key twice": lambda i: _first(i).update(key=i["chunks"][0]["samples"][1]["key"]),
+    "a key out of its folder": lambda i: _first(i).update(key="../../../x/q0"),
+    "no split": lambda index: _first(index).update(split="dev"),
+    "another format": lambda index: index.update(chunk_format="pickle"),
+    "an answer less": lambda index: index["chunks"][0]["samples"].pop(),
+    "no chunks": lambda index: index["chunks"].clear(),
+    "visual states elsewhere": lambda i: i["visual"][0].update(path="../../../../etc/passwd"),
+    "no path": lambda index: index["visual"][0].update(path=4),
+    "a clip less": lambda index: index["visual"][0]["scenes"].pop(),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_index_that_was_edited(world: World, refused: Refused, data: Path, name: str) -> None:
+    """E3 reads everything that a store holds."""
+    [path] = data.glob("chunked_train*/index.json")
+    index = json.loads(path.read_text())
+    EDITS[name](index)
+    write_json(path, index)
+    line = refused(*train(world, data, "--level", "E3"))
+    assert "chunked_train" in line
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from tests.commands.bad_input.conftest import Refused, extract, train
 from tests.commands.conftest import World
@@ -65,10 +66,15 @@ def test_a_place_that_cannot_be_written(
         assert "a_file" in refused(*words)
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        # The library's own words: it has no errno.
+        raise SafetensorError("Error while serializing: I/O error: no space (os error 28)")
 
-    monkeypatch.setattr("xsd.hidden.parts.save_file", full)
-    assert "No space left on device" in refused(*extract(world, world.scenes))
+    # In the process itself, and in the thread that makes chunks.
+    for module in ("parts", "chunk"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"xsd.hidden.{module}.save_file", full)
+            line = refused(*extract(world, world.scenes))
+            assert ".safetensors: No space left on device; choose another place" in line
 
 
 @pytest.mark.parametrize(
