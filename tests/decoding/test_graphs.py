@@ -16,7 +16,7 @@ from xsd.bench import BenchItem
 from xsd.decoding import graphs
 from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.engine import Engine
-from xsd.decoding.policy import Adaptive, Costs
+from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.pairs.base import ModelPair
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
@@ -86,9 +86,10 @@ def test_captured_chains_are_the_heads_own(
 
 @pytest.mark.parametrize("level", ["E1", "E3"])
 @pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("is_adaptive", [False, True])
 def test_captured_trees_are_the_heads_own(
-    level: str, width: int, device: torch.device, pair: ModelPair, adapters: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
+    level: str, width: int, is_adaptive: bool, device: torch.device, pair: ModelPair,
+    adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from xsd.decoding import tree_graphs
 
@@ -97,8 +98,15 @@ def test_captured_trees_are_the_heads_own(
     head = checkpoint.load(adapters[level])[0].to(device).eval()
     tables = VerifierTables.of(verifier)
     options = HeadOptions(tree_width=width, tree_nodes=10)
-    plain = HeadDrafter(head, tables, MAX_NEW, options)
-    captured = tree_graphs.CapturedTreeHead(head, tables, MAX_NEW, options)
+    policy = Policy()
+    if is_adaptive:
+        policy = Adaptive(Costs((1.0,) * 24, 1.0))
+        policy.learn_drafting(0.0, 0.0)
+    plain = HeadDrafter(head, tables, MAX_NEW, options, policy)
+    captured = graphs.head_drafter(head, tables, MAX_NEW, options, policy)
+    if device.type == "cpu":
+        captured = tree_graphs.CapturedTreeHead(head, tables, MAX_NEW, options, policy)
+    assert isinstance(captured, tree_graphs.CapturedTreeHead)
     draw = torch.Generator().manual_seed(0)
     for num_visual in (9, 9, 5):
         visual = torch.randn(num_visual, verifier.width, generator=draw).to(device)
@@ -113,6 +121,9 @@ def test_captured_trees_are_the_heads_own(
             # A tree with one branch is a chain, which need not name its parents.
             parents = expected.parents or list(range(-1, len(expected) - 1))
             assert (found.tokens, found.parents) == (expected.tokens, parents)
+            assert (found.confidence is None) == (not is_adaptive)
+            if is_adaptive:
+                assert found.confidence == pytest.approx(expected.confidence, rel=1e-3)
 
 
 def test_what_reads_the_drafter_or_branches_is_not_captured(

@@ -166,7 +166,7 @@ def head_drafter(
     kind: type[HeadDrafter] = HeadDrafter
     if on_gpu and fits_captures(head, options):
         kind = CapturedHead
-    elif on_gpu and fits_trees(head, options, policy):
+    elif on_gpu and fits_trees(head, options):
         from xsd.decoding.tree_graphs import CapturedTreeHead
 
         kind = CapturedTreeHead
@@ -184,9 +184,9 @@ def fits_captures(head: Adapter, options: HeadOptions) -> bool:
     return can_capture(head) and is_chain
 
 
-def fits_trees(head: Adapter, options: HeadOptions, policy: Policy) -> bool:
+def fits_trees(head: Adapter, options: HeadOptions) -> bool:
     """Whether its trees are of the kind that ``CapturedTreeHead`` grows."""
-    return can_capture(head) and bool(options.tree_width) and not policy.asks_confidence
+    return can_capture(head) and bool(options.tree_width)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Draft trees on a GPU: a whole tree is grown in one CUDA graph, and read once at its end.
 
 Level by level the likeliest nodes branch (EAGLE-2, arXiv:2406.16858), as in ``HeadDrafter``; which
-of all nodes are verified is decided on the host, from what the graph leaves behind.
+of all nodes are verified is decided on the host, from what the graph leaves behind. A tree is grown
+to its full depth, as chains are: a device is no sooner done with less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,10 +65,11 @@ class CapturedTrees(CapturedChains):
     @torch.inference_mode()
     def grow(
         self, ids: Sequence[int], states: Float[Tensor, "m Dv"], start: int, depth: int
-    ) -> Float[Tensor, "3 nodes"]:
-        """Token, parent (-1: the root) and chance of every node, parents first; on the device.
+    ) -> Float[Tensor, "4 nodes"]:
+        """Token, parent (-1: the root), chance behind its parent and with all before it, of every
+        node, parents first; on the device.
 
-        Nodes that no tree would hold have a negative chance. Arguments as ``draft``'s.
+        Nodes that no tree would hold have a negative last chance. Arguments as ``draft``'s.
         """
         num_rows = len(states)
         self._start.fill_(start)
@@ -86,7 +88,7 @@ class CapturedTrees(CapturedChains):
 
     def _grow(
         self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], depth: int
-    ) -> Float[Tensor, "3 nodes"]:
+    ) -> Float[Tensor, "4 nodes"]:
         width, device = self._width, self._device
         at = self._start + torch.arange(len(ids), device=device)
         out = self._step(ids, states[None], at)[0, -1:]
@@ -104,15 +106,16 @@ class CapturedTrees(CapturedChains):
 
     def _branch(
         self, out: Float[Tensor, "R Dv"], parents: Int[Tensor, " R"], joint: Float[Tensor, " R"]
-    ) -> Float[Tensor, "3 nodes"]:
+    ) -> Float[Tensor, "4 nodes"]:
         """The likeliest followers of every row."""
         sure, ids = torch.softmax(self._tables.score(out).float(), -1).topk(self._width)
         followed = parents.repeat_interleave(self._width).float()
-        return torch.stack([ids.flatten().float(), followed, (joint[:, None] * sure).flatten()])
+        chances = joint[:, None] * sure
+        return torch.stack([ids.flatten().float(), followed, sure.flatten(), chances.flatten()])
 
     def _choose(
         self,
-        nodes: Float[Tensor, "3 nodes"],
+        nodes: Float[Tensor, "4 nodes"],
         out: Float[Tensor, "R Dv"],
         before: _Level | None,
         first: int,
@@ -121,7 +124,7 @@ class CapturedTrees(CapturedChains):
     ) -> _Level:
         """Of a level's nodes, numbered from ``first``, those that branch: likely, and no end."""
         width = self._width
-        ids, joint = nodes[0].long(), nodes[2]
+        ids, joint = nodes[0].long(), nodes[3]
         open_ = torch.where(torch.isin(ids, self._eos), -1.0, joint)
         likely, chosen = open_.topk(width)
         parent = chosen // width
@@ -153,7 +156,8 @@ class CapturedTrees(CapturedChains):
 
 
 class CapturedTreeHead(HeadDrafter):
-    """``HeadDrafter`` whose trees are captured; for the policy that wants all of them."""
+    """``HeadDrafter`` whose trees are captured; where nodes branch goes by the head's own chances,
+    and what is kept by the policy's."""
 
     def __init__(
         self,
@@ -164,7 +168,7 @@ class CapturedTreeHead(HeadDrafter):
         policy: Policy | None = None,
     ) -> None:
         super().__init__(head, tables, max_new_tokens, options, policy)
-        assert fits_trees(head, self.options, self.policy)
+        assert fits_trees(head, self.options)
         width = self.options.tree_width
         length = max_new_tokens + 16 * (1 + width)
         self._captured = CapturedTrees(head, tables, min(length, head.config.max_positions), width)
@@ -178,6 +182,13 @@ class CapturedTreeHead(HeadDrafter):
         start = len(tokens) - len(states)
         nodes = self._captured.grow(tokens[start:], states, start, gamma).cpu()
         ids, parents = nodes[:2].long().tolist()
-        joint = nodes[2].tolist()
-        likely = sorted((i for i, p in enumerate(joint) if p >= 0), key=lambda i: -joint[i])
-        return subtree(ids, parents, likely[: self.options.tree_nodes])
+        sure, in_tree = nodes[2].tolist(), (nodes[3] >= 0).tolist()
+        joint: list[float] = []
+        for parent, chance in zip(parents, sure, strict=True):
+            before = 1.0 if parent == -1 else joint[parent]
+            joint.append(before * self.policy.chance(chance))
+        likely = sorted((i for i, held in enumerate(in_tree) if held), key=lambda i: -joint[i])
+        kept = likely[: self.options.tree_nodes]
+        confidence = [sure[node] for node in kept] if self.policy.asks_confidence else None
+        draft = subtree(ids, parents, kept)
+        return replace(draft, confidence=confidence, num_levels=gamma)
