@@ -1,7 +1,7 @@
 """Extraction against a faithful loop of the published kind, in one run, on any pair and device.
 
     python benchmarks/extraction.py                          # the tiny pair on a CPU
-    python benchmarks/extraction.py --log true               # the same, kept in MLflow
+    python benchmarks/extraction.py --mlflow                 # the same, kept in MLflow
     python benchmarks/extraction.py --pair eventgpt-video-llava --weights random --device cuda
 
 The published loop answers one question at a time: it decodes the clip's files, runs both image
@@ -308,7 +308,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--published_clips", type=int, default=2, help="of a round's")
     parser.add_argument("--threads", type=int, help="of PyTorch")
     parser.add_argument("--json", type=Path, help="file for all numbers")
-    parser.add_argument("--log", default="false", choices=["true", "false"], help="to MLflow")
+    parser.add_argument("--mlflow", action="store_true", help="log to MLflow")
     return parser.parse_args(argv)
 
 
@@ -344,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
     show(found, pair.name == "tiny" and device.type == "cpu")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if options.log == "true":
+    if options.mlflow:
         log(options, found)
     return 0
 

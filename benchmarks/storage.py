@@ -2,7 +2,7 @@
 
     python benchmarks/storage.py                                # newest L4, E1, E3, or new ones
     python benchmarks/storage.py --adapters outputs/train/E3/x  # given ones: folders or URIs
-    python benchmarks/storage.py --log true                     # the same, kept in MLflow
+    python benchmarks/storage.py --mlflow                       # the same, kept in MLflow
 
 Test clips are answered once, in fp32; that store is converted to bf16 and to fp8, and every adapter
 is scored on the three. Answers, keys and targets are the same; only the states are rounded.
@@ -265,7 +265,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dataset_dir", type=Path, help="scenes; else synthetic ones are made")
     parser.add_argument("--num_clips", type=int, default=60)
     parser.add_argument("--json", type=Path, help="file for all numbers")
-    parser.add_argument("--log", default="false", choices=["true", "false"], help="to MLflow")
+    parser.add_argument("--mlflow", action="store_true", help="log to MLflow")
     return parser.parse_args(argv)
 
 
@@ -277,7 +277,7 @@ def main(argv: Sequence[str]) -> int:
     show(found)
     if options.json:
         write_json(options.json, plain(found))
-    if options.log == "true":
+    if options.mlflow:
         log(options, found)
     return 0
 

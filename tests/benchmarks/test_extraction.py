@@ -27,7 +27,7 @@ SMALL = ["--num_clips=2", "--rounds=1", "--published_clips=1", "--max_new_tokens
 def test_both_sides_are_measured_written_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*SMALL, "--max_questions=2", "--json", str(tmp_path / "a.json"), "--log", "true"]
+    words = [*SMALL, "--max_questions=2", "--json", str(tmp_path / "a.json"), "--mlflow"]
     assert extraction.main(words) == 0
     found = read_json(tmp_path / "a.json")
     assert (sum(found["published"]["answers"]), sum(found["ours"]["answers"])) == (2, 4)
