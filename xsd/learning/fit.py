@@ -174,6 +174,9 @@ class _Training:
         """What is left of the epoch; returns its mean loss. The caller's random numbers are left
         as they were."""
         epoch, done = self.progress.epoch, self.progress.num_batches
+        if done:
+            # There may be no step left to take.
+            self.learning_rate = self._rate_of(self.progress.step - 1)
         self.adapter.train()
         losses: list[Tensor] = []
         on_gpu = [self.device] if self.device.type == "cuda" else []
@@ -193,11 +196,7 @@ class _Training:
         # Dropout depends on seed, step and share alone: no generator's state need be kept.
         seeds = np.random.SeedSequence([config.seed, step, accelerator.process_index])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-        epoch = float(self.progress.epoch)
-        if self.num_batches:
-            done = self.progress.num_batches + step - self.progress.step
-            epoch += done / self.num_batches
-        self.learning_rate = learning_rate(config, epoch, step)
+        self.learning_rate = self._rate_of(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         with self.part("forward, loss"), nullcontext() if config.compile else CpuOps():
@@ -211,6 +210,14 @@ class _Training:
             self.optimizer.step()
         taken: Tensor = loss.detach()
         return taken
+
+    def _rate_of(self, step: int) -> float:
+        """The learning rate of a step of the epoch that is under way."""
+        epoch = float(self.progress.epoch)
+        if self.num_batches:
+            done = self.progress.num_batches + step - self.progress.step
+            epoch += done / self.num_batches
+        return learning_rate(self.config, epoch, step)
 
     def _timed(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
         while True:
