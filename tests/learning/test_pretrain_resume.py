@@ -74,7 +74,8 @@ def test_killed_at_every_step(
         except Killed:
             kills += 1
     assert kills >= 2
-    assert last and last[-1] == reports[-1]
+    # Killed behind its last step, it has nothing left to tell.
+    assert last[-1:] in ([], reports[-1:])
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     # A phase that is finished is not begun again.
