@@ -148,8 +148,13 @@ class _Sample:
         """Cycles, and what they took beside passes and plain steps."""
         drafted = answers[0].cycle_drafted
         spent_ms = statistics.median(answer.decode_ms for answer in answers)
-        passes_ms = self.costs.cycles_ms(drafted, self._num_steps(answers[0]))
+        passes_ms = self._passes_ms(drafted, self._num_steps(answers[0]))
         return len(drafted), spent_ms - passes_ms
+
+    def _passes_ms(self, drafted: Sequence[int], num_steps: int) -> float:
+        """What passes over so many drafts each, and so many plain steps, cost."""
+        passes_ms = sum(self.costs.verify_ms(size + 1) for size in drafted)
+        return passes_ms + num_steps * self.costs.step_ms
 
     def _num_steps(self, answer: Decoded) -> int:
         """Plain ones, where there was no room for a draft."""
@@ -163,7 +168,7 @@ class _Sample:
             answers = self.decoded[alpha, gamma]
             start_ms, cycle_ms = self.beside[gamma]
             drafted, num_steps = answers[0].cycle_drafted, self._num_steps(answers[0])
-            passes_ms = self.costs.cycles_ms(drafted, num_steps)
+            passes_ms = self._passes_ms(drafted, num_steps)
             found[alpha, gamma] = {
                 "plain_ms": statistics.median(self.plain_ms),
                 "spent_ms": statistics.median(answer.decode_ms for answer in answers),

@@ -7,6 +7,7 @@ import torch
 from xsd.learning.pretrain.config import PretrainConfig
 from xsd.learning.pretrain.corpus import SLOTS, Corpus, _make_clip, clip_facts, label_facts
 from xsd.learning.pretrain.language import Lessons, Readout, Rows, shallow, teach_language
+from xsd.learning.pretrain.state import Progress
 from xsd.learning.pretrain.train import Pupil, TinyModels, pretrain_one
 from xsd.pairs.catalog import load_folder
 from xsd.pairs.segments import attend_in_segments
@@ -141,8 +142,11 @@ def test_language_is_learned(corpus: Corpus, models: TinyModels) -> None:
     readout = Readout(pupil.language_model, 128, SLOTS["drafter"], 2)
     labels = label_facts(corpus.facts, SLOTS["drafter"])
     tokens = torch.randn(len(corpus.facts), 21, 128)
+    progress = Progress(None, "", pupil.model)
     reports = list(
-        teach_language(lessons, pupil.model, pupil.language_model, tokens, readout, labels, CONFIG)
+        teach_language(
+            lessons, pupil.model, pupil.language_model, tokens, readout, labels, CONFIG, progress
+        )
     )
     assert [report.step for report in reports] == [25, 50, 75]
     assert reports[-1].loss < 0.5 * reports[0].loss

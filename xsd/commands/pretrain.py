@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from xsd.tracking.run import Run
 
 HELP = "train the embedded tiny pair from scratch on synthetic scenes"
+UNFINISHED = ".unfinished"
+"""Folder of the states that a killed pretraining goes on from; it goes when the card is written."""
 HELD_OUT_RECORDINGS = 1_000_000
 """Recordings from this number on are never trained on."""
 
@@ -42,17 +45,20 @@ def perform(config: Config) -> Product:
         print(f"rendering {config.num_scenes} clips to train on and {config.num_held_out} to test")
         corpus = make_corpus(config, config.num_scenes, 0)
         models = TinyModels.new(config)
-        bar = tqdm(pretrain(config, corpus, models), desc="pretrain", unit="report")
+        folder = config.output_dir / run.work_name
+        states = folder / UNFINISHED
+        reports = pretrain(config, corpus, models, states)
+        bar = tqdm(reports, desc="pretrain", unit="report")
         for report in bar:
             bar.set_postfix_str(
                 f"{report.phase} {report.step}/{report.num_steps} {report.loss:.3f}"
             )
             values = {f"{report.phase}.{k.replace('.', '_')}": v for k, v in report.metrics.items()}
             run.log({f"{report.phase}.loss": report.loss, **values}, step=report.step)
-        folder = config.output_dir / run.work_name
         models.save(folder)
         held_out = make_corpus(config, config.num_held_out, HELD_OUT_RECORDINGS)
         card = write_card(folder, config, held_out, _made(config.device))
+        shutil.rmtree(states)
         run.artifacts(folder)
         run.say(f"pretrain: {config.num_scenes} clips, {_facts_right(card)}: {folder}")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,16 +38,34 @@ def save_state(
     path: Path, progress: FitState, module: nn.Module, optimizer: torch.optim.Optimizer, key: str
 ) -> None:
     """Write atomically; ``key`` identifies the configuration that may go on from here."""
-    tensors = {name: x.detach().cpu().contiguous() for name, x in _tensors(module, optimizer)}
-    metadata = {"progress": json.dumps(asdict(progress)), "key": key}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_state(path, asdict(progress), tensors_of(module, [optimizer]), key)
 
 
 def load_state(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, key: str
 ) -> FitState:
     """Put weights and moments back in place.
+
+    Raises:
+        XsdError: unreadable, or written by another configuration.
+    """
+    progress, tensors = read_state(path, key)
+    put_back(tensors, module, [optimizer])
+    return FitState(**progress)
+
+
+def write_state(
+    path: Path, progress: Mapping[str, object], tensors: Mapping[str, Tensor], key: str
+) -> None:
+    """Write atomically; ``key`` identifies the configuration that may go on from here."""
+    on_host = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    metadata = {"progress": json.dumps(dict(progress)), "key": key}
+    with atomic_path(path) as temporary:
+        save_file(on_host, temporary, metadata=metadata)
+
+
+def read_state(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Progress, and tensors by name.
 
     Raises:
         XsdError: unreadable, or written by another configuration.
@@ -60,21 +79,34 @@ def load_state(
         raise XsdError(f"{path}: unreadable training state ({error}); {remedy}") from error
     if metadata.get("key") != key:
         raise XsdError(f"{path}: the training state of another configuration; {remedy}")
-    for parameter in module.parameters():
-        # The moments must exist before they can be filled.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    return json.loads(metadata["progress"]), tensors
+
+
+def tensors_of(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Weights, and what each optimizer keeps of each of its parameters."""
+    found: dict[str, Tensor] = {f"weight.{name}": x for name, x in module.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for index, kept in optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{number}.{index}.{name}": x for name, x in kept.items()}
+    return found
+
+
+def put_back(
+    tensors: Mapping[str, Tensor],
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """The reverse; learning rates and the like stay those of the optimizers."""
     with torch.no_grad():
-        for name, x in _tensors(module, optimizer):
-            x.copy_(tensors[name])
-    return FitState(**json.loads(metadata["progress"]))
-
-
-def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module.named_parameters():
-        yield f"weight.{name}", parameter
-        for moment, x in optimizer.state[parameter].items():
-            yield f"{moment}.{name}", x
+        for name, parameter in module.named_parameters():
+            parameter.copy_(tensors[f"weight.{name}"])
+    kept: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for name, x in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            number, index, what = rest.split(".")
+            # A file's tensors lie anywhere; memory of its own is aligned, and sums go by that.
+            kept[int(number)].setdefault(int(index), {})[what] = x.clone()
+    for optimizer, state in zip(optimizers, kept, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from xsd.learning.pretrain.config import PretrainConfig
 from xsd.learning.pretrain.corpus import Slots
-from xsd.learning.pretrain.vision import PretrainReport, products_in
+from xsd.learning.pretrain.state import Progress
+from xsd.learning.pretrain.vision import PretrainReport, drawn_batches, products_in
 from xsd.pairs.base import Decoder
 from xsd.pairs.segments import attend_in_segments
 from xsd.scenes.facts import Facts
@@ -130,32 +131,35 @@ def teach_gathering(
     labels: Int[Tensor, "clips slots"],
     house: House,
     config: PretrainConfig,
+    progress: Progress,
 ) -> Iterator[PretrainReport]:
     """Train on prefixes alone, until the facts can be read where they should."""
     before = torch.tensor([prompts.prompt(QUESTIONS[0]).before], device=visual.device)
-    generator = torch.Generator().manual_seed(config.seed)
     inner = [p for p in language_model.layers.parameters() if p.ndim == 2]
     num_batches = len(visual) // config.gathering_batch
     total = config.gathering_epochs * num_batches
     optimizers = Optimizers(inner, list(readout.parameters()), config, total)
-    for _ in range(config.gathering_epochs):
-        running = torch.zeros((), device=visual.device)
-        order = torch.randperm(len(visual), generator=generator).to(visual.device)
-        for chosen in order[: num_batches * config.gathering_batch].split(config.gathering_batch):
-            start = language_model.embed_tokens(before).expand(len(chosen), -1, -1)
-            prefix = torch.cat([start, visual[chosen]], dim=1)
-            with products_in(config, visual.device):
-                language_model(inputs_embeds=prefix, use_cache=False)
-                loss = readout.loss(prefix.shape[1], labels[chosen])
-            optimizers.step(loss)
-            running += loss.detach()
-        yield PretrainReport(
-            f"{house}.gathering",
-            optimizers.step_count,
-            total,
-            float(running) / num_batches,
-            {},
-        )
+    running = torch.zeros((), device=visual.device)
+    done = progress.begin("gathering", readout, optimizers.parts, running)
+    optimizers.step_count = done
+    for step, drawn in drawn_batches(
+        0, len(visual), config.gathering_batch, config.gathering_epochs, config.seed, done
+    ):
+        if step % num_batches == 0:
+            running.zero_()
+        chosen = drawn.to(visual.device)
+        start = language_model.embed_tokens(before).expand(len(chosen), -1, -1)
+        prefix = torch.cat([start, visual[chosen]], dim=1)
+        with products_in(config, visual.device):
+            language_model(inputs_embeds=prefix, use_cache=False)
+            loss = readout.loss(prefix.shape[1], labels[chosen])
+        optimizers.step(loss)
+        running += loss.detach()
+        if (step + 1) % num_batches == 0:
+            mean = float(running) / num_batches
+            yield PretrainReport(f"{house}.gathering", step + 1, total, mean, {})
+        progress.stepped()
+    progress.save()
 
 
 @dataclass(frozen=True)
@@ -273,14 +277,19 @@ def teach_language(
     readout: Readout,
     labels: Int[Tensor, "clips slots"],
     config: PretrainConfig,
+    progress: Progress,
+    phase: str = "language",
 ) -> Iterator[PretrainReport]:
     """Train the language model on frozen visual tokens; ``readout`` goes along."""
     attend_in_segments(language_model)
     inner, outer = language_parameters(language_model)
     outer = [*outer, model.lm_head.weight, *readout.parameters()]
     optimizers = Optimizers(inner, outer, config, len(lessons))
+    running = torch.zeros((), device=visual.device)
+    done = progress.begin(phase, readout, optimizers.parts, running)
+    optimizers.step_count = done
     batches = DataLoader(
-        lessons,
+        Subset(lessons, range(done, len(lessons))),
         batch_size=None,
         num_workers=min(config.num_workers, MAX_LOADERS),
         collate_fn=_as_it_is,
@@ -288,14 +297,13 @@ def teach_language(
         # PyTorch anew; the server has loaded it while the facts were taught.
         multiprocessing_context="forkserver" if config.num_workers else None,
     )
-    running = torch.zeros((), device=visual.device)
-    for step, rows in enumerate(batches):
+    for step, rows in enumerate(batches, start=done):
         rows = rows.to(visual.device)
         with products_in(config, visual.device):
             loss = _language_loss(model.lm_head, language_model, visual[rows.clips], rows)
             facts_loss = readout.loss(rows.num_prefix, labels[rows.clips])
         optimizers.step(loss + facts_loss)
-        running = loss.detach() if step == 0 else 0.95 * running + 0.05 * loss.detach()
+        running.lerp_(loss.detach().float(), 1.0 if step == 0 else 0.05)
         if (step + 1) % 25 == 0 or step + 1 == len(lessons):
             yield PretrainReport(
                 f"{lessons.house}.language",
@@ -304,6 +312,8 @@ def teach_language(
                 float(running),
                 {"facts_loss": float(facts_loss.detach())},
             )
+        progress.stepped()
+    progress.save()
 
 
 def _language_loss(

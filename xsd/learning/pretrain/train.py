@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from xsd.errors import XsdError
-from xsd.files import atomic_path
+from xsd.files import atomic_path, sha256_json
 from xsd.learning.pretrain.config import PretrainConfig
 from xsd.learning.pretrain.corpus import SLOTS, Corpus, label_facts
 from xsd.learning.pretrain.language import (
@@ -28,6 +28,7 @@ from xsd.learning.pretrain.language import (
     teach_gathering,
     teach_language,
 )
+from xsd.learning.pretrain.state import Progress
 from xsd.learning.pretrain.vision import PretrainReport, Visual, teach_facts, visual_table
 from xsd.pairs import eventgpt, tiny, video_llava
 from xsd.pairs.base import Decoder
@@ -120,18 +121,26 @@ class Pupil:
 
 
 def pretrain(
-    config: PretrainConfig, corpus: Corpus, models: TinyModels
+    config: PretrainConfig, corpus: Corpus, models: TinyModels, states: Path | None = None
 ) -> Iterator[PretrainReport]:
-    """Train both models in place; neither depends on the other, so a GPU trains them at once."""
+    """Train both models in place; neither depends on the other, so a GPU trains them at once.
+
+    Args:
+        states: folder in which each model's state is kept; where there is one of the same
+            configuration, training goes on from it, phases that are finished left out.
+
+    Raises:
+        XsdError: a state is unreadable, or another configuration's.
+    """
     if choose_device(config.device).type == "cuda":
-        yield from _side_by_side(config, corpus, models)
+        yield from _side_by_side(config, corpus, models, states)
         return
-    yield from pretrain_one("verifier", config, corpus, models)
-    yield from pretrain_one("drafter", config, corpus, models)
+    yield from pretrain_one("verifier", config, corpus, models, states)
+    yield from pretrain_one("drafter", config, corpus, models, states)
 
 
 def _side_by_side(
-    config: PretrainConfig, corpus: Corpus, models: TinyModels
+    config: PretrainConfig, corpus: Corpus, models: TinyModels, states: Path | None
 ) -> Iterator[PretrainReport]:
     """The drafter in a process of its own, on a second GPU where there is one."""
     context = mp.get_context("spawn")
@@ -140,11 +149,11 @@ def _side_by_side(
     with TemporaryDirectory() as folder:
         path = Path(folder) / "drafter.safetensors"
         seen = Corpus(corpus.facts, corpus.frames[:0], corpus.events)
-        process = context.Process(target=_train_drafter, args=(beside, seen, path, theirs))
+        process = context.Process(target=_train_drafter, args=(beside, seen, path, theirs, states))
         process.start()
         theirs.close()
         try:
-            for report in pretrain_one("verifier", config, corpus, models):
+            for report in pretrain_one("verifier", config, corpus, models, states):
                 yield report
                 yield from _arrived(mine)
             process.join()
@@ -165,39 +174,55 @@ def _arrived(reports: Connection) -> Iterator[PretrainReport]:
         return
 
 
-def _train_drafter(config: PretrainConfig, corpus: Corpus, path: Path, reports: Connection) -> None:
+def _train_drafter(
+    config: PretrainConfig, corpus: Corpus, path: Path, reports: Connection, states: Path | None
+) -> None:
     models = TinyModels.new(config)
-    for report in pretrain_one("drafter", config, corpus, models):
+    for report in pretrain_one("drafter", config, corpus, models, states):
         reports.send(report)
     with atomic_path(path) as temporary:
         save_model(models.drafter.cpu(), str(temporary))
 
 
 def pretrain_one(
-    house: House, config: PretrainConfig, corpus: Corpus, models: TinyModels
+    house: House,
+    config: PretrainConfig,
+    corpus: Corpus,
+    models: TinyModels,
+    states: Path | None = None,
 ) -> Iterator[PretrainReport]:
-    """Train one of the two models in place."""
+    """Train one of the two models in place; see ``pretrain``."""
     torch.manual_seed(config.seed)
     if config.num_workers:
         start_loaders()
     device = choose_device(config.device)
     pupil = Pupil.of(house, models)
     pupil.model.to(device)
+    path = None if states is None else states / f"{house}.safetensors"
+    progress = Progress(path, _key(config), pupil.model)
     images = torch.from_numpy(corpus.frames if house == "verifier" else corpus.events).to(device)
     slots = SLOTS[house]
     labels = label_facts(corpus.facts, slots).to(device)
-    yield from teach_facts(
-        pupil.visual, pupil.visual_parameters, images, labels, slots, config, house
-    )
+    if not progress.is_past("facts"):
+        yield from teach_facts(
+            pupil.visual, pupil.visual_parameters, images, labels, slots, config, house, progress
+        )
     tokens = visual_table(pupil.visual, images)
     depth = getattr(tiny.SIZES[config.size], house).first_layers
+    # The same whether or not the facts were taught by this process.
+    torch.manual_seed(config.seed)
     readout = Readout(pupil.language_model, tokens.shape[2], slots, depth).to(device)
-    with shallow(pupil.language_model, readout.depth):
-        yield from teach_gathering(
-            pupil.prompts, pupil.language_model, readout, tokens, labels, house, config
-        )
-        steps = config.language_steps if house == "verifier" else config.drafter_steps
-        yield from _teach(pupil, tokens, labels, readout, corpus, config, steps)
+    if not progress.is_past("language"):
+        with shallow(pupil.language_model, readout.depth):
+            if not progress.is_past("gathering"):
+                yield from teach_gathering(
+                    pupil.prompts, pupil.language_model, readout, tokens, labels, house, config,
+                    progress,
+                )  # fmt: skip
+            steps = config.language_steps if house == "verifier" else config.drafter_steps
+            yield from _teach(
+                pupil, tokens, labels, readout, corpus, config, steps, progress, "language"
+            )
     if readout.depth < len(pupil.language_model.layers):
         grown = replace(
             config,
@@ -205,8 +230,16 @@ def pretrain_one(
             learning_rate=config.learning_rate * config.grown_rate,
             muon_learning_rate=config.muon_learning_rate * config.grown_rate,
         )
-        yield from _teach(pupil, tokens, labels, readout, corpus, grown, config.grown_steps)
+        yield from _teach(
+            pupil, tokens, labels, readout, corpus, grown, config.grown_steps, progress, "grown"
+        )
     readout.remove()
+
+
+def _key(config: PretrainConfig) -> str:
+    """Of all that decides what is learned, and not where."""
+    names = {field.name for field in fields(PretrainConfig)} - {"device", "num_workers"}
+    return sha256_json({name: getattr(config, name) for name in sorted(names)})
 
 
 def _teach(
@@ -217,6 +250,8 @@ def _teach(
     corpus: Corpus,
     config: PretrainConfig,
     num_steps: int,
+    progress: Progress,
+    phase: str,
 ) -> Iterator[PretrainReport]:
     prompts = [pupil.prompts.prompt(question) for question in QUESTIONS]
     (eos,) = pupil.prompts.eos_ids
@@ -235,5 +270,5 @@ def _teach(
         seed=config.seed,
     )
     return teach_language(
-        lessons, pupil.model, pupil.language_model, tokens, readout, labels, config
+        lessons, pupil.model, pupil.language_model, tokens, readout, labels, config, progress, phase
     )

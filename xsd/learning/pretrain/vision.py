@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from xsd.learning.pretrain.config import PretrainConfig
 from xsd.learning.pretrain.corpus import Slots, normalise
+from xsd.learning.pretrain.state import Progress
 
 Visual = Callable[[Float[Tensor, "B N 3 H W"]], Float[Tensor, "B visual D"]]
 
@@ -52,6 +54,23 @@ class AttributeHead(nn.Module):
         return [output(states[:, index]) for index, output in enumerate(self.outputs)]
 
 
+def drawn_batches(
+    first: int, stop: int, size: int, num_epochs: int, seed: int, done: int
+) -> Iterator[tuple[int, Int[Tensor, " size"]]]:
+    """Full batches of the items ``first`` to ``stop``, in a new order each epoch.
+
+    Yields the number of the step and its items, from step ``done`` on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_batches = (stop - first) // size
+    for epoch in range(num_epochs):
+        order = first + torch.randperm(stop - first, generator=generator)
+        for index in range(num_batches):
+            step = epoch * num_batches + index
+            if step >= done:
+                yield step, order[index * size : (index + 1) * size]
+
+
 def teach_facts(
     visual: Visual,
     parameters: Sequence[nn.Parameter],
@@ -60,47 +79,65 @@ def teach_facts(
     slots: Slots,
     config: PretrainConfig,
     name: str,
+    progress: Progress,
 ) -> Iterator[PretrainReport]:
     """Train the visual path until a small head can read the facts off its tokens.
 
     A report an epoch; its metrics are shares right on the first twentieth, kept out of training.
     """
-    generator = torch.Generator().manual_seed(config.seed)
     num_val, batch = max(1, len(images) // 20), config.facts_batch
     with torch.no_grad():
         tokens = visual(normalise(images[:1]))
     head = AttributeHead(tokens.shape[1], tokens.shape[2], slots).to(tokens.device)
     trained = [*parameters, *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
-    steps = config.facts_epochs * ((len(images) - num_val) // batch)
+    num_batches = (len(images) - num_val) // batch
+    steps = config.facts_epochs * num_batches
+    total = torch.zeros((), device=tokens.device)
+    done = progress.begin("facts", head, [optimizer], total)
+    schedule = _schedule(optimizer, config, steps, done)
+    for step, chosen in drawn_batches(
+        num_val, len(images), batch, config.facts_epochs, config.seed, done
+    ):
+        if step % num_batches == 0:
+            total.zero_()
+        chosen = chosen.to(tokens.device)
+        with products_in(config, tokens.device):
+            outputs = head(visual(normalise(images[chosen])))
+            losses = [
+                functional.cross_entropy(out, labels[chosen, i]) for i, out in enumerate(outputs)
+            ]
+            loss = torch.stack(losses).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.detach()
+        if (step + 1) % num_batches == 0:
+            right = _share_right(
+                head, visual_table(visual, images[:num_val]), labels[:num_val], slots
+            )
+            yield PretrainReport(
+                f"{name}.facts", step + 1, steps, float(total) / num_batches, right
+            )
+        progress.stepped()
+    progress.save()
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, config: PretrainConfig, num_steps: int, done: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The facts' rates, from step ``done`` on."""
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.facts_learning_rate, total_steps=steps
+        optimizer, config.facts_learning_rate, total_steps=num_steps
     )
-    step = 0
-    for _ in range(config.facts_epochs):
-        order = num_val + torch.randperm(len(images) - num_val, generator=generator)
-        total = torch.zeros((), device=tokens.device)
-        for chosen in order.to(tokens.device).split(batch):
-            if len(chosen) < batch:
-                break
-            with products_in(config, tokens.device):
-                outputs = head(visual(normalise(images[chosen])))
-                losses = [
-                    functional.cross_entropy(out, labels[chosen, i])
-                    for i, out in enumerate(outputs)
-                ]
-                loss = torch.stack(losses).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
+    with warnings.catch_warnings():
+        # These steps were taken before.
+        warnings.simplefilter("ignore")
+        for _ in range(done):
             schedule.step()
-            step += 1
-            total += loss.detach()
-        right = _share_right(head, visual_table(visual, images[:num_val]), labels[:num_val], slots)
-        yield PretrainReport(
-            f"{name}.facts", step, steps, float(total) / (len(order) // batch), right
-        )
+    return schedule
 
 
 def _share_right(
