@@ -17,6 +17,8 @@ from xsd.search.study import counted, leads, objectives
 from xsd.types import EpochReport
 
 _POLL_SECONDS: Final = 0.5
+_UNCLAIMED_SECONDS: Final = 10.0
+"""A trial that was asked for is claimed at once, or never."""
 
 
 @dataclass
@@ -103,7 +105,12 @@ def _bury(study: optuna.Study, claims: Claims) -> None:
         process = trial.user_attrs.get("process")
         began = trial.datetime_start.timestamp() if trial.datetime_start else now
         silent = now - trial.user_attrs.get("progress", {}).get("seen", began)
-        if (process and claims.is_gone(process)) or silent > claims.stale_seconds:
+        if process is None:
+            # Killed between asking and claiming: nobody else would know whose it is.
+            is_lost = silent > min(_UNCLAIMED_SECONDS, claims.stale_seconds)
+        else:
+            is_lost = claims.is_gone(process) or silent > claims.stale_seconds
+        if is_lost:
             _tell_lost(study, trial)
 
 
@@ -117,7 +124,11 @@ def _claim(
 ) -> optuna.Trial | None:
     """Ask for a trial; None: others asked for the last ones at the same time."""
     trial = study.ask(fixed_distributions=dict(space))
-    trial.set_user_attr("process", claims.process)
+    try:
+        trial.set_user_attr("process", claims.process)
+    except optuna.exceptions.UpdateFinishedTrialError:
+        # So slow that others took it for one that nobody would claim.
+        return None
     earlier = sum(other.number < trial.number for other in counted(study))
     if earlier < num_trials:
         return trial
