@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -124,9 +125,11 @@ def launch(launcher: str, folder: Path, *params: str) -> subprocess.CompletedPro
     code = LAUNCHERS[launcher] + "from mlflow.cli import cli; cli()"
     words = ["run", str(ROOT), "-e", "report", "--env-manager", "local"]
     words += [word for one in params for word in ("-P", one)]
+    # The launcher starts the stage by whatever python comes first.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         [sys.executable, "-c", code, *words],
-        cwd=folder, capture_output=True, text=True, check=False,
+        cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
