@@ -219,7 +219,8 @@ def _server_lock(name: str) -> Iterator[None]:
             client.create_registered_model(lock, tags={"process": me})
             break
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            # Refused for a model that was gone when the store looked for it: just released.
+            if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                 raise
         if time.monotonic() > deadline:
             raise XsdError(f"{lock}: held by another machine; delete that model if it is gone")
