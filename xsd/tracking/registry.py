@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
@@ -219,17 +219,20 @@ def _server_lock(name: str) -> Iterator[None]:
             client.create_registered_model(lock, tags={"process": me})
             break
         except MlflowException as error:
-            # Refused for a model that was gone when the store looked for it: just released.
-            if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
+            # Held; or the store met others at work (it may miss a model that was just released).
+            is_late = time.monotonic() > deadline
+            if is_late and error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        if time.monotonic() > deadline:
+        if is_late:
             raise XsdError(f"{lock}: held by another machine; delete that model if it is gone")
         _break_if_stale(lock)
         time.sleep(_POLL_SECONDS)
     try:
         yield
     finally:
-        client.delete_registered_model(lock)
+        # Whoever was too slow has lost it already.
+        with suppress(MlflowException):
+            client.delete_registered_model(lock)
 
 
 def _break_if_stale(lock: str) -> None:
@@ -241,5 +244,5 @@ def _break_if_stale(lock: str) -> None:
         age = time.time() - held.creation_timestamp / 1000
         if store.is_gone(held.tags["process"]) or age > _STALE_SECONDS:
             client.delete_registered_model(lock)
-    except MlflowException:
+    except (MlflowException, KeyError):
         return  # released, or broken by another
