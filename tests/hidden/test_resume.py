@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import resource
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.hidden.test_store import CONFIG, run
+from tests.killing import kill_until_done
 from xsd.errors import XsdError
 from xsd.hidden import chunk, parts, writer
 from xsd.hidden.extract import extract, header
@@ -151,21 +150,10 @@ def test_sigkill_at_random_moments(
     pair: ModelPair, scenes: list[Scene], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Real processes, models included; killed until one of them comes to its end."""
-    fork = multiprocessing.get_context("fork")
-    draw, deaths, spared = random.Random(0), 0, 0.05
+    draw, deaths = random.Random(0), 0
     for number in range(3):
         folder = tmp_path / str(number)
-        while True:
-            child = fork.Process(target=_extract_in_child, args=(pair, scenes, folder))
-            child.start()
-            child.join(timeout=draw.uniform(0.0, spared))
-            if child.exitcode == 0:
-                break
-            os.kill(child.pid or 0, signal.SIGKILL)
-            child.join()
-            deaths += 1
-            # However slow the machine: a batch is answered at last.
-            spared *= 1.3
+        deaths += kill_until_done(_extract_in_child, pair, scenes, folder, draw=draw)
         assert files(folder) == whole
     assert deaths >= 6
 

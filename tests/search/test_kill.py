@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.killing import kill_until_done
 from tests.search.conftest import CLAIMS, Epochs, Objective, opened, search
 from xsd.search.study import LOST, state_of
 from xsd.search.trials import Trial
@@ -44,19 +43,7 @@ def _search_in_child(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    fork = multiprocessing.get_context("fork")
-    draw, deaths, spared = random.Random(0), 0, 0.05
-    while True:
-        child = fork.Process(target=_search_in_child, args=(tmp_path,))
-        child.start()
-        child.join(timeout=draw.uniform(0.0, spared))
-        if child.exitcode == 0:
-            break
-        os.kill(child.pid or 0, signal.SIGKILL)
-        child.join()
-        deaths += 1
-        # However slow the machine: a trial ends at last.
-        spared *= 1.2
+    deaths = kill_until_done(_search_in_child, tmp_path, draw=random.Random(0))
     assert deaths >= 3
     trials = opened(tmp_path).get_trials(deepcopy=False)
     states = [state_of(trial) for trial in trials]
