@@ -112,21 +112,18 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
     if not traces:
         return ""
     columns = [
-        *("config", "prefill ms", "decode ms", "total ms", "accepted", "accept rate", "tau"),
-        *("free drafts", "speedup", "modelled", "p5 to p95", "time p95", "slower", "drafting"),
-        "lossless",
+        *("config", "prefill ms", "decode ms", "total ms", "accepted", "tau", "free drafts"),
+        *("speedup", "modelled", "time p95", "slower", "drafting", "lossless"),
     ]
     rows = [
         [
             row["strategy"],
             *(f"{row[f'{name}_ms']:.1f}" for name in ("prefill", "decode", "total")),
             f"{row['tokens_accepted']:.1f}",
-            _text(row["accept_rate"], "{:.0%}"),
             _text(row["tau"], "{:.2f}"),
             _text(row["num_free"] or None, "{:.1f}"),
             f"{row['speedup']:.2f}{TIMES}",
             _text(row.get("modelled_speedup"), "{:.2f}" + TIMES),
-            f"{row['ratio_p5']:.2f} to {row['ratio_p95']:.2f}",
             f"{row['time_p95']:.2f}",
             f"{row['share_slower']:.0%}",
             f"{row['share_drafting']:.0%}",
