@@ -4,7 +4,8 @@
     python -m benchmarks.training --widths 4096 --vocab_size 32064 --device cuda --num_samples 6400
 
 The loop is as the seed document describes it: float32, batches of 64 as padded as their ``.pt``
-chunk is, one chunk read ahead by a thread, PyTorch's modules and AdamW as they come. Epochs of all
+chunk is, one chunk read ahead by a thread, PyTorch's modules and AdamW as they come. Its learning
+rate falls by the step as ours does, so that metrics compare nothing but the loops. Epochs of all
 arms take turns, so that whatever the machine does meanwhile touches all of them alike. Answers are
 made up (``synthetic_states``), of the lengths that the seed reports.
 """
@@ -34,7 +35,7 @@ from xsd.clock import PartTimes
 from xsd.files import write_json
 from xsd.learning.batches import OrderedBatches, TrainBatches
 from xsd.learning.config import FitConfig
-from xsd.learning.fit import fit
+from xsd.learning.fit import fit, learning_rate
 from xsd.metrics import score
 
 LEVEL = "L4"
@@ -180,10 +181,9 @@ class Bench:
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, config.num_epochs, config.eta_min
-        )
         random = torch.Generator().manual_seed(seed)
+        num_batches = sum(1 for _ in self._seeds_batches(torch.Generator()))
+        step = 0
         for _ in range(config.num_epochs):
             batches = self._seeds_batches(random)
             while True:
@@ -192,6 +192,8 @@ class Bench:
                 if batch is None:
                     break
                 drafter, verifier, mask = batch
+                optimizer.param_groups[0]["lr"] = learning_rate(config, step / num_batches, step)
+                step += 1
                 with times.part("forward, loss"):
                     out = model(drafter, mask)
                     loss = self._seeds_loss(out, verifier, mask)
@@ -202,7 +204,6 @@ class Bench:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_norm)
                     optimizer.step()
                 loss.item()
-            schedule.step()
             yield model.as_adapter()
 
     def _seeds_loss(self, out: Tensor, target: Tensor, mask: Tensor) -> Tensor:
