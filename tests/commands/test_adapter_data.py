@@ -10,6 +10,7 @@ from tests.commands.conftest import World
 from tests.hidden.test_store import seed_folder
 from xsd.commands.adapter_data import open_head, open_store
 from xsd.hidden import lm_head
+from xsd.hidden.index import signed
 from xsd.pairs.catalog import load_pair
 
 
@@ -27,7 +28,7 @@ def test_the_head_chooses_among_the_ids_that_decoding_chooses_among(
     path = tmp_path / "fewer/index.json"
     index = json.loads(path.read_text())
     index["config"]["vocab_size"] = pair.vocab_size - 3
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(signed(index)))
     pair.verifier.limit_vocab(pair.vocab_size - 3)
     cut = open_head(world.head, open_store(path.parent, "train"))
     hidden = torch.randn(5, pair.verifier.width)

@@ -23,6 +23,7 @@ from xsd.adapters.config import AdapterSizes
 from xsd.commands import evaluate as stage
 from xsd.commands.journal import Journal
 from xsd.counts import Counts
+from xsd.hidden.index import signed
 from xsd.metrics import Scored
 
 SIZES = AdapterSizes(num_heads=4, ffn_dim=16, bottleneck_dim=8, max_positions=16)
@@ -182,7 +183,7 @@ def many_answers(source: Path, target: Path, times: int) -> Path:
             for sample in chunk["samples"]
         ]
         index["chunks"].append({**chunk, "samples": samples, "start_idx": 6 * number})
-    (target / "index.json").write_text(json.dumps(index))
+    (target / "index.json").write_text(json.dumps(signed(index)))
     return target
 
 

@@ -14,6 +14,7 @@ import pytest
 from tests.commands.conftest import World
 from tests.hidden.test_store import seed_folder
 from xsd.cli import main
+from xsd.hidden.index import signed
 from xsd.hidden.store import HiddenStore
 from xsd.tracking.run import stage_run
 
@@ -115,7 +116,7 @@ def renamed(source: Path, folder: Path, recording: str) -> Path:
     index["visual"][0]["scenes"] = [
         scene.replace("test_0000", recording) for scene in index["visual"][0]["scenes"]
     ]
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "index.json").write_text(json.dumps(signed(index)))
     return folder
 
 
@@ -211,7 +212,7 @@ def test_an_index_that_leaves_its_folder(
     fs = fsspec.filesystem("memory")
     index = json.loads(fs.cat_file("/bucket/a/index.json"))
     index["chunks"][0]["path"] = path
-    fs.pipe_file("/bucket/a/index.json", json.dumps(index).encode())
+    fs.pipe_file("/bucket/a/index.json", json.dumps(signed(index)).encode())
     store("verify", f"{memory}/a", expect=2)
     told = capsys.readouterr()
     assert "leaves the folder" in told.err or "it is missing" in told.out
@@ -234,7 +235,7 @@ def test_visual_states_are_written_where_the_target_is(
     hostile.parent.mkdir(parents=True, exist_ok=True)
     visual.rename(hostile)
     index["visual"][0]["path"] = name
-    (source / "index.json").write_text(json.dumps(index))
+    (source / "index.json").write_text(json.dumps(signed(index)))
     store("convert", source, "--target", tmp_path / "target", "--dtype", "fp32")
     assert victim.read_text() == "here first"
     assert [x.name for x in (tmp_path / "target/visual").iterdir()] == [victim.name]

@@ -13,7 +13,7 @@ from xsd.errors import XsdError
 from xsd.hidden import store as store_module
 from xsd.hidden.config import ExtractConfig
 from xsd.hidden.extract import extract, header
-from xsd.hidden.index import INDEX, Half
+from xsd.hidden.index import CHECKSUM, INDEX, Half, signed
 from xsd.hidden.plan import plan_batches
 from xsd.hidden.store import HiddenStore, find_folder, folder_name
 from xsd.hidden.writer import HiddenWriter
@@ -122,7 +122,7 @@ def test_truncated_or_missing_chunks_are_found_at_once(copy: Path) -> None:
 
 def edit_index(folder: Path, **changes: object) -> None:
     index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, **changes}))
+    (folder / INDEX).write_text(json.dumps(signed({**index, **changes})))
 
 
 def test_bad_indices(copy: Path, tmp_path: Path) -> None:
@@ -145,6 +145,19 @@ def test_bad_indices(copy: Path, tmp_path: Path) -> None:
     (copy / INDEX).write_text("{")
     with pytest.raises(XsdError, match="cannot be read as JSON"):
         HiddenStore.open(copy)
+
+
+def test_a_quiet_edit_of_an_index(copy: Path) -> None:
+    """No field is wrong by itself: another key, which is as unique as the first."""
+    text = (copy / INDEX).read_text()
+    key = json.loads(text)["chunks"][0]["samples"][0]["key"]
+    (copy / INDEX).write_text(text.replace(f'"{key}"', f'"{key}0"'))
+    with pytest.raises(XsdError, match=r"index\.json: not as it was written"):
+        HiddenStore.open(copy)
+    content = json.loads(text)
+    del content[CHECKSUM]
+    (copy / INDEX).write_text(json.dumps(content))
+    assert HiddenStore.open(copy).keys()[0] == key, "an index without a checksum is read too"
 
 
 def test_find_folder(folder: Path, copy: Path, tmp_path: Path) -> None:

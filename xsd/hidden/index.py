@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xsd.errors import XsdError
-from xsd.files import read_json, write_json
+from xsd.files import read_json, sha256_json, write_json
 from xsd.types import Split
 
 INDEX = "index.json"
@@ -17,6 +17,8 @@ FORMAT = "xsd.hidden/1"
 CHUNKS, VISUAL = "chunks", "visual"
 HAS_IDS = "has_ids"
 """In a configuration: false where chunks were converted from published ones, which have none."""
+CHECKSUM = "sha256"
+"""Of the index's other content; the seed's index and our first ones have none."""
 Half = Literal["train", "test"]
 """The two folders of an extraction; 'train' holds the val recordings too."""
 SEED_QUESTIONS = 10
@@ -120,7 +122,13 @@ class Index:
             "visual": [asdict(entry) for entry in self.visual],
             "failures": [asdict(failure) for failure in self.failures],
         }
-        write_json(folder / INDEX, {**seed, **ours})
+        write_json(folder / INDEX, signed({**seed, **ours}))
+
+
+def signed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An index's content with the checksum that it should have."""
+    rest = {name: value for name, value in content.items() if name != CHECKSUM}
+    return {**rest, CHECKSUM: sha256_json(rest)}
 
 
 def _chunk_as_dict(chunk: ChunkEntry) -> dict[str, Any]:
@@ -151,6 +159,8 @@ def parse_index(content: Any, path: str) -> Index:
     try:
         if content.get("format", FORMAT) != FORMAT:
             raise XsdError(f"{path}: format {content['format']!r}, {FORMAT!r} is read here")
+        if CHECKSUM in content and content != signed(content):
+            raise XsdError(f"{path}: not as it was written (its checksum differs); extract again")
         index = _own_index(content) if "format" in content else _seed_index(content)
         int(index.header.config.get("vocab_size") or 0)
     except XsdError:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.commands.bad_input.conftest import Damage, Hostile, Refused, cut, train
 from tests.commands.conftest import World
 from xsd.files import sha256_file, write_json
+from xsd.hidden.index import signed
 
 
 def _altered(path: Path) -> None:
@@ -60,7 +61,7 @@ def test_states_that_are_not_finite(
             tensors["verifier_hidden"][0, 0] = float(value)
             save_file(tensors, path)
             entry.update(sha256=sha256_file(path), num_bytes=path.stat().st_size)
-        write_json(folder / "index.json", index)
+        write_json(folder / "index.json", signed(index))
     assert "the loss became" in refused(*train(world, data))
     given = ["--checkpoint", trained, "--lm_head", world.head]
     line = refused("evaluate", *given, "--data", next(data.glob("chunked_test*")))
@@ -98,7 +99,7 @@ def test_an_index_that_was_edited(world: World, refused: Refused, data: Path, na
     [path] = data.glob("chunked_train*/index.json")
     index = json.loads(path.read_text())
     EDITS[name](index)
-    write_json(path, index)
+    write_json(path, signed(index))
     line = refused(*train(world, data, "--level", "E3"))
     assert "chunked_train" in line
 
@@ -120,7 +121,7 @@ def test_an_index_of_chunks_is_not_trusted(
         index["chunks"][0]["path"] = "../../../../etc/passwd"
     else:
         index.update(change)
-    write_json(path, index)
+    write_json(path, signed(index))
     assert message in refused(*train(world, data))
 
 

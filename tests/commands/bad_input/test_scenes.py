@@ -15,6 +15,7 @@ from tests.commands.bad_input.conftest import Damage, Hostile, Refused, cut, ext
 from tests.commands.conftest import World, xsd
 from xsd.errors import XsdError
 from xsd.files import write_json
+from xsd.hidden.index import signed
 from xsd.hidden.store import HiddenStore
 from xsd.scenes.layout import INDEX_NAME
 
@@ -129,7 +130,8 @@ def test_a_split_that_is_empty(world: World, refused: Refused, scenes: Path) -> 
     # Training answers alone can neither validate nor be scored.
     index = next(world.data.glob("chunked_train*")) / "index.json"
     shutil.copytree(index.parent, "no_val")
-    Path("no_val/index.json").write_text(index.read_text().replace('"val"', '"train"'))
+    content = json.loads(index.read_text().replace('"val"', '"train"'))
+    write_json(Path("no_val/index.json"), signed(content))
     assert "its val split is empty; give --val_data" in refused(*train(world, Path("no_val")))
 
 
