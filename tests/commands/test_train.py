@@ -193,3 +193,25 @@ def test_a_fresh_checkout_makes_what_it_lacks(
     assert tags(run)["input.data"] == f"runs:/{runs('extract')[0].info.run_id}"
     xsd("train", *words, "--level", "E3")
     assert len(runs("extract")) == 1
+
+
+def test_what_is_lacking_is_made_by_the_recipe(
+    world: World,
+    runs: Callable[..., list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of every stage before: its own section, and its level's."""
+    from xsd.commands import scenes
+
+    monkeypatch.setattr(scenes, "perform", lambda _: products.from_path(world.scenes))
+    recipe = tmp_path / "recipe.yaml"
+    small = "{num_heads: 2, ffn_dim: 16, num_epochs: 1, batch_size: 4}"
+    recipe.write_text(
+        f"extract: {{max_new_tokens: 5}}\ntrain: {small}\ntrain.L4: {{dropout: 0.25}}\n"
+    )
+    words = [*world.pair_flags, "--config", str(recipe)]
+    xsd("evaluate", *words, "--level", "L4")
+    [extract, train] = [runs(stage)[0].data.params for stage in ("extract", "train")]
+    assert extract["cfg.max_new_tokens"] == "5"
+    assert (train["cfg.dropout"], train["cfg.num_epochs"]) == ("0.25", "1")

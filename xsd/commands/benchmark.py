@@ -124,7 +124,6 @@ def _shown(records: Iterator[Trace | Failure], total: int) -> Iterator[Trace | F
 
 def _adapter(name: str, config: Config) -> Product:
     """The champion of the level; a fresh one is trained and promoted where there is none."""
-    from xsd.commands import promote, train
     from xsd.tracking import products, registry
 
     level, _, mode = name.partition(":")
@@ -133,8 +132,8 @@ def _adapter(name: str, config: Config) -> Product:
     key = f"{level}-free" if mode == "free" else level
     if registry.champion(config.pair, key) is None:
         conditioning = "free_running" if mode == "free" else "teacher_forced"
-        trained = stage.make(train, config, level=level, conditioning=conditioning)
-        stage.make(promote, config, candidate=trained.uri)
+        trained = stage.make("train", config, level=level, conditioning=conditioning)
+        stage.make("promote", config, candidate=trained.uri)
     return products.load(registry.champion_uri(config.pair, key), {"pair": config.pair})
 
 

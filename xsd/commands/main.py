@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xsd.cli import STAGES, main
+from xsd.commands.stage import settings
 from xsd.commands.workers import workers
 from xsd.config import Level
 from xsd.errors import XsdError
@@ -53,22 +54,14 @@ class _Stages:
 
     def settings(self, stage: str, **overrides: object) -> Any:
         """The stage's configuration: the recipe's section and what came out of the others."""
-        from xsd.cli import section_class
-        from xsd.config import parse
-
-        flags = ["--config", str(self.config.recipe), "--pair", self.config.pair]
-        for name, value in overrides.items():
-            flags += [f"--{name}", str(value)]
-        return parse(_module(stage).Config, flags, prog=f"xsd {stage}", sections=section_class)
+        return settings(stage, self.config.recipe, pair=self.config.pair, **overrides)
 
     def perform(self, stage: str, **overrides: object) -> Product:
         """Run (or reuse) one stage."""
-        product: Product = _module(stage).perform(self.settings(stage, **overrides))
+        product: Product = import_module(f"xsd.commands.{stage}").perform(
+            self.settings(stage, **overrides)
+        )
         return product
-
-
-def _module(stage: str) -> Any:
-    return import_module(f"xsd.commands.{stage}")
 
 
 def run(config: Config) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xsd.errors import XsdError
@@ -27,6 +28,8 @@ class StageConfig:
 
     rerun: bool = False
     """Run even if a finished run with the same key is there."""
+    recipe: Path | None = None
+    """Recipe by which missing inputs are made; --config gives it too."""
 
 
 def perform(
@@ -93,7 +96,9 @@ def stage_key(stage: str, config: Any, inputs: Mapping[str, Product], rooms: Seq
 def _values(config: Any) -> dict[str, Any]:
     from xsd.config import resolved
 
-    return {name: value for name, value in resolved(config).items() if name != "rerun"}
+    return {
+        name: value for name, value in resolved(config).items() if name not in ("rerun", "recipe")
+    }
 
 
 def upstream(
@@ -121,16 +126,32 @@ def upstream(
     if found is not None and not reuse.damage(found):
         print(f"{stage}: takes {found.uri}")
         return found
+    return make(stage, config, **overrides)
+
+
+def make(stage: str, config: Any, **overrides: Any) -> Product:
+    """Perform another stage by the asking one's recipe, its shared fields, and ``overrides``."""
     module = import_module(f"xsd.commands.{stage}")
-    return make(module, config, **overrides)
-
-
-def make(module: Any, config: Any, **overrides: Any) -> Product:
-    """Perform another stage with its defaults, this stage's shared fields, and ``overrides``."""
     shared = ("seed", *(field.name for field in fields(PairConfig)))
     names = {field.name for field in fields(module.Config)}
     values = {
         name: getattr(config, name) for name in shared if name in names and hasattr(config, name)
     }
-    product: Product = module.perform(module.Config(**{**values, **overrides}))
+    product: Product = module.perform(settings(stage, config.recipe, **{**values, **overrides}))
     return product
+
+
+def settings(stage: str, recipe: Path | None, **values: Any) -> Any:
+    """A stage's configuration: defaults, the recipe's section for it, and values (None: not given).
+
+    Raises:
+        XsdError: the recipe or a value is refused.
+    """
+    from xsd.cli import section_class
+    from xsd.config import parse
+
+    flags = [] if recipe is None else ["--config", str(recipe)]
+    for name, value in values.items():
+        flags += [] if value is None else [f"--{name}", str(value)]
+    config_class = import_module(f"xsd.commands.{stage}").Config
+    return parse(config_class, flags, prog=f"xsd {stage}", sections=section_class)

@@ -75,7 +75,7 @@ def _sweep(run: Run, inputs: Inputs, config: Config) -> None:
 
     # The same question, asked for more trials or in another place, goes on with its study.
     elsewhere = {*("num_trials", "num_workers", "storage", "stale_minutes")}
-    elsewhere |= {"output_dir", "rerun", "space"}
+    elsewhere |= {"output_dir", "rerun", "recipe", "space"}
     asked = {name: text for name, text in resolved(config).items() if name not in elsewhere}
     digests = {role: product.digest for role, product in inputs.items()}
     from xsd.files import sha256_json
