@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -92,3 +93,32 @@ def test_the_share_of_a_lost_launch_is_picked_up(world: World, workplace: Path) 
     assert main(words(world, "lost")) == 0
     assert main(words(world, "one")) == 0
     assert_equal(Path("one/chunked_train_1s_fp32"), folder)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_launch_that_loses_one_process_ends_and_goes_on(
+    world: World, workplace: Path, rank: int
+) -> None:
+    """Nobody waits for the dead one; the same launch, asked again, has all its answers."""
+    folder = Path("lost/chunked_train_1s_fp32")
+    lost = launched(world, "lost", 2)
+    while lost.poll() is None and not [*folder.glob(".parts/part_*"), *folder.glob("chunks/*")]:
+        time.sleep(0.02)
+    [worker] = [child for child in children(lost.pid) if child.environ().get("RANK") == str(rank)]
+    worker.kill()
+    told, _ = lost.communicate(timeout=300)
+    assert lost.returncode != 0, told
+    assert not children(lost.pid)
+    again = launched(world, "lost", 2)
+    told, _ = again.communicate(timeout=600)
+    assert again.returncode == 0, told
+    assert main(words(world, "one")) == 0
+    assert_equal(Path("one/chunked_train_1s_fp32"), folder)
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """Live processes below one, which may itself be gone."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.adapter_data import find_inputs, open_head, open_store
-from xsd.commands.processes import Processes
+from xsd.commands.processes import Processes, lead_or_serve
 from xsd.config import Level, variant
 from xsd.pairs.config import PairConfig
 from xsd.speedup_config import CostsConfig
@@ -155,14 +155,11 @@ def _given_folder(config: Config) -> Path | None:
 
 
 def run(config: Config) -> None:
-    processes = Processes.launched(config.device)
-    if processes.is_main:
-        perform(config, processes)
-        processes.tell(None)
-        return
-    nothing: Task | None = None
-    while (task := processes.tell(nothing)) is not None:
-        _evaluate(task, config, processes)
+    lead_or_serve(
+        config.device,
+        lambda processes: perform(config, processes),
+        lambda task, processes: _evaluate(task, config, processes),
+    )
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.lm_head import pair_inputs
-from xsd.commands.processes import Processes
+from xsd.commands.processes import Processes, lead_or_serve
 from xsd.errors import XsdError
 from xsd.hidden.config import ExtractConfig
 from xsd.pairs.config import PairConfig
@@ -141,19 +142,15 @@ def _halves(config: Config, scenes: Sequence[Scene]) -> list[Half]:
 
 
 def run(config: Config) -> None:
-    processes = Processes.launched(config.device)
-    if processes.is_main:
-        perform(config, processes)
-        processes.tell(None)
-        return
-    from xsd.commands.extract_half import Task, extract_half
+    from xsd.commands.extract_half import extract_half
     from xsd.pairs.catalog import load_pair
 
-    pair = None
-    nothing: Task | None = None
-    while (task := processes.tell(nothing)) is not None:
-        pair = pair or load_pair(config)
-        extract_half(task, pair, config, processes)
+    pair = cache(lambda: load_pair(config))
+    lead_or_serve(
+        config.device,
+        lambda processes: perform(config, processes),
+        lambda task, processes: extract_half(task, pair(), config, processes),
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,21 +26,27 @@ class Processes:
     group: Any = None
 
     @classmethod
-    def launched(cls, device: str) -> Processes:
+    @contextmanager
+    def launched(cls, device: str) -> Iterator[Processes]:
         """All processes of the launch that this one belongs to; alone, where there was none.
 
         Args:
             device: ``cpu``, or ``auto``: then each has the GPU of its rank on its host.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
+            yield cls()
+            return
         import torch.distributed
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         # Objects travel through host memory, whatever the devices talk through.
         group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-        return cls(state.process_index, state.num_processes, group)
+        try:
+            yield cls(state.process_index, state.num_processes, group)
+        finally:
+            # Threads that still wait for the others would abort a process that exits.
+            state.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
@@ -83,6 +90,27 @@ class Processes:
         except RuntimeError as error:
             raise _lost(error) from error
         return values
+
+
+def lead_or_serve(
+    device: str,
+    lead: Callable[[Processes], object],
+    serve: Callable[[Any, Processes], object],
+) -> None:
+    """Run a command in all processes of its launch.
+
+    Args:
+        lead: what the main one does; it tells the others their tasks.
+        serve: what the others do with each, until the main one is done.
+    """
+    with Processes.launched(device) as processes:
+        if processes.is_main:
+            lead(processes)
+            processes.tell(None)
+            return
+        nothing: Any = None
+        while (task := processes.tell(nothing)) is not None:
+            serve(task, processes)
 
 
 def _lost(error: RuntimeError) -> XsdError:

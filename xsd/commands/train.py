@@ -13,7 +13,7 @@ from xsd.adapters.config import AdapterSizes
 from xsd.cli import main
 from xsd.commands import stage
 from xsd.commands.adapter_data import DataConfig, TrainingData, find_inputs
-from xsd.commands.processes import Processes
+from xsd.commands.processes import Processes, lead_or_serve
 from xsd.commands.progress import progress
 from xsd.config import Level, resolved, variant
 from xsd.errors import XsdError
@@ -282,17 +282,18 @@ def _history(folder: Path) -> list[EpochReport]:
 
 
 def run(config: Config) -> None:
-    processes = Processes.launched(config.device)
-    if processes.is_main:
-        perform(config, processes)
-        processes.tell(None)
-        return
-    nothing: Task | None = None
-    while (task := processes.tell(nothing)) is not None:
-        data = TrainingData.open(task.inputs)
-        _, reports = fit_reports(config, data, task.state, processes)
-        for _ in reports:
-            pass
+    lead_or_serve(
+        config.device,
+        lambda processes: perform(config, processes),
+        lambda task, processes: _serve(task, config, processes),
+    )
+
+
+def _serve(task: Task, config: Config, processes: Processes) -> None:
+    """A share of a training that the main process leads."""
+    _, reports = fit_reports(config, TrainingData.open(task.inputs), task.state, processes)
+    for _ in reports:
+        pass
 
 
 if __name__ == "__main__":
