@@ -35,6 +35,7 @@ _MODULES = {
     "pack": "products",
     "project": "encoder",
     "read_pass": "decoder",
+    "remember": "drafter",
     "share_of_pass": "decoder",
     "speak": "answer",
     "verify": "answer",

@@ -50,16 +50,18 @@ def _fuse(drafter, verifier, panels, bias, factor, eps, known):
 
 
 @exact
-def _remember(states, panels, bias, eps, keys, values, column):
-    """Drafter states of one answer become keys and values of its cross-attention.
+def remember(states, panels, bias, eps, memory_keys, memory_values, column):
+    """States become keys and values of cross-attention, as many for each of B answers or clips.
 
     Args:
-        states: [n, D].
+        states: [B n, D].
         panels: [L, P, D, 64], behind a norm; bias: [L, 64 P].
-        keys: [L, H, Dh, columns], written from ``column`` on; values: [L, H, columns, Dh].
+        memory_keys: [L, B, H, Dh, columns], written from ``column`` on; memory_values: [L, B, H,
+            columns, Dh].
     """
-    num_layers, num_heads, head_dim, _ = keys.shape
+    num_layers, batch, num_heads, head_dim, _ = memory_keys.shape
     num_rows, width = states.shape
+    each = num_rows // batch
     normed = np.empty((num_rows, width), np.float32)
     projected = np.empty((num_rows, bias.shape[1]), np.float32)
     for r in range(num_rows):
@@ -68,12 +70,13 @@ def _remember(states, panels, bias, eps, keys, values, column):
         for r in range(num_rows):
             projected[r] = bias[layer]
         add_product(normed, panels[layer], projected)
-        for h in range(num_heads):
-            start = h * head_dim
-            place(
-                projected, start, start + width, 0, num_rows, keys[layer, h], values[layer, h],
-                column,
-            )  # fmt: skip
+        for b in range(batch):
+            for h in range(num_heads):
+                start = h * head_dim
+                place(
+                    projected, start, start + width, b * each, (b + 1) * each,
+                    memory_keys[layer, b, h], memory_values[layer, b, h], column,
+                )  # fmt: skip
 
 
 @exact
@@ -93,18 +96,12 @@ def enter_rows(
         known: [B R, D], as for ``head_pass``: added to.
         states: [B R, D], overwritten: what ``head_pass`` takes.
     """
-    bridge, fuse, fuse_bias, factor, remember, remember_bias, is_raw = entry
+    bridge, fuse, fuse_bias, factor, remembered, remembered_bias, is_raw = entry
     width = known.shape[1]
     entered = np.empty((drafter.shape[0], width), np.float32)
     _bridge(drafter, bridge, entered)
-    if remember.shape[0]:
-        batch = memory_keys.shape[1]
-        each = drafter.shape[0] // batch
-        for b in range(batch):
-            _remember(
-                entered[b * each : (b + 1) * each], remember, remember_bias, eps,
-                memory_keys[:, b], memory_values[:, b], column,
-            )  # fmt: skip
+    if remembered.shape[0]:
+        remember(entered, remembered, remembered_bias, eps, memory_keys, memory_values, column)
         states[:] = verifier
     elif fuse.shape[0]:
         _fuse(entered, verifier, fuse, fuse_bias, factor, eps, known)
