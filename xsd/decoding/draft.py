@@ -293,6 +293,9 @@ class HeadDrafter:
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
         self._kept: AdapterCache | CompiledCache | None = None
+        # Not the verifier's random numbers: a draft must not know what it will be held against.
+        self._draws = random.Random(f"drafts {self.options.seed}").getrandbits(32)
+        self._generator = torch.Generator(tables.embedding.device)
         self._tokens = tables.embedding
         self._is_read = self._reads_token and self._tokens.nbytes <= READ_TOKENS_BYTES
         if self._is_read:
@@ -310,10 +313,7 @@ class HeadDrafter:
         else:
             self._kept.begin_sample(visual)
         self._reader = reader
-        # Not the verifier's random numbers: a draft must not know what it will be held against.
-        device = self.tables.embedding.device
-        seed = random.Random(f"drafts {self.options.seed}").getrandbits(32)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator.manual_seed(self._draws)
 
     @torch.inference_mode()
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:

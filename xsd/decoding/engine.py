@@ -300,7 +300,8 @@ class Engine:
         num_said = 1 + len(early)
         wants_all = speculator is not None and speculator.wants_prefilled
         if wants_all:
-            states = torch.cat([*read, verifier.forward(rows, self._cache)[0]])
+            last = verifier.forward(rows, self._cache)[0]
+            states = torch.cat([*read, last]) if read else last
         else:
             # Nobody else reads the states of a prompt, so they need not be made.
             states = verifier.prefill(rows, self._cache, num_said)[0]

@@ -33,6 +33,7 @@ _MODULES = {
     "head_pass": "head",
     "normalise_image": "images",
     "pack": "products",
+    "pool": "drafter",
     "project": "encoder",
     "read_pass": "decoder",
     "remember": "drafter",

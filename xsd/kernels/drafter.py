@@ -12,7 +12,7 @@ from xsd.kernels.decoder import decoder_pass
 from xsd.kernels.head import head_pass
 from xsd.kernels.options import exact
 from xsd.kernels.products import add_product
-from xsd.kernels.rows import ONE, centre
+from xsd.kernels.rows import ONE, ZERO, centre
 
 
 @exact
@@ -77,6 +77,24 @@ def remember(states, panels, bias, eps, memory_keys, memory_values, column):
                     projected, start, start + width, b * each, (b + 1) * each,
                     memory_keys[layer, b, h], memory_values[layer, b, h], column,
                 )  # fmt: skip
+
+
+@exact
+def pool(states, means):
+    """Means [K, D] over runs of neighbours: of ``states`` [n, D], row i is in run i * K // n."""
+    num_rows, num_runs = states.shape[0], means.shape[0]
+    start = 0
+    for k in range(num_runs):
+        means[k] = ZERO
+        stop = start
+        while stop < num_rows and stop * num_runs // num_rows == k:
+            for j in range(means.shape[1]):
+                means[k, j] += states[stop, j]
+            stop += 1
+        size = np.float32(stop - start)
+        for j in range(means.shape[1]):
+            means[k, j] /= size
+        start = stop
 
 
 @exact
