@@ -172,19 +172,24 @@ class Adaptive(Policy):
         self.costs, self._is_timed = costs, is_timed
         pace = np.zeros(7)
         pace[rules.TOKEN_MS], pace[rules.MEAN] = costs.step, 0.7
-        pace[[rules.FIRST_MS, rules.LEVEL_MS]] = 0.2 * costs.step
+        # Thought to cost nothing until it has been timed: the first to do so says what it costs.
+        pace[rules.FIRST_MS] = costs.cycle_ms
         pace[rules.LENGTH] = rules.SHORTEST_REST
         seen = np.zeros((2, rules.NUM_BUCKETS))
         self.rule = (seen[0].copy(), seen[1].copy(), np.array(costs.verify_ms, float), pace)
         self._load = 1.0
         """How much slower the machine is now than when the costs were measured; the times above
         are those of then, so that they can be compared."""
+        self._is_cold = True
+        """Nobody has drafted in this answer, or since a rest: that takes several times as long as
+        the next draft will, and whoever judged by it would draft ever more rarely."""
         self._ways: dict[Way, _Tried] = {}
         self._gap_tried: list[float] = []
         self._gap_held: list[float] = []
         """Of the gap's drafts by position: verified, and held with all before (of late)."""
 
     def way(self, ways: Sequence[Way]) -> Way:
+        self._is_cold = True
         if ways[0] == "plain" and self.rule[3][rules.LEFT] >= _LONG:
             return "plain"
         if not self._is_timed:
@@ -241,6 +246,7 @@ class Adaptive(Policy):
 
     def rested(self, num_cycles: int) -> None:
         pace = self.rule[3]
+        self._is_cold = self._is_cold or num_cycles > 0
         pace[rules.LEFT] = max(0.0, pace[rules.LEFT] - num_cycles)
 
     def chance(self, confidence: float) -> float:
@@ -264,22 +270,22 @@ class Adaptive(Policy):
     def learn(
         self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
     ) -> None:
-        expected_ms = self._load * self.costs.verify(len(draft) + 1)
-        self._load *= 1.05 if verifying_ms > expected_ms else 0.95
-        # Follows the median: a machine that was busy for a moment is no slower for that.
-        pace = self.rule[3]
         num_levels = max(1, draft.depth)
-        is_slower = drafting_ms / (num_levels * self._load) > pace[rules.LEVEL_MS]
-        pace[rules.LEVEL_MS] *= 1.05 if is_slower else 0.95
+        if self._is_cold:
+            self._is_cold = False
+        else:
+            self._follow(drafting_ms / num_levels, verifying_ms, len(draft) + 1)
+        told = _as_arrays(self._told(draft))
+        rules.learn(self.rule, *told, np.array(path, np.int64), num_levels)
+
+    def _follow(self, level_ms: float, pass_ms: float, num_rows: int) -> None:
+        """What drafting costs by now, and how busy the machine is: the medians, for one that was
+        busy for a moment is no slower for that."""
+        self._load *= 1.05 if pass_ms > self._load * self.costs.verify(num_rows) else 0.95
+        pace = self.rule[3]
+        known_ms = float(pace[rules.LEVEL_MS]) or level_ms / self._load
+        pace[rules.LEVEL_MS] = known_ms * (1.05 if level_ms > self._load * known_ms else 0.95)
         pace[rules.FIRST_MS] = pace[rules.LEVEL_MS] + self.costs.cycle_ms
-        parents = draft.parents or range(-1, len(draft) - 1)
-        rules.learn(
-            self.rule,
-            np.array(parents, np.int64),
-            np.array(self._told(draft).confidence, float),
-            np.array(path, np.int64),
-            num_levels,
-        )
 
     def _told(self, draft: Draft) -> Draft:
         """A draft whose drafter says nothing of its chances is as good as its others were."""
@@ -317,10 +323,11 @@ class _Tried:
 
 def joint_chances(draft: Draft, policy: Policy) -> list[float]:
     """Of every drafted token, that it holds with all before it."""
-    assert draft.confidence is not None
-    parents = draft.parents or range(-1, len(draft) - 1)
-    joint: list[float] = []
-    for parent, confidence in zip(parents, draft.confidence, strict=True):
-        before = 1.0 if parent == -1 else joint[parent]
-        joint.append(before * policy.chance(confidence))
-    return joint
+    found: list[float] = rules.joint_chances(policy.rule, *_as_arrays(draft)).tolist()
+    return found
+
+
+def _as_arrays(draft: Draft) -> tuple[np.ndarray, np.ndarray]:
+    """Parents and confidence, as the rule takes them."""
+    parents = np.arange(-1, len(draft) - 1) if draft.parents is None else draft.parents
+    return np.asarray(parents, np.int64), np.array(draft.confidence, float)
