@@ -212,14 +212,26 @@ def test_a_drafter_that_does_not_pay_is_left_off(load: float) -> None:
 
 
 def test_a_gap_is_verified_as_far_as_it_holds() -> None:
+    drafts, rest = Draft([1] * 11), Draft([1] * 10)
     good = Adaptive(CHEAP)
-    for _ in range(20):
-        good.learn_gap(10, 8)
-    assert 8 <= good.gap_size(10) <= 9
+    for _ in range(200):
+        good.learn_gap(drafts, 9)
+    assert 8 <= good.gap_size(rest) <= 9
     bad = Adaptive(CHEAP)
-    for _ in range(20):
-        bad.learn_gap(10, 0)
-    assert bad.gap_size(10) == 0
+    for _ in range(200):
+        bad.learn_gap(drafts, 1)
+    assert bad.gap_size(rest) == 0
+
+
+def test_a_gap_is_verified_as_far_as_its_drafter_is_rightly_sure() -> None:
+    policy = Adaptive(CHEAP)
+    sure = [0.97] * 4 + [0.2] * 4
+    rest = Draft([1] * 8, confidence=sure)
+    assert policy.gap_size(rest) == 5, "the fifth may well hold, those behind it will not"
+    assert policy.gap_size(Draft([1] * 8, confidence=sure[::-1])) <= 2
+    for _ in range(200):
+        policy.learn_gap(Draft([1] * 9, confidence=[0.2, *sure]), 1)
+    assert policy.gap_size(rest) == 0, "sure, and wrong"
 
 
 def test_whoever_drafts_in_vain_rests_for_whole_answers() -> None:

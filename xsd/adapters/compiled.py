@@ -292,7 +292,7 @@ class CompiledCache:
         vocabulary: Vocabulary,
         drafter: ReadAlong,
         shift: int,
-    ) -> list[int]:
+    ) -> tuple[list[int], list[float]]:
         """At most ``gamma`` tokens behind an answer; at each step ``drafter`` reads the last one.
 
         Args:
@@ -300,20 +300,22 @@ class CompiledCache:
             first: position of the first row that is not, or not rightly, in the cache.
             states: the verifier's from there on, where the level reads any.
             shift: the level's.
+
+        Returns them, and how probable each is.
         """
         assert self.head.entry is not None and len(said) + gamma - shift <= self.max_length
         sequence = np.empty(len(said) + gamma, np.int64)
         sequence[: len(said)] = said
+        confidence = np.empty(gamma)
         count, drafter.num_read = kernels.coupled_chain(
             sequence, len(said), drafter.num_read, drafter.prompt_length, drafter.states,
             drafter.embedding, drafter.decoder, first, shift, states.contiguous().numpy(),
             vocabulary.table, self._positions, vocabulary.eos, vocabulary.panels,
             vocabulary.num_ids,
             tuple(self.head.entry), (*self.head.weights, *self.head.biases), *self.head.options,
-            self._keys, self._values, *self._memory,
+            self._keys, self._values, *self._memory, confidence,
         )  # fmt: skip
-        found: list[int] = sequence[len(said) : len(said) + count].tolist()
-        return found
+        return sequence[len(said) : len(said) + count].tolist(), confidence[:count].tolist()
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Only these rows of the batch go on (finished answers retire)."""

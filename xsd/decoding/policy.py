@@ -13,10 +13,12 @@ because of what it turned out to be would change the distribution of what is sai
 
 from __future__ import annotations
 
+import operator
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -112,12 +114,14 @@ class Policy:
     def learn_answer(self, way: Way, answer: Decoded) -> None:
         """What an answer took in that way."""
 
-    def gap_size(self, size: int) -> int:
-        """How many of ``size`` drafts to verify after the prefill has confirmed one more."""
-        return size
+    def gap_size(self, draft: Draft) -> int:
+        """How many of the gap's further drafts to verify, the prefill having confirmed its first.
+        They are a chain of chosen tokens, so how sure their drafter is may decide: it knows nothing
+        of what the verifier will draw."""
+        return len(draft)
 
-    def learn_gap(self, verified: int, accepted: int) -> None:
-        """How many of the gap's drafts were verified, and held."""
+    def learn_gap(self, draft: Draft, held: int) -> None:
+        """Of all the gap's drafts so many equal what was said, before the first that does not."""
 
     def learn_drafting(self, first_ms: float, level_ms: float) -> None:
         """What drafting costs: a cycle's first level, and each further one."""
@@ -184,9 +188,7 @@ class Adaptive(Policy):
         """Nobody has drafted in this answer, or since a rest: that takes several times as long as
         the next draft will, and whoever judged by it would draft ever more rarely."""
         self._ways: dict[Way, _Tried] = {}
-        self._gap_tried: list[float] = []
-        self._gap_held: list[float] = []
-        """Of the gap's drafts by position: verified, and held with all before (of late)."""
+        self._gap = _GapChances()
 
     def way(self, ways: Sequence[Way]) -> Way:
         self._is_cold = True
@@ -214,19 +216,11 @@ class Adaptive(Policy):
         tried = self._ways.setdefault(way, _Tried())
         tried.times.append(answer.total_ms / self.costs.plain_ms(num_tokens))
 
-    def gap_size(self, size: int) -> int:
-        # Positions that were never tried are thought as good as the last that was.
-        counts = zip(self._gap_held, self._gap_tried, strict=True)
-        chances = [(held + 0.2) / (tried + 1.0) for held, tried in counts]
-        chances += (chances[-1:] or [0.5]) * (size - len(chances))
-        return self._best_size(chances[:size])
+    def gap_size(self, draft: Draft) -> int:
+        return self._best_size(self._gap.joint(draft, 1))
 
-    def learn_gap(self, verified: int, accepted: int) -> None:
-        self._gap_tried += [0.0] * (verified - len(self._gap_tried))
-        self._gap_held += [0.0] * (verified - len(self._gap_held))
-        for k in range(verified):
-            self._gap_tried[k] = 0.9 * self._gap_tried[k] + 1.0
-            self._gap_held[k] = 0.9 * self._gap_held[k] + (k < accepted)
+    def learn_gap(self, draft: Draft, held: int) -> None:
+        self._gap.learn(draft, held)
 
     def learn_drafting(self, first_ms: float, level_ms: float) -> None:
         pace = self.rule[3]
@@ -295,6 +289,35 @@ class Adaptive(Policy):
 
     def _best_size(self, chances: Sequence[float]) -> int:
         return int(rules.best_size(self.rule, np.array(chances, float)))
+
+
+class _GapChances:
+    """How often drafts of the gap hold, by what their drafter says of them, or by position where it
+    says nothing."""
+
+    def __init__(self) -> None:
+        self._tried: Counter[int] = Counter()
+        self._held: Counter[int] = Counter()
+
+    def joint(self, draft: Draft, first: int) -> list[float]:
+        """Of drafts from position ``first`` on: that one holds with all before it."""
+        each = (
+            (self._held[kind] + rules.PRIOR * sure) / (self._tried[kind] + rules.PRIOR)
+            for kind, sure in self._kinds(draft, first)
+        )
+        return list(accumulate(each, operator.mul))
+
+    def learn(self, draft: Draft, held: int) -> None:
+        """The first ``held`` of all drafts were right, and the next was not."""
+        for number, (kind, _) in enumerate(self._kinds(draft, 0)[: held + 1]):
+            self._tried[kind] += 1
+            self._held[kind] += number < held
+
+    def _kinds(self, draft: Draft, first: int) -> list[tuple[int, float]]:
+        """What every draft is counted among, and what it is thought to hold with at first."""
+        if draft.confidence is None:
+            return [(-1 - first - k, 0.5) for k in range(len(draft))]
+        return [(int(rules.bucket(sure)), sure) for sure in draft.confidence]
 
 
 class _Tried:

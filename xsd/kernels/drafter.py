@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 
 from xsd.kernels import PANEL
-from xsd.kernels.argmax import choose
+from xsd.kernels.argmax import choose_in
 from xsd.kernels.attention import place
 from xsd.kernels.decoder import decoder_pass
 from xsd.kernels.head import head_pass
 from xsd.kernels.options import exact
 from xsd.kernels.products import add_product
-from xsd.kernels.rows import ONE, ZERO, centre
+from xsd.kernels.rows import ONE, ZERO, centre, softmax
 
 
 @exact
@@ -150,6 +150,7 @@ def coupled_chain(
     sequence, num_said, num_read, prompt_length, drafter_states, embedding, decoder,
     first, shift, states, table, at_positions, eos, lm_head, num_ids,
     entry, weights, eps, is_gelu, kept, keys, values, memory_keys, memory_values, memory_size,
+    confidence,
 ):  # fmt: skip
     """Draft for one answer with an adapter that reads the drafter: at each step the drafter reads
     the token that the adapter chose.
@@ -169,6 +170,7 @@ def coupled_chain(
         table, at_positions, eos, lm_head, num_ids: as in ``draft``'s vocabulary.
         entry: as for ``enter_rows``.
         weights: of ``head_pass``, entrance to bias of the projection. The rest as for it.
+        confidence: [gamma] float64, overwritten: how probable each draft seems to the adapter.
 
     Returns how many tokens were drafted, and how many the drafter has read now.
     """
@@ -176,7 +178,7 @@ def coupled_chain(
     remembers = entry[4].shape[0] > 0
     ahead = 1 if remembers else 0
     column, chain = np.empty(1, np.int64), np.zeros((0, 0), np.bool_)
-    token = np.empty(1, np.int64)
+    token, logits = np.empty(1, np.int64), np.empty((1, lm_head.shape[0] * PANEL), np.float32)
     given, end = states, num_said
     while True:
         stop = end - shift + 1
@@ -209,8 +211,10 @@ def coupled_chain(
             memory_size, column, column, chain, out,
         )  # fmt: skip
         given = out[num_rows - 1 :].copy()
-        choose(given, lm_head, num_ids, token)
+        choose_in(given, lm_head, num_ids, logits, token)
         sequence[end] = token[0]
+        # The likeliest one's share is its exponential, one, over the sum of all.
+        confidence[end - num_said] = softmax(logits[0], num_ids)
         end += 1
         first = stop
         ends = end == sequence.shape[0]
