@@ -34,14 +34,15 @@ class CoupledDrafter:
         self._reader, self._adapter, self._tables = reader, adapter, tables
         self._dtype = next(adapter.parameters()).dtype
         self._cache: AdapterCache | CompiledCache | None = None
-        self._vocabulary = tables.vocabulary(None) if reader.is_compiled else None
-
-    def begin(self, visual: Float[Tensor, "K Dv"] | None) -> None:
-        """A sample begins, with the clip's visual vectors where the adapter attends to any."""
         self.tokens: list[int] = []
         """Said and drafted so far."""
         self.confidence: list[float] = []
         """How probable each of them is, as the adapter sees it; said ones: one."""
+        self._vocabulary = tables.vocabulary(None) if reader.is_compiled else None
+
+    def begin(self, visual: Float[Tensor, "K Dv"] | None) -> None:
+        """A sample begins, with the clip's visual vectors where the adapter attends to any."""
+        self.tokens, self.confidence = [], []
         self._num_rows = 0
         given = None if visual is None else visual[None].to(self._dtype)
         if self._cache is None:
