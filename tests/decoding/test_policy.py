@@ -168,6 +168,17 @@ def test_a_good_drafter_is_used_in_full() -> None:
     assert live(Adaptive(CHEAP), CHEAP, 0.95, 0.95) < 0.55
 
 
+def test_what_drafting_costs_is_learnt_warm() -> None:
+    """The first draft of an answer finds cold caches; the second is what the rest will cost."""
+    policy = Adaptive(CHEAP)
+    draft = Draft([1], confidence=[0.9])
+    for _ in range(30):
+        policy.way(["all"])
+        policy.learn(draft, [0], 50.0, 20.0)
+        policy.learn(draft, [0], 0.1, CHEAP.verify(2))
+    assert policy.drafting_ms == pytest.approx((0.1, 0.1), rel=0.25)
+
+
 def test_confidence_is_set_right() -> None:
     policy = Adaptive(CHEAP)
     for _ in range(50):
