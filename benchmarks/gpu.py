@@ -299,8 +299,8 @@ class _SeedGap:
     def start(self, media: Media, question: str, watch: Stopwatch) -> None:
         """Nothing to do."""
 
-    def gap_drafts(self) -> list[int]:
-        return self.drafts
+    def gap_drafts(self) -> Draft:
+        return Draft(self.drafts)
 
     def propose(self, tokens: Sequence[int], states: torch.Tensor, gamma: int) -> Draft:
         return Draft([])

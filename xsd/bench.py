@@ -229,8 +229,7 @@ class Bench:
             return None
         kind, _, rates = strategy.head.partition(":")
         if kind == "ngram":
-            policy = self.policies[strategy.name]
-            return NGramHead(self._prompt_ids, self._answers, policy=policy)
+            return NGramHead(self._prompt_ids, self._answers)
         if kind in ("oracle", "synthetic"):
             chances = acceptance_rates(rates or "1")
             seed, vocab = self.config.seed, self.pair.verifier.vocab_size

@@ -69,8 +69,8 @@ class Party:
     def start(self, media: Media, question: str, watch: Stopwatch) -> None: ...
     def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None: ...
     def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None: ...
-    def gap_drafts(self) -> list[int]:
-        return [0, 4]
+    def gap_drafts(self) -> Draft:
+        return Draft([0, 4])
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         # 5, or 2 followed by 3.

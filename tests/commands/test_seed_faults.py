@@ -133,8 +133,8 @@ class Slow:
 
     def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None: ...
     def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None: ...
-    def gap_drafts(self) -> list[int]:
-        return []
+    def gap_drafts(self) -> Draft:
+        return Draft([])
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         return Draft([])

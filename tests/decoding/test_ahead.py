@@ -77,13 +77,17 @@ def test_a_chain_is_its_steps_one_by_one(
     visual = visual_of(pair, adapter, items[0])
     cache = adapter.new_cache(1, MAX_NEW, None if visual is None else visual[None])
     said: list[int] = []
+    sure: list[float] = []
     for position in range(8):
         rows = StepInputs(drafter=reader.states(said, position, position + 1)[None])
-        said += tables.choose(adapter.step(rows, cache))
+        out = adapter.step(rows, cache)
+        said += tables.choose(out)
+        sure.append(float(torch.softmax(tables.score(out), -1).max()))
         stepped.extend(1)
     whole.extend(8)
     assert isinstance(cache, CompiledCache)
     assert whole.tokens == stepped.tokens == said
+    assert whole.confidence == stepped.confidence == pytest.approx(sure, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["L5", "L5F", "E2"])

@@ -45,6 +45,16 @@ def test_the_table_prefers_the_longest_context() -> None:
     assert table.draft([77], 1) == [2], "unseen context: the commonest token"
 
 
+def test_a_context_that_was_seen_once_is_not_certain() -> None:
+    table = NGramTable(2).fit([([0], [5, 6])] + [([0], [7, 8])] * 9)
+    often, once = table.chain([7], 1), table.chain([5], 1)
+    assert (often[0], once[0]) == ([8], [6])
+    # Witten and Bell: 6 is 1 of 20 tokens of 4 kinds, then 1 of 1 behind 5.
+    assert once[1] == pytest.approx([(1 + 1 / 24) / 2])
+    assert often[1] == pytest.approx([(9 + 9 / 24) / 10])
+    assert table.chain([7], 3)[0][:1] == [8], "a longer chain begins with the shorter one"
+
+
 def test_tau_of_a_perfect_and_of_a_useless_table() -> None:
     text = [([0], [1, 2, 3, 4, 5, 6, 7])]
     assert ngram_tau(NGramTable().fit(text), text, gamma=2) == 3.0

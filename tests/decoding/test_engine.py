@@ -50,8 +50,8 @@ class Scripted:
         right = self.answer[position] if position < len(self.answer) else 7
         return (right + 1) % 1024 if self.period and position % self.period == 0 else right
 
-    def gap_drafts(self) -> list[int]:
-        return [self._draft(i) for i in range(self.gap)]
+    def gap_drafts(self) -> Draft:
+        return Draft([self._draft(i) for i in range(self.gap)])
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         return Draft([self._draft(len(tokens) + i) for i in range(gamma)])
@@ -320,7 +320,9 @@ def test_drafts_that_join_the_last_chunk_of_the_prefill_change_nothing(
     assert decoded.gap_accepted == apart.gap_accepted
     # A single draft is checked by the prefill anyhow; more join its last chunk, but for what lies
     # behind an end or beyond the room.
-    ends = [i for i, token in enumerate(script.gap_drafts()) if token in pair.verifier.eos_ids]
+    ends = [
+        i for i, token in enumerate(script.gap_drafts().tokens) if token in pair.verifier.eos_ids
+    ]
     room = min([gap, MAX_NEW - 1, *(end + 1 for end in ends)])
     assert decoded.num_free == (room if gap > 1 else gap)
     assert (decoded.gap_drafted == decoded.num_free) or gap == 1

@@ -82,12 +82,12 @@ class Drawing:
         off[(int(p.argmax()) + 1) % len(p)] = 1.0
         return 0.5 * p + 0.3 * p.pow(3) / p.pow(3).sum() + 0.2 * off
 
-    def gap_drafts(self) -> list[int]:
+    def gap_drafts(self) -> Draft:
         said: tuple[int, ...] = ()
         for _ in range(self.gap):
             # Chosen without chance: the likeliest.
             said = (*said, int(self.exact.after(said).argmax()))
-        return list(said)
+        return Draft(list(said))
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         drafts: list[int] = []

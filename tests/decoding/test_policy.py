@@ -168,6 +168,17 @@ def test_a_good_drafter_is_used_in_full() -> None:
     assert live(Adaptive(CHEAP), CHEAP, 0.95, 0.95) < 0.55
 
 
+def test_what_drafting_costs_is_learnt_warm() -> None:
+    """The first draft of an answer finds cold caches; the second is what the rest will cost."""
+    policy = Adaptive(CHEAP)
+    draft = Draft([1], confidence=[0.9])
+    for _ in range(30):
+        policy.way(["all"])
+        policy.learn(draft, [0], 50.0, 20.0)
+        policy.learn(draft, [0], 0.1, CHEAP.verify(2))
+    assert policy.drafting_ms == pytest.approx((0.1, 0.1), rel=0.25)
+
+
 def test_confidence_is_set_right() -> None:
     policy = Adaptive(CHEAP)
     for _ in range(50):
@@ -212,14 +223,26 @@ def test_a_drafter_that_does_not_pay_is_left_off(load: float) -> None:
 
 
 def test_a_gap_is_verified_as_far_as_it_holds() -> None:
+    drafts, rest = Draft([1] * 11), Draft([1] * 10)
     good = Adaptive(CHEAP)
-    for _ in range(20):
-        good.learn_gap(10, 8)
-    assert 8 <= good.gap_size(10) <= 9
+    for _ in range(200):
+        good.learn_gap(drafts, 9)
+    assert 8 <= good.gap_size(rest) <= 9
     bad = Adaptive(CHEAP)
-    for _ in range(20):
-        bad.learn_gap(10, 0)
-    assert bad.gap_size(10) == 0
+    for _ in range(200):
+        bad.learn_gap(drafts, 1)
+    assert bad.gap_size(rest) == 0
+
+
+def test_a_gap_is_verified_as_far_as_its_drafter_is_rightly_sure() -> None:
+    policy = Adaptive(CHEAP)
+    sure = [0.97] * 4 + [0.2] * 4
+    rest = Draft([1] * 8, confidence=sure)
+    assert policy.gap_size(rest) == 5, "the fifth may well hold, those behind it will not"
+    assert policy.gap_size(Draft([1] * 8, confidence=sure[::-1])) <= 2
+    for _ in range(200):
+        policy.learn_gap(Draft([1] * 9, confidence=[0.2, *sure]), 1)
+    assert policy.gap_size(rest) == 0, "sure, and wrong"
 
 
 def test_whoever_drafts_in_vain_rests_for_whole_answers() -> None:

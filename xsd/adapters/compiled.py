@@ -61,10 +61,14 @@ class CompiledHead:
             weight, bias = fold(entrance.weight, no_bias, entrance.norm)
             self.entrance = kernels.pack(weight)
             self.positions = self.positions + torch.from_numpy(bias)
-        self.crosses = [block.cross for block in blocks if block.cross is not None]
+        crosses = [block.cross for block in blocks if block.cross is not None]
+        self.reading: tuple[np.ndarray, np.ndarray] | None = None
+        """What makes keys and values of the clip's vectors; None: the blocks attend to none."""
+        if crosses and (entry is None or not len(entry.remember)):
+            self.reading = stack([affine(cross.key_value, cross.norm_memory) for cross in crosses])
         scale = (width // self.num_heads) ** -0.5
-        queries = [affine(c.query, c.norm, width, scale) for c in self.crosses]
-        outs = [affine(c.out) for c in self.crosses]
+        queries = [affine(c.query, c.norm, width, scale) for c in crosses]
+        outs = [affine(c.out) for c in crosses]
         # Without cross-attention any weights of the right kind will do: they are not read.
         unread = [(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))] * len(blocks)
         stacks = [
@@ -164,18 +168,25 @@ class CompiledCache:
         self._chain = np.zeros((0, 0), bool)
         self._positions = head.positions.numpy()
         self._remembers = head.entry is not None and len(head.entry.remember) > 0
-        # One column more than rows: the drafter's states run one ahead.
-        self._memory = self._memories([], max_length + 1 if self._remembers else 0)
+        self._memory = self._memories(1, 0)
+        if self._remembers:
+            # One column more than rows: the drafter's states run one ahead.
+            self._memory = *self._memories(batch_size, max_length + 1)[:2], -1
 
     @torch.no_grad()
     def begin_sample(self, visual: Float[Tensor, "clips K Dv"] | None = None) -> None:
         """Forget all rows; attend to other visual vectors, where the head attends to any."""
         self.length = 0
-        if self.head.crosses and not self._remembers:
-            assert visual is not None, "a level that attends to visual vectors is given them"
-            self._memory = self._memories(
-                [cross.project_memory(visual) for cross in self.head.crosses]
-            )
+        if self.head.reading is None:
+            return
+        assert visual is not None, "a level that attends to visual vectors is given them"
+        clips, size, width = visual.shape
+        if (self._memory[0].shape[1], self._memory[2]) != (clips, size):
+            self._memory = self._memories(clips, size)
+        kernels.remember(
+            visual.contiguous().view(clips * size, width).numpy(), *self.head.reading,
+            self.head.options[0], *self._memory[:2], 0,
+        )  # fmt: skip
 
     def step(self, rows: StepInputs, where: Siblings | Ragged | None) -> Float[Tensor, "B R Dv"]:
         """Append rows and return their outputs (see ``Adapter.step``)."""
@@ -281,7 +292,7 @@ class CompiledCache:
         vocabulary: Vocabulary,
         drafter: ReadAlong,
         shift: int,
-    ) -> list[int]:
+    ) -> tuple[list[int], list[float]]:
         """At most ``gamma`` tokens behind an answer; at each step ``drafter`` reads the last one.
 
         Args:
@@ -289,20 +300,22 @@ class CompiledCache:
             first: position of the first row that is not, or not rightly, in the cache.
             states: the verifier's from there on, where the level reads any.
             shift: the level's.
+
+        Returns them, and how probable each is.
         """
         assert self.head.entry is not None and len(said) + gamma - shift <= self.max_length
         sequence = np.empty(len(said) + gamma, np.int64)
         sequence[: len(said)] = said
+        confidence = np.empty(gamma)
         count, drafter.num_read = kernels.coupled_chain(
             sequence, len(said), drafter.num_read, drafter.prompt_length, drafter.states,
             drafter.embedding, drafter.decoder, first, shift, states.contiguous().numpy(),
             vocabulary.table, self._positions, vocabulary.eos, vocabulary.panels,
             vocabulary.num_ids,
             tuple(self.head.entry), (*self.head.weights, *self.head.biases), *self.head.options,
-            self._keys, self._values, *self._memory,
+            self._keys, self._values, *self._memory, confidence,
         )  # fmt: skip
-        found: list[int] = sequence[len(said) : len(said) + count].tolist()
-        return found
+        return sequence[len(said) : len(said) + count].tolist(), confidence[:count].tolist()
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Only these rows of the batch go on (finished answers retire)."""
@@ -318,23 +331,11 @@ class CompiledCache:
                 size,
             )
 
-    def _memories(
-        self, memories: list[Float[Tensor, "2 clips H K Dh"]], room: int = 0
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Keys, values and number of what the blocks look at besides the answer.
-
-        Args:
-            room: for what is remembered of so many drafter states, an answer each; its number
-                then is -1.
-        """
-        layers, batch, heads, head_dim, _ = self._keys.shape
-        clips, size = memories[0].shape[1::2] if memories else (1, 0)
-        if room:
-            clips, size = batch, room
-        keys = np.zeros((layers, clips, heads, head_dim, size + kernels.PANEL), np.float32)
-        values = np.zeros((layers, clips, heads, size + kernels.PANEL, head_dim), np.float32)
-        for layer, memory in enumerate(memories):
-            both = memory.numpy()
-            keys[layer, ..., :size] = both[0].swapaxes(-1, -2)
-            values[layer, :, :, :size] = both[1]
-        return keys, values, -1 if room else size
+    def _memories(self, batch: int, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Room for keys and values of what the blocks look at besides the answer, and how many
+        there are."""
+        layers, _, heads, head_dim, _ = self._keys.shape
+        shape, room = (layers, batch, heads), size + kernels.PANEL
+        keys = np.zeros((*shape, head_dim, room), np.float32)
+        values = np.zeros((*shape, room, head_dim), np.float32)
+        return keys, values, size

@@ -93,10 +93,9 @@ class Watched:
     def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None:
         self._party.on_prefilled(visual)
 
-    def gap_drafts(self) -> list[int]:
-        drafts = self._party.gap_drafts()
-        self._draft = Draft(drafts)
-        return drafts
+    def gap_drafts(self) -> Draft:
+        self._draft = self._party.gap_drafts()
+        return self._draft
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         self.show(tokens)

@@ -46,6 +46,12 @@ class Draft:
             self.depth,
         )
 
+    def behind(self, size: int) -> Draft:
+        """What follows the first tokens of a chain that was chosen."""
+        assert self.parents is None and self.q is None, "a chain of chosen tokens"
+        sure = None if self.confidence is None else self.confidence[size:]
+        return Draft(self.tokens[size:], confidence=sure)
+
     @property
     def depth(self) -> int:
         """How deep was drafted."""

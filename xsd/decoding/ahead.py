@@ -34,12 +34,15 @@ class CoupledDrafter:
         self._reader, self._adapter, self._tables = reader, adapter, tables
         self._dtype = next(adapter.parameters()).dtype
         self._cache: AdapterCache | CompiledCache | None = None
+        self.tokens: list[int] = []
+        """Said and drafted so far."""
+        self.confidence: list[float] = []
+        """How probable each of them is, as the adapter sees it; said ones: one."""
         self._vocabulary = tables.vocabulary(None) if reader.is_compiled else None
 
     def begin(self, visual: Float[Tensor, "K Dv"] | None) -> None:
         """A sample begins, with the clip's visual vectors where the adapter attends to any."""
-        self.tokens: list[int] = []
-        """Said and drafted so far."""
+        self.tokens, self.confidence = [], []
         self._num_rows = 0
         given = None if visual is None else visual[None].to(self._dtype)
         if self._cache is None:
@@ -58,6 +61,7 @@ class CoupledDrafter:
         num_common = common_prefix(self.tokens, said)
         if num_common < len(said):
             self.tokens = list(said)
+            self.confidence = [1.0] * len(said)
             # The row at a position knows the tokens before it.
             self._num_rows = min(self._num_rows, num_common + 1)
 
@@ -65,9 +69,11 @@ class CoupledDrafter:
         """Draft at most so many tokens more."""
         assert self._cache is not None, "extend comes after begin"
         if self._vocabulary is not None and isinstance(self._cache, CompiledCache):
-            self.tokens += self._reader.draft_coupled(
+            found, sure = self._reader.draft_coupled(
                 self._cache, self.tokens, self._num_rows, _NO_STATES, count, self._vocabulary, 0
             )
+            self.tokens += found
+            self.confidence += sure
             self._num_rows = len(self.tokens)
             return
         while count and not self.is_done:
@@ -76,7 +82,9 @@ class CoupledDrafter:
             self._cache.length = self._num_rows
             rows = StepInputs(drafter=states[None].to(self._dtype))
             out = self._adapter.step(rows, self._cache)[:, -1:]
-            self.tokens += self._tables.choose(out)
+            best, index = torch.softmax(self._tables.score(out)[0, 0], -1).max(-1)
+            self.tokens.append(int(index))
+            self.confidence.append(float(best))
             self._num_rows = end
             count -= 1
 

@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from xsd.decoding.accept import Draft, accepted_prefix_length
-from xsd.decoding.policy import Policy
 
 Ids = tuple[int, ...]
-_COPIED = 0.97
-"""What a copied token is taken for, apart from all that a table finds."""
 
 
 def commonest_answers(answers: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Ids]:
@@ -50,7 +47,8 @@ class NGramTable:
         self._counts: list[defaultdict[Ids, Counter[int]]] = [
             defaultdict(Counter) for _ in range(order)
         ]
-        self._best: list[dict[Ids, int]] = []
+        self._best: dict[Ids, tuple[int, float]] = {}
+        self._chains: dict[Ids, tuple[list[int], list[float]]] = {}
 
     def fit(self, answers: Iterable[tuple[Sequence[int], Sequence[int]]]) -> NGramTable:
         """``(prompt ids, answer ids)``: the prompt's tail is the first tokens' context."""
@@ -60,32 +58,48 @@ class NGramTable:
                 for size in range(min(self.order, position + 1)):
                     context = tuple(ids[position - size : position])
                     self._counts[size][context][ids[position]] += 1
-        self._best = [
-            {context: counter.most_common(1)[0][0] for context, counter in table.items()}
-            for table in self._counts
-        ]
+        for table in self._counts:
+            for context, counter in table.items():
+                token = counter.most_common(1)[0][0]
+                self._best[context] = token, self.chance(context, token)
         return self
+
+    def chance(self, context: Ids, token: int) -> float:
+        """How probable a token is after a ``context``: Witten and Bell's interpolation of its share
+        with its chance after shorter contexts. What was seen once is not thought certain."""
+        chance = 0.0
+        for size in range(len(context) + 1):
+            seen = self._counts[size].get(context[len(context) - size :])
+            if seen is None:
+                break
+            chance = (seen[token] + len(seen) * chance) / (seen.total() + len(seen))
+        return chance
 
     def draft(self, ids: Sequence[int], length: int) -> list[int]:
         """``length`` tokens after ``ids``, each from the longest context that was seen."""
-        drafted = list(ids[-(self.order - 1) :])
-        start = len(drafted)
-        for _ in range(length):
-            if (found := self.following(drafted)) is None:
-                break
-            drafted.append(found[0])
-        return drafted[start:]
+        return self.chain(ids, length)[0]
 
-    def following(self, ids: Sequence[int]) -> tuple[int, int] | None:
-        """The token after ``ids``, and how long its context was; None: nothing was ever seen."""
-        context = tuple(ids[-(self.order - 1) :])
+    def chain(self, ids: Sequence[int], length: int) -> tuple[list[int], list[float]]:
+        """The same, and how probable each is; a chain behind a context is made once."""
+        context = self.context(ids)
+        tokens, chances = self._chains.setdefault(context, ([], []))
+        while len(tokens) < length:
+            found = self._following(self.context((*context, *tokens)))
+            if found is None:
+                break
+            tokens.append(found[0])
+            chances.append(found[1])
+        return tokens[:length], chances[:length]
+
+    def context(self, ids: Sequence[int]) -> Ids:
+        """What of ``ids`` the next token is looked up behind."""
+        return tuple(ids[max(0, len(ids) - self.order + 1) :])
+
+    def _following(self, context: Ids) -> tuple[int, float] | None:
+        """The token after it, and how probable it is; None: nothing was ever seen."""
         for start in range(len(context) + 1):
-            size = len(context) - start
-            if (
-                size < len(self._best)
-                and (token := self._best[size].get(context[start:])) is not None
-            ):
-                return token, size
+            if (found := self._best.get(context[start:])) is not None:
+                return found
         return None
 
 
@@ -128,15 +142,12 @@ class NGramHead:
         prompt: Callable[[str], Sequence[int]],
         answers: Iterable[tuple[str, Sequence[int]]],
         order: int = 5,
-        policy: Policy | None = None,
     ) -> None:
         """
         Args:
             prompt: a question's prompt ids, without the visual tokens.
             answers: ``(question, ids)`` of a training set.
-            policy: says when to stop; None: never before gamma.
         """
-        self._policy = policy or Policy()
         self._prompt = prompt
         self._table = NGramTable(order).fit((prompt(question), ids) for question, ids in answers)
         self._context: list[int] = []
@@ -145,22 +156,18 @@ class NGramHead:
         self._context = list(self._prompt(question))
 
     def propose(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Draft:
+        """As deep as was asked for: a look-up costs the same however much is read off it."""
         said = [*self._context, *tokens]
-        if found := looked_up(said, gamma):
-            return Draft(found, confidence=[_COPIED] * len(found))
-        # What follows a longer context is likelier; how much so is for the policy to learn.
-        drafted: list[int] = []
-        confidence: list[float] = []
-        joint = 1.0
-        while len(drafted) < gamma and (next_ := self._table.following(said)) is not None:
-            token, size = next_
+        found = looked_up(said, gamma)
+        if not found:
+            drafted, confidence = self._table.chain(said, gamma)
+            return Draft(drafted, confidence=confidence)
+        confidence = []
+        for token in found:
+            # A context that was seen once, with this behind it (see ``NGramTable.chance``).
+            confidence.append((1.0 + self._table.chance(self._table.context(said), token)) / 2)
             said.append(token)
-            drafted.append(token)
-            confidence.append((size + 0.5) / (self._table.order + 1))
-            joint *= self._policy.chance(confidence[-1])
-            if not self._policy.go_on(joint, len(drafted)):
-                break
-        return Draft(drafted, confidence=confidence)
+        return Draft(found, confidence=confidence)
 
 
 def looked_up(ids: Sequence[int], length: int, order: int = 4) -> list[int]:

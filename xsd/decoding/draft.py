@@ -188,14 +188,14 @@ class DrafterReader:
         gamma: int,
         vocabulary: Vocabulary,
         shift: int,
-    ) -> list[int]:
+    ) -> tuple[list[int], list[float]]:
         """``CompiledCache.draft_coupled`` behind ``tokens``, with this drafter reading along."""
         assert self._along is not None, "the drafter's layers are not compiled"
         said = list(tokens)
         self._along.prompt_length = self._prompt_length
         self._along.num_read = common_prefix(self._read, said)
         found = cache.draft_coupled(said, first, states, gamma, vocabulary, self._along, shift)
-        self._read = [*said, *found][: self._along.num_read]
+        self._read = [*said, *found[0]][: self._along.num_read]
         return found
 
     def choose(self, state: Float[Tensor, " Dd"]) -> int:
@@ -293,6 +293,9 @@ class HeadDrafter:
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
         self._kept: AdapterCache | CompiledCache | None = None
+        # Not the verifier's random numbers: a draft must not know what it will be held against.
+        self._draws = random.Random(f"drafts {self.options.seed}").getrandbits(32)
+        self._generator = torch.Generator(tables.embedding.device)
         self._tokens = tables.embedding
         self._is_read = self._reads_token and self._tokens.nbytes <= READ_TOKENS_BYTES
         if self._is_read:
@@ -310,10 +313,7 @@ class HeadDrafter:
         else:
             self._kept.begin_sample(visual)
         self._reader = reader
-        # Not the verifier's random numbers: a draft must not know what it will be held against.
-        device = self.tables.embedding.device
-        seed = random.Random(f"drafts {self.options.seed}").getrandbits(32)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator.manual_seed(self._draws)
 
     @torch.inference_mode()
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
@@ -334,10 +334,10 @@ class HeadDrafter:
             if reader is not None and reader.is_compiled and not self.options.tree_width:
                 states = states if self._reads_verifier else torch.zeros_like(states)
                 depth = self.policy.blind_depth(gamma)
-                found = reader.draft_coupled(
+                found, sure = reader.draft_coupled(
                     self._cache, sequence, start, states, depth, self.vocabulary, shift=1
                 )
-                return Draft(found)
+                return Draft(found, confidence=sure)
         out = self._step(sequence, start, len(sequence), _for(self.head, states[None]))[:, -1:]
         if self.options.tree_width:
             return self._grow_tree(len(sequence), out, gamma)

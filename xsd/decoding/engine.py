@@ -15,7 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xsd.clock import Laps, Stopwatch, interleaved
-from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
+from xsd.decoding.accept import (
+    Draft,
+    Sampling,
+    accepted_prefix_length,
+    draw,
+    verify_greedy,
+    verify_sampled,
+)
 from xsd.decoding.config import MAX_TREE_NODES
 from xsd.decoding.decoded import (
     DRAFTING,
@@ -214,6 +221,9 @@ class Engine:
         result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
         if speculator is not None:
             result.timeline.extend(speculator.finish())
+            # By now the verifier has said what all drafts should have been, verified or not.
+            drafts = self._gap.cut(len(tokens))
+            policy.learn_gap(drafts, accepted_prefix_length(drafts.tokens, tokens))
         return result
 
     def _cycles(
@@ -291,7 +301,7 @@ class Engine:
             first = num_rows - self._last_chunk
             read = [verifier.forward(rows[:, :first], self._cache)[0]]
             self._laps.lap(PREFILL)
-            early = self._useful(Draft(speculator.gap_drafts()), ()).tokens
+            early = self._useful(speculator.gap_drafts(), ()).tokens
             # The prefill checks the first draft anyhow; one alone would add nothing.
             early = early if len(early) > 1 else []
             self._laps.lap(DRAFTING)
@@ -300,7 +310,8 @@ class Engine:
         num_said = 1 + len(early)
         wants_all = speculator is not None and speculator.wants_prefilled
         if wants_all:
-            states = torch.cat([*read, verifier.forward(rows, self._cache)[0]])
+            last = verifier.forward(rows, self._cache)[0]
+            states = torch.cat([*read, last]) if read else last
         else:
             # Nobody else reads the states of a prompt, so they need not be made.
             states = verifier.prefill(rows, self._cache, num_said)[0]
@@ -327,29 +338,26 @@ class Engine:
         """
         tokens = result.token_ids
         is_checked = bool(early)
-        drafts = early or speculator.gap_drafts()
+        drafts = self._gap = Draft(early) if early else speculator.gap_drafts()
         self._laps.lap(DRAFTING)
         result.num_free = result.gap_drafted = len(drafts)
-        rest: list[int] = []
+        rest = NO_DRAFT
         path: list[int] = []
-        if drafts and drafts[0] == tokens[0]:
+        if drafts.tokens and drafts.tokens[0] == tokens[0]:
             result.gap_accepted = 1
-            rest = [] if self._finished(tokens) else self._useful(Draft(drafts[1:]), tokens).tokens
+            rest = NO_DRAFT if self._finished(tokens) else self._useful(drafts.behind(1), tokens)
         if is_checked:
-            states, path = self._judge_early(tokens, drafts, rest, states)
-        elif rest and (size := policy.gap_size(len(rest))):
-            rest = rest[:size]
-            self._laps.lap(REST)
-            verified, path = self._verify(tokens, Draft(rest))
-            self._lap_passes()
-            states = torch.cat([states, verified])
-        elif rest:
-            rest = []
+            states, path = self._judge_early(tokens, early, rest.tokens, states)
+        elif rest.tokens:
+            rest = rest.cut(policy.gap_size(rest))
+            if rest.tokens:
+                self._laps.lap(REST)
+                verified, path = self._verify(tokens, rest)
+                self._lap_passes()
+                states = torch.cat([states, verified])
         if result.gap_accepted and not is_checked:
             result.gap_drafted = 1 + len(rest)
         result.gap_accepted += len(path)
-        if drafts:
-            policy.learn_gap(0 if is_checked else len(rest), len(path))
         return states
 
     def _judge_early(

@@ -60,6 +60,8 @@ class _Shared:
             name: torch.zeros(size, dtype=torch.int64).share_memory_()
             for name, size in sizes.items()
         }
+        self.words["sure"] = torch.zeros(room, dtype=torch.float64).share_memory_()
+        """How probable each of the drafts is, where the gap's adapter says so."""
         self.visual = torch.zeros(MAX_VISUAL, width).share_memory_()
         self.images = torch.zeros(image_bytes, dtype=torch.uint8).share_memory_()
 
@@ -216,22 +218,23 @@ class ProcessSpeculator:
     def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None:
         self._prefilled = visual
 
-    def gap_drafts(self) -> list[int]:
+    def gap_drafts(self) -> Draft:
         """What the drafter has ready at this moment; nobody waits for another token.
 
         Free-running states still have to pass the adapter: that one pass is waited for.
         """
         if self.strategy.gap is None:
-            return []
+            return Draft([])
         if self._goes_on:
-            return self._board.drafts(len(self._views["drafts"]))
+            return Draft(self._board.drafts(len(self._views["drafts"])))
         flags = self._views["flags"]
         flags[_STOP] = 1
         if self.strategy.gap_mode == "free" and self.strategy.gap != "drafter":
             self._process.wait(lambda: flags[_HANDED_OVER])
         count = int(flags[_NUM_DRAFTS])
-        drafts: list[int] = self._views["drafts"][:count].tolist()
-        return drafts
+        sure = self._views["sure"][:count].tolist()
+        drafts = self._views["drafts"][:count].tolist()
+        return Draft(drafts, confidence=sure if self.strategy.gap_mode == "coupled" else None)
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         if self._goes_on:
@@ -357,7 +360,7 @@ class _Worker:
         self._hand_over(party, watch)
 
     def _draft_in_gap(self, party: LocalSpeculator) -> None:
-        flags, drafts = self.views["flags"], self.views["drafts"]
+        flags, drafts, sure = (self.views[name] for name in ("flags", "drafts", "sure"))
         if party.wants_projected and self._wait_for(_PROJECTED):
             party.on_projected(self._projected())
         found: list[int] = []
@@ -367,6 +370,8 @@ class _Worker:
                 found.append(token)
                 if not postponed:
                     drafts[len(found) - 1] = token
+                    if party.coupled is not None:
+                        sure[len(found) - 1] = party.coupled.confidence[-1]
                     flags[_NUM_DRAFTS] = len(found)
                 self.views["clock_ns"][_DRAFTED_NS] = time.monotonic_ns()
                 if flags[_STOP]:
@@ -374,7 +379,7 @@ class _Worker:
         if postponed:
             # The verifier waits from here on; an adapter pass over all states is all that is left.
             self._wait_for(_STOP)
-            adapted = party.finish_gap(found)
+            adapted = party.finish_gap(found).tokens
             drafts[: len(adapted)] = adapted
             flags[_NUM_DRAFTS] = len(adapted)
             self.views["clock_ns"][_DRAFTED_NS] = time.monotonic_ns()

@@ -13,10 +13,12 @@ because of what it turned out to be would change the distribution of what is sai
 
 from __future__ import annotations
 
+import operator
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -112,12 +114,14 @@ class Policy:
     def learn_answer(self, way: Way, answer: Decoded) -> None:
         """What an answer took in that way."""
 
-    def gap_size(self, size: int) -> int:
-        """How many of ``size`` drafts to verify after the prefill has confirmed one more."""
-        return size
+    def gap_size(self, draft: Draft) -> int:
+        """How many of the gap's further drafts to verify, the prefill having confirmed its first.
+        They are a chain of chosen tokens, so how sure their drafter is may decide: it knows nothing
+        of what the verifier will draw."""
+        return len(draft)
 
-    def learn_gap(self, verified: int, accepted: int) -> None:
-        """How many of the gap's drafts were verified, and held."""
+    def learn_gap(self, draft: Draft, held: int) -> None:
+        """Of all the gap's drafts so many equal what was said, before the first that does not."""
 
     def learn_drafting(self, first_ms: float, level_ms: float) -> None:
         """What drafting costs: a cycle's first level, and each further one."""
@@ -172,19 +176,22 @@ class Adaptive(Policy):
         self.costs, self._is_timed = costs, is_timed
         pace = np.zeros(7)
         pace[rules.TOKEN_MS], pace[rules.MEAN] = costs.step, 0.7
-        pace[[rules.FIRST_MS, rules.LEVEL_MS]] = 0.2 * costs.step
+        # Thought to cost nothing until it has been timed: the first to do so says what it costs.
+        pace[rules.FIRST_MS] = costs.cycle_ms
         pace[rules.LENGTH] = rules.SHORTEST_REST
         seen = np.zeros((2, rules.NUM_BUCKETS))
         self.rule = (seen[0].copy(), seen[1].copy(), np.array(costs.verify_ms, float), pace)
         self._load = 1.0
         """How much slower the machine is now than when the costs were measured; the times above
         are those of then, so that they can be compared."""
+        self._is_cold = True
+        """Nobody has drafted in this answer, or since a rest: that takes several times as long as
+        the next draft will, and whoever judged by it would draft ever more rarely."""
         self._ways: dict[Way, _Tried] = {}
-        self._gap_tried: list[float] = []
-        self._gap_held: list[float] = []
-        """Of the gap's drafts by position: verified, and held with all before (of late)."""
+        self._gap = _GapChances()
 
     def way(self, ways: Sequence[Way]) -> Way:
+        self._is_cold = True
         if ways[0] == "plain" and self.rule[3][rules.LEFT] >= _LONG:
             return "plain"
         if not self._is_timed:
@@ -209,19 +216,11 @@ class Adaptive(Policy):
         tried = self._ways.setdefault(way, _Tried())
         tried.times.append(answer.total_ms / self.costs.plain_ms(num_tokens))
 
-    def gap_size(self, size: int) -> int:
-        # Positions that were never tried are thought as good as the last that was.
-        counts = zip(self._gap_held, self._gap_tried, strict=True)
-        chances = [(held + 0.2) / (tried + 1.0) for held, tried in counts]
-        chances += (chances[-1:] or [0.5]) * (size - len(chances))
-        return self._best_size(chances[:size])
+    def gap_size(self, draft: Draft) -> int:
+        return self._best_size(self._gap.joint(draft, 1))
 
-    def learn_gap(self, verified: int, accepted: int) -> None:
-        self._gap_tried += [0.0] * (verified - len(self._gap_tried))
-        self._gap_held += [0.0] * (verified - len(self._gap_held))
-        for k in range(verified):
-            self._gap_tried[k] = 0.9 * self._gap_tried[k] + 1.0
-            self._gap_held[k] = 0.9 * self._gap_held[k] + (k < accepted)
+    def learn_gap(self, draft: Draft, held: int) -> None:
+        self._gap.learn(draft, held)
 
     def learn_drafting(self, first_ms: float, level_ms: float) -> None:
         pace = self.rule[3]
@@ -241,6 +240,7 @@ class Adaptive(Policy):
 
     def rested(self, num_cycles: int) -> None:
         pace = self.rule[3]
+        self._is_cold = self._is_cold or num_cycles > 0
         pace[rules.LEFT] = max(0.0, pace[rules.LEFT] - num_cycles)
 
     def chance(self, confidence: float) -> float:
@@ -264,22 +264,22 @@ class Adaptive(Policy):
     def learn(
         self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
     ) -> None:
-        expected_ms = self._load * self.costs.verify(len(draft) + 1)
-        self._load *= 1.05 if verifying_ms > expected_ms else 0.95
-        # Follows the median: a machine that was busy for a moment is no slower for that.
-        pace = self.rule[3]
         num_levels = max(1, draft.depth)
-        is_slower = drafting_ms / (num_levels * self._load) > pace[rules.LEVEL_MS]
-        pace[rules.LEVEL_MS] *= 1.05 if is_slower else 0.95
+        if self._is_cold:
+            self._is_cold = False
+        else:
+            self._follow(drafting_ms / num_levels, verifying_ms, len(draft) + 1)
+        told = _as_arrays(self._told(draft))
+        rules.learn(self.rule, *told, np.array(path, np.int64), num_levels)
+
+    def _follow(self, level_ms: float, pass_ms: float, num_rows: int) -> None:
+        """What drafting costs by now, and how busy the machine is: the medians, for one that was
+        busy for a moment is no slower for that."""
+        self._load *= 1.05 if pass_ms > self._load * self.costs.verify(num_rows) else 0.95
+        pace = self.rule[3]
+        known_ms = float(pace[rules.LEVEL_MS]) or level_ms / self._load
+        pace[rules.LEVEL_MS] = known_ms * (1.05 if level_ms > self._load * known_ms else 0.95)
         pace[rules.FIRST_MS] = pace[rules.LEVEL_MS] + self.costs.cycle_ms
-        parents = draft.parents or range(-1, len(draft) - 1)
-        rules.learn(
-            self.rule,
-            np.array(parents, np.int64),
-            np.array(self._told(draft).confidence, float),
-            np.array(path, np.int64),
-            num_levels,
-        )
 
     def _told(self, draft: Draft) -> Draft:
         """A draft whose drafter says nothing of its chances is as good as its others were."""
@@ -289,6 +289,35 @@ class Adaptive(Policy):
 
     def _best_size(self, chances: Sequence[float]) -> int:
         return int(rules.best_size(self.rule, np.array(chances, float)))
+
+
+class _GapChances:
+    """How often drafts of the gap hold, by what their drafter says of them, or by position where it
+    says nothing."""
+
+    def __init__(self) -> None:
+        self._tried: Counter[int] = Counter()
+        self._held: Counter[int] = Counter()
+
+    def joint(self, draft: Draft, first: int) -> list[float]:
+        """Of drafts from position ``first`` on: that one holds with all before it."""
+        each = (
+            (self._held[kind] + rules.PRIOR * sure) / (self._tried[kind] + rules.PRIOR)
+            for kind, sure in self._kinds(draft, first)
+        )
+        return list(accumulate(each, operator.mul))
+
+    def learn(self, draft: Draft, held: int) -> None:
+        """The first ``held`` of all drafts were right, and the next was not."""
+        for number, (kind, _) in enumerate(self._kinds(draft, 0)[: held + 1]):
+            self._tried[kind] += 1
+            self._held[kind] += number < held
+
+    def _kinds(self, draft: Draft, first: int) -> list[tuple[int, float]]:
+        """What every draft is counted among, and what it is thought to hold with at first."""
+        if draft.confidence is None:
+            return [(-1 - first - k, 0.5) for k in range(len(draft))]
+        return [(int(rules.bucket(sure)), sure) for sure in draft.confidence]
 
 
 class _Tried:
@@ -317,10 +346,11 @@ class _Tried:
 
 def joint_chances(draft: Draft, policy: Policy) -> list[float]:
     """Of every drafted token, that it holds with all before it."""
-    assert draft.confidence is not None
-    parents = draft.parents or range(-1, len(draft) - 1)
-    joint: list[float] = []
-    for parent, confidence in zip(parents, draft.confidence, strict=True):
-        before = 1.0 if parent == -1 else joint[parent]
-        joint.append(before * policy.chance(confidence))
-    return joint
+    found: list[float] = rules.joint_chances(policy.rule, *_as_arrays(draft)).tolist()
+    return found
+
+
+def _as_arrays(draft: Draft) -> tuple[np.ndarray, np.ndarray]:
+    """Parents and confidence, as the rule takes them."""
+    parents = np.arange(-1, len(draft) - 1) if draft.parents is None else draft.parents
+    return np.asarray(parents, np.int64), np.array(draft.confidence, float)

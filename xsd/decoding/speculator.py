@@ -50,7 +50,7 @@ class Speculator(Protocol):
     def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None:
         """The verifier has read them."""
 
-    def gap_drafts(self) -> list[int]:
+    def gap_drafts(self) -> Draft:
         """Stop drafting in the gap and hand over what is ready, from answer position 0."""
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
@@ -157,16 +157,17 @@ class LocalSpeculator:
             coupled.extend(1)
             yield coupled.tokens[-1]
 
-    def finish_gap(self, tokens: list[int]) -> list[int]:
+    def finish_gap(self, tokens: list[int]) -> Draft:
         if self.strategy.gap_mode == "free" and self.gap_adapter is not None:
             assert self.reader is not None
-            return adapt_free(self.reader, tokens, self.gap_adapter, self._gap_tables)
-        return tokens
+            return Draft(adapt_free(self.reader, tokens, self.gap_adapter, self._gap_tables))
+        sure = None if self.coupled is None else self.coupled.confidence[: len(tokens)]
+        return Draft(tokens, confidence=sure)
 
     @torch.inference_mode()
-    def gap_drafts(self) -> list[int]:
+    def gap_drafts(self) -> Draft:
         if self.strategy.gap is None:
-            return []
+            return Draft([])
         begin_ms = self._watch.ms()
         drafts = self.finish_gap(list(islice(self.gap_tokens(), self.max_gap_drafts)))
         self._spans.append(Span("drafter", "draft", begin_ms, self._watch.ms()))

@@ -66,23 +66,22 @@ class StreamSpeculator:
     def on_prefilled(self, visual: Float[Tensor, "K Dv"]) -> None:
         self._prefilled = visual
 
-    def gap_drafts(self) -> list[int]:
+    def gap_drafts(self) -> Draft:
         """What is ready at this moment; nobody waits for another token.
 
         Free-running states still have to pass the adapter: that one pass is waited for.
         """
         if self._goes_on:
-            return self._board.drafts(self._local.max_gap_drafts)
+            return Draft(self._board.drafts(self._local.max_gap_drafts))
         self._stop.set()
         self._seen.set()
         strategy = self._local.strategy
         if strategy.gap is None:
-            return []
+            return Draft([])
         if strategy.gap_mode == "free" and self._local.gap_adapter is not None:
             self._join()
-            with torch.inference_mode():
-                return self._local.finish_gap(self._found)
-        return list(self._found)
+        with torch.inference_mode():
+            return self._local.finish_gap(list(self._found))
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         if self._goes_on:

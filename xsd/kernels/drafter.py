@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 
 from xsd.kernels import PANEL
-from xsd.kernels.argmax import choose
+from xsd.kernels.argmax import choose_in
 from xsd.kernels.attention import place
 from xsd.kernels.decoder import decoder_pass
 from xsd.kernels.head import head_pass
 from xsd.kernels.options import exact
 from xsd.kernels.products import add_product
-from xsd.kernels.rows import ONE, centre
+from xsd.kernels.rows import ONE, ZERO, centre, softmax
 
 
 @exact
@@ -50,16 +50,18 @@ def _fuse(drafter, verifier, panels, bias, factor, eps, known):
 
 
 @exact
-def _remember(states, panels, bias, eps, keys, values, column):
-    """Drafter states of one answer become keys and values of its cross-attention.
+def remember(states, panels, bias, eps, memory_keys, memory_values, column):
+    """States become keys and values of cross-attention, as many for each of B answers or clips.
 
     Args:
-        states: [n, D].
+        states: [B n, D].
         panels: [L, P, D, 64], behind a norm; bias: [L, 64 P].
-        keys: [L, H, Dh, columns], written from ``column`` on; values: [L, H, columns, Dh].
+        memory_keys: [L, B, H, Dh, columns], written from ``column`` on; memory_values: [L, B, H,
+            columns, Dh].
     """
-    num_layers, num_heads, head_dim, _ = keys.shape
+    num_layers, batch, num_heads, head_dim, _ = memory_keys.shape
     num_rows, width = states.shape
+    each = num_rows // batch
     normed = np.empty((num_rows, width), np.float32)
     projected = np.empty((num_rows, bias.shape[1]), np.float32)
     for r in range(num_rows):
@@ -68,12 +70,31 @@ def _remember(states, panels, bias, eps, keys, values, column):
         for r in range(num_rows):
             projected[r] = bias[layer]
         add_product(normed, panels[layer], projected)
-        for h in range(num_heads):
-            start = h * head_dim
-            place(
-                projected, start, start + width, 0, num_rows, keys[layer, h], values[layer, h],
-                column,
-            )  # fmt: skip
+        for b in range(batch):
+            for h in range(num_heads):
+                start = h * head_dim
+                place(
+                    projected, start, start + width, b * each, (b + 1) * each,
+                    memory_keys[layer, b, h], memory_values[layer, b, h], column,
+                )  # fmt: skip
+
+
+@exact
+def pool(states, means):
+    """Means [K, D] over runs of neighbours: of ``states`` [n, D], row i is in run i * K // n."""
+    num_rows, num_runs = states.shape[0], means.shape[0]
+    start = 0
+    for k in range(num_runs):
+        means[k] = ZERO
+        stop = start
+        while stop < num_rows and stop * num_runs // num_rows == k:
+            for j in range(means.shape[1]):
+                means[k, j] += states[stop, j]
+            stop += 1
+        size = np.float32(stop - start)
+        for j in range(means.shape[1]):
+            means[k, j] /= size
+        start = stop
 
 
 @exact
@@ -93,18 +114,12 @@ def enter_rows(
         known: [B R, D], as for ``head_pass``: added to.
         states: [B R, D], overwritten: what ``head_pass`` takes.
     """
-    bridge, fuse, fuse_bias, factor, remember, remember_bias, is_raw = entry
+    bridge, fuse, fuse_bias, factor, remembered, remembered_bias, is_raw = entry
     width = known.shape[1]
     entered = np.empty((drafter.shape[0], width), np.float32)
     _bridge(drafter, bridge, entered)
-    if remember.shape[0]:
-        batch = memory_keys.shape[1]
-        each = drafter.shape[0] // batch
-        for b in range(batch):
-            _remember(
-                entered[b * each : (b + 1) * each], remember, remember_bias, eps,
-                memory_keys[:, b], memory_values[:, b], column,
-            )  # fmt: skip
+    if remembered.shape[0]:
+        remember(entered, remembered, remembered_bias, eps, memory_keys, memory_values, column)
         states[:] = verifier
     elif fuse.shape[0]:
         _fuse(entered, verifier, fuse, fuse_bias, factor, eps, known)
@@ -135,6 +150,7 @@ def coupled_chain(
     sequence, num_said, num_read, prompt_length, drafter_states, embedding, decoder,
     first, shift, states, table, at_positions, eos, lm_head, num_ids,
     entry, weights, eps, is_gelu, kept, keys, values, memory_keys, memory_values, memory_size,
+    confidence,
 ):  # fmt: skip
     """Draft for one answer with an adapter that reads the drafter: at each step the drafter reads
     the token that the adapter chose.
@@ -154,6 +170,7 @@ def coupled_chain(
         table, at_positions, eos, lm_head, num_ids: as in ``draft``'s vocabulary.
         entry: as for ``enter_rows``.
         weights: of ``head_pass``, entrance to bias of the projection. The rest as for it.
+        confidence: [gamma] float64, overwritten: how probable each draft seems to the adapter.
 
     Returns how many tokens were drafted, and how many the drafter has read now.
     """
@@ -161,7 +178,7 @@ def coupled_chain(
     remembers = entry[4].shape[0] > 0
     ahead = 1 if remembers else 0
     column, chain = np.empty(1, np.int64), np.zeros((0, 0), np.bool_)
-    token = np.empty(1, np.int64)
+    token, logits = np.empty(1, np.int64), np.empty((1, lm_head.shape[0] * PANEL), np.float32)
     given, end = states, num_said
     while True:
         stop = end - shift + 1
@@ -194,8 +211,10 @@ def coupled_chain(
             memory_size, column, column, chain, out,
         )  # fmt: skip
         given = out[num_rows - 1 :].copy()
-        choose(given, lm_head, num_ids, token)
+        choose_in(given, lm_head, num_ids, logits, token)
         sequence[end] = token[0]
+        # The likeliest one's share is its exponential, one, over the sum of all.
+        confidence[end - num_said] = softmax(logits[0], num_ids)
         end += 1
         first = stop
         ends = end == sequence.shape[0]

@@ -83,6 +83,17 @@ def best_size(rule, joint):
 
 
 @exact
+def joint_chances(rule, parents, confidence):
+    """Of every draft, that it holds with all before it. Parents, [n] int64, come first; -1: the
+    last token said. ``confidence``: [n] float64."""
+    joint = np.empty(parents.shape[0], np.float64)
+    for i in range(parents.shape[0]):
+        before = 1.0 if parents[i] == -1 else joint[parents[i]]
+        joint[i] = before * chance(rule, confidence[i])
+    return joint
+
+
+@exact
 def may_draft(rule):
     """Whether this cycle should draft at all; asked once a cycle."""
     _, _, verify_ms, pace = rule
