@@ -6,24 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 from dash import dcc, html
 
+from dashboards.tables import Column, Table
 from xsd.plots.timeline import Example, plain_piece, token_origins
 
 Part = Any
 """A Dash component, or text."""
-_DASH = "-"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: what is shown of a row, and what it is sorted by."""
-
-    key: str
-    title: str
-    pattern: str = "{}"
-    """A format for the value; a value that is missing becomes a dash."""
 
 
 @dataclass(frozen=True)
@@ -69,35 +58,35 @@ def tiles(values: Mapping[str, str]) -> Part:
     return html.Div(cells, className="tiles")
 
 
-def table(
-    name: str,
-    columns: Sequence[Column],
-    frame: pd.DataFrame,
-    order: Order,
-    links: Mapping[str, str] | None = None,
-) -> Part:
+def table(name: str, made: Table, order: Order, links: Mapping[str, str] | None = None) -> Part:
     """A table whose headings sort it.
 
     Args:
         name: of the table, by which ``order`` means it.
         links: run id -> address; then the first column leads to the row's run.
 
-    Where the frame has a column ``kind``, the first cell wears its colour.
+    Where the frame has a column ``kind``, the first cell wears its colour. Groups are parted until
+    a reader sorts.
     """
+    frame, columns, breaks = made.frame, made.shown(), made.breaks()
     if order.table == name and order.column in frame:
-        frame = frame.sort_values(
-            order.column, ascending=not order.descending, kind="stable", na_position="last"
+        frame, breaks = (
+            frame.sort_values(
+                order.column, ascending=not order.descending, kind="stable", na_position="last"
+            ),
+            [],
         )
     head = [html.Th(_heading(name, column, order)) for column in columns]
     rows = []
-    for row in frame.to_dict("records"):
-        cells: list[Part] = [_text(row.get(column.key), column.pattern) for column in columns]
+    for index, row in enumerate(frame.to_dict("records")):
+        cells: list[Part] = [column.text(row[column.key]) for column in columns]
         address = (links or {}).get(str(row.get("run_id")))
         if address:
             cells[0] = html.A(cells[0], href=address, target="_blank", title="its run in MLflow")
         if "kind" in row:
             cells[0] = html.Span(cells[0], className=f"dot {row['kind']}")
-        rows.append(html.Tr([html.Td(cell) for cell in cells]))
+        group = "group" if index in breaks else ""
+        rows.append(html.Tr([html.Td(cell) for cell in cells], className=group))
     body = html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)])
     return html.Div(body, className="wide")
 
@@ -112,11 +101,6 @@ def _heading(name: str, column: Column, order: Order) -> Part:
         )
     identity = {"type": "sort", "table": name, "column": column.key}
     return html.Button(column.title + mark, id=identity, n_clicks=0, className="sort")
-
-
-def _text(value: Any, pattern: str) -> str:
-    missing = value is None or (not isinstance(value, (list, dict)) and pd.isna(value))
-    return _DASH if missing or value == "" else pattern.format(value)
 
 
 def empty(what: str) -> Part:

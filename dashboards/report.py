@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from dashboards import page
-from xsd.adapters.catalog import LEVELS, level
+from dashboards import page, tables
+from dashboards.tables import Table
 from xsd.config import variant as variant
 from xsd.files import read_json
-from xsd.plots import clock, learning, offline, timeline
-from xsd.plots.style import TIMES, base_level, kind
+from xsd.plots import clock, learning, offline, overview, timeline
+from xsd.plots.style import TIMES, kind
 from xsd.types import Trace
 
 DEMO = "demo.yaml"
@@ -48,7 +48,10 @@ def build(sources: Sequence[Source], pair: str, recipes: Iterable[str] = ()) -> 
     by_stage: dict[str, dict[str, Source]] = {}
     for source in sources:
         by_stage.setdefault(source.stage, {})[source.name] = source
-    evaluated = _in_catalog_order(by_stage.get("evaluate", {}))
+    evaluated = by_stage.get("evaluate", {})
+    levels = tables.levels(_levels_frame(evaluated.values()))
+    # As the table has them.
+    evaluated = {name: evaluated[name] for name in levels.frame["level"]}
     bench = next(iter(by_stage.get("benchmark", {}).values()), None)
     files = read_json(_newest(bench.folder, "e2e_wallclock_*.json")) if bench else None
     traces = [timeline.trace_from(values) for values in files["traces"]] if files else []
@@ -56,7 +59,7 @@ def build(sources: Sequence[Source], pair: str, recipes: Iterable[str] = ()) -> 
     sections = [
         _configs(files, summary, traces),
         _hiding(bench),
-        _levels(evaluated, by_stage.get("train", {})),
+        _levels(levels, evaluated, by_stage.get("train", {})),
         _controls(summary),
         _leakage(evaluated),
         _two_phase(by_stage.get("two_phase", {})),
@@ -66,13 +69,13 @@ def build(sources: Sequence[Source], pair: str, recipes: Iterable[str] = ()) -> 
     runs = ", ".join(f"{s.stage} {s.name} {s.run_id[:8]}".replace("  ", " ") for s in sources)
     return page.page(
         f"Cross-modal speculative decoding: {pair}",
-        _lead(summary, evaluated, DEMO in set(recipes)),
+        _lead(summary, levels.frame, DEMO in set(recipes)),
         sections,
         footer=f"Made {made} from the runs {runs}.",
     )
 
 
-def _lead(summary: pd.DataFrame, evaluated: Mapping[str, Source], is_demo: bool) -> str:
+def _lead(summary: pd.DataFrame, levels: pd.DataFrame, is_demo: bool) -> str:
     text = (
         "A drafter that sees events guesses what a verifier that sees video will say; adapters and "
         "heads turn states into guesses, and the verifier checks them. Its answer never changes, "
@@ -87,50 +90,30 @@ def _lead(summary: pd.DataFrame, evaluated: Mapping[str, Source], is_demo: bool)
                 "note",
             )
         )
-    return "".join([*parts, page.tiles(_headline(summary, evaluated))])
+    return "".join([*parts, page.tiles(_headline(summary, levels))])
 
 
-def _headline(summary: pd.DataFrame, evaluated: Mapping[str, Source]) -> dict[str, str]:
-    tiles = {}
+def _headline(summary: pd.DataFrame, levels: pd.DataFrame) -> dict[str, str]:
+    tiles = tables.headline(summary, levels)
     if len(summary):
-        drafted = summary[~summary["strategy"].map(kind).isin(["plain", "control"])]
-        best = drafted.sort_values("speedup").iloc[-1] if len(drafted) else summary.iloc[0]
-        tiles[f"measured speedup of {best['strategy']}"] = f"{best['speedup']:.2f}{TIMES}"
         changed = summary["num_different"].sum() - summary["num_near_ties"].sum()
         tiles["answers changed by speculation"] = f"{changed:.0f}"
         tiles["samples, plain and by every config"] = f"{summary['num_samples'].max():.0f}"
-    for phase, text in (("gap", "drafts accepted in a row"), ("decode", "tokens a call, offline")):
-        rivals = [s for s in evaluated.values() if level(base_level(s.name)).phase == phase]
-        if rivals:
-            best_one = max(rivals, key=lambda source: source.metrics["accept_length"])
-            caption = f"{text}: {best_one.name}, offline".replace(", offline:", ":")
-            tiles[caption] = f"{best_one.metrics['accept_length']:.2f}"
     return tiles
+
+
+def _levels_frame(evaluated: Iterable[Source]) -> pd.DataFrame:
+    about = {"experiment_id": None, "started": None}
+    rows = [
+        {**about, "run_id": one.run_id, "stage": one.stage, "tags": one.tags, **one.metrics}
+        for one in evaluated
+    ]
+    return overview.levels_frame(pd.DataFrame(rows, columns=None if rows else ["stage"]))
 
 
 def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
     if not traces:
         return ""
-    columns = [
-        *("config", "prefill ms", "decode ms", "total ms", "accepted", "tau", "free drafts"),
-        *("speedup", "modelled", "time p95", "slower", "drafting", "lossless"),
-    ]
-    rows = [
-        [
-            row["strategy"],
-            *(f"{row[f'{name}_ms']:.1f}" for name in ("prefill", "decode", "total")),
-            f"{row['tokens_accepted']:.1f}",
-            _text(row["tau"], "{:.2f}"),
-            _text(row["num_free"] or None, "{:.1f}"),
-            f"{row['speedup']:.2f}{TIMES}",
-            _text(row.get("modelled_speedup"), "{:.2f}" + TIMES),
-            f"{row['time_p95']:.2f}",
-            f"{row['share_slower']:.0%}",
-            f"{row['share_drafting']:.0%}",
-            _lossless(row),
-        ]
-        for _, row in summary.iterrows()
-    ]
     media = files["media_ms_mean"]
     note = (
         f"{summary['num_samples'].max():.0f} samples, every config on each of them, interleaved. "
@@ -145,7 +128,7 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
     return page.section(
         "Configs, measured",
         page.paragraph(note, "soft"),
-        page.table(columns, rows, breaks=_kind_breaks(summary["strategy"])),
+        _table(tables.configs(summary)),
         page.figure(clock.speedup_comparison(traces)),
         page.figure(clock.timing_breakdown(traces)),
         page.figure(clock.accept_rate_comparison(traces)),
@@ -167,27 +150,9 @@ def _hiding(bench: Source | None) -> str:
     )
 
 
-def _levels(evaluated: Mapping[str, Source], trained: Mapping[str, Source]) -> str:
+def _levels(levels: Table, evaluated: Mapping[str, Source], trained: Mapping[str, Source]) -> str:
     if not evaluated:
         return ""
-    columns = [
-        *("level", "reads", "parameters", "cos_sim", "accept@0.90", "token match"),
-        *("accept length", "modelled speedup"),
-    ]
-    rows = [
-        [
-            name,
-            level(base_level(name)).inputs,
-            f"{source.metrics['num_parameters']:,.0f}",
-            f"{source.metrics['cos_sim_mean']:.3f}",
-            f"{source.metrics['accept_90']:.1%}",
-            f"{source.metrics['token_top1_match']:.1%}",
-            f"{source.metrics['accept_length']:.2f}",
-            f"{source.metrics['modelled.speedup_e2e']:.2f}{TIMES}",
-        ]
-        for name, source in evaluated.items()
-    ]
-    phases = [level(base_level(name)).phase for name in evaluated]
     positions = {
         name: read_json(source.folder / "position_stats.json")["target"]
         for name, source in evaluated.items()
@@ -207,7 +172,7 @@ def _levels(evaluated: Mapping[str, Source], trained: Mapping[str, Source]) -> s
     return page.section(
         "Levels, offline",
         page.paragraph(note, "soft"),
-        page.table(columns, rows, breaks=_changes(phases)),
+        _table(levels),
         page.figure(offline.acceptance_by_position(positions)),
         page.figure(offline.feature_against_tokens({n: s.metrics for n, s in evaluated.items()})),
         page.figure(learning.curves_comparison(curves) if curves else None),
@@ -218,33 +183,8 @@ def _controls(summary: pd.DataFrame) -> str:
     """Every control beside the configs that it questions."""
     if summary.empty or "control" not in set(summary["strategy"].map(kind)):
         return ""
-    strategies = summary.set_index("strategy")
-    twins = {name.partition("@")[0]: name for name in strategies.index if "@" in name}
-    asked = [name for name in strategies.index if kind(name) == "control" or name in twins]
-    # A shuffled config follows the one that it questions, where that was measured.
-    leading = [n for n in asked if "@" not in n or n.partition("@")[0] not in asked]
-    names = [one for name in leading for one in (name, twins.get(name)) if one]
-    rows = [
-        [
-            name,
-            f"{strategies.loc[name, 'gap_accepted']:.2f}",
-            f"{strategies.loc[name, 'tokens_accepted']:.2f}",
-            f"{strategies.loc[name, 'speedup']:.2f}{TIMES}",
-        ]
-        for name in names
-    ]
-    breaks = [index for index, name in enumerate(names) if "@" not in name and index]
-    note = (
-        "What would have been accepted anyway? template+VL drafts the training set's commonest "
-        "answer to the question, drafter+VL the drafter's own words without an adapter, text what "
-        "a head predicts from the words said so far, and @shuffled_events shows the drafter "
-        "another scene. What a config gains over its shuffled "
-        "twin is what the events contribute."
-    )
-    columns = ["config", "accepted in the gap", "accepted in all", "speedup"]
-    return page.section(
-        "Controls", page.paragraph(note, "soft"), page.table(columns, rows, breaks=breaks)
-    )
+    note = page.paragraph(tables.CONTROLS_NOTE, "soft")
+    return page.section("Controls", note, _table(tables.controls(summary)))
 
 
 def _leakage(evaluated: Mapping[str, Source]) -> str:
@@ -301,25 +241,13 @@ def _promotions(sources: Mapping[str, Source]) -> str:
     return page.section("Champions", *((page.table(columns, rows),) if rows else ()))
 
 
-def _in_catalog_order(sources: Mapping[str, Source]) -> dict[str, Source]:
-    """Gap levels, then heads, each as the catalog has them; variants behind their level."""
-    order = sorted(LEVELS, key=lambda name: LEVELS[name].phase == "decode")
-    known = [name for name in sources if base_level(name) in order]
-    return {n: sources[n] for n in sorted(known, key=lambda n: (order.index(base_level(n)), n))}
-
-
-def _kind_breaks(strategies: Iterable[str]) -> list[int]:
-    return _changes([kind(name) for name in strategies])
-
-
-def _changes(values: Sequence[str]) -> list[int]:
-    return [i for i in range(1, len(values)) if values[i] != values[i - 1]]
-
-
-def _lossless(row: pd.Series[Any]) -> str:
-    if not row["lossless"]:
-        return f"no: {row['num_different'] - row['num_near_ties']:.0f} differ"
-    return f"yes, {row['num_near_ties']:.0f} near ties" if row["num_near_ties"] else "yes"
+def _table(made: Table) -> str:
+    columns = made.shown()
+    rows = [
+        [column.text(row[column.key]) for column in columns]
+        for row in made.frame.to_dict("records")
+    ]
+    return page.table([column.title for column in columns], rows, breaks=made.breaks())
 
 
 def _text(value: float | None, pattern: str) -> str:

@@ -7,45 +7,15 @@ from typing import Any
 import pandas as pd
 from dash import html
 
-from dashboards import archive, parts
-from dashboards.parts import Column, Order, Part
-from xsd.adapters.catalog import LEVELS
+from dashboards import archive, parts, tables
+from dashboards.parts import Order, Part
+from dashboards.tables import Column, Table
 from xsd.config import variant
 from xsd.errors import XsdError
 from xsd.plots import clock, learning, offline, overview, sweep, timeline, upkeep
 from xsd.plots.overview import Cost
-from xsd.plots.style import TIMES, base_level, kind
 from xsd.tracking.store import run_link
 
-CONFIG_COLUMNS = (
-    Column("strategy", "config"),
-    Column("speedup", "speedup", "{:.2f}" + TIMES),
-    Column("modelled_speedup", "modelled", "{:.2f}" + TIMES),
-    Column("ratio_p5", "p5", "{:.2f}"),
-    Column("ratio_p95", "p95", "{:.2f}"),
-    Column("tau", "tau", "{:.2f}"),
-    Column("tokens_accepted", "accepted", "{:.1f}"),
-    Column("num_free", "free drafts", "{:.1f}"),
-    Column("prefill_ms", "prefill ms", "{:.1f}"),
-    Column("decode_ms", "decode ms", "{:.1f}"),
-    Column("total_ms", "total ms", "{:.1f}"),
-    Column("time_p95", "time p95", "{:.2f}"),
-    Column("share_slower", "slower", "{:.0%}"),
-    Column("share_drafting", "drafting", "{:.0%}"),
-    Column("verdict", "lossless"),
-    Column("started", "measured", "{:%d %b %H:%M}"),
-)
-LEVEL_COLUMNS = (
-    Column("level", "level"),
-    Column("reads", "reads"),
-    Column("num_parameters", "parameters", "{:,.0f}"),
-    Column("accept_length", "accept length", "{:.2f}"),
-    Column("token_top1_match", "token match", "{:.1%}"),
-    Column("accept_90", "accept@0.90", "{:.1%}"),
-    Column("cos_sim_mean", "cos_sim", "{:.3f}"),
-    Column("modelled.speedup_e2e", "modelled speedup", "{:.2f}" + TIMES),
-    Column("started", "evaluated", "{:%d %b %H:%M}"),
-)
 TRIAL_COLUMNS = (
     Column("number", "trial"),
     Column("state", "state"),
@@ -73,7 +43,6 @@ STAGE_COLUMNS = (
     Column("num_runs", "runs"),
     Column("num_unknown", "of unknown size"),
 )
-_NO_BENCH = "No benchmark among these runs: 'xsd benchmark' makes one, or choose less narrowly."
 _NUM_HEAVY = 15
 
 
@@ -92,22 +61,25 @@ def at_a_glance(frame: pd.DataFrame, order: Order, ui: str | None) -> Part:
             "No benchmark and no evaluation among these runs: 'xsd main' makes both."
         )
     pages = links(frame, ui)
-    found: list[Part] = [parts.tiles(_headline(frame, configs, levels))]
+    tiles = {"runs": f"{len(frame):,}", **tables.headline(configs, levels)}
     if len(configs):
-        board = configs.sort_values("speedup", ascending=False, ignore_index=True)
-        board = board.assign(verdict=board["lossless"].map({True: "yes", False: "NO"}))
+        kept = f"{configs['lossless'].sum()} of {len(configs)}"
+        tiles["configs that keep every answer"] = kept
+    found: list[Part] = [parts.tiles(tiles)]
+    if len(configs):
         note = (
             "Of every config the newest measurement. Blue drafts in the prefill gap, amber in "
             "decode, green in both; violet are controls. A heading sorts, a name opens its run."
         )
-        shown = parts.table("configs", CONFIG_COLUMNS, board, order, pages)
+        fastest_first = order if order.table == "configs" else Order("configs", "speedup")
+        shown = parts.table("configs", tables.configs(configs), fastest_first, pages)
         found.append(parts.card("Configs, measured", shown, note=note))
     if len(levels):
         note = (
             "Of every level the newest evaluation, on held-out recordings; modelled speedups rest "
             "on assumed costs."
         )
-        shown = parts.table("levels", LEVEL_COLUMNS, levels, order, pages)
+        shown = parts.table("levels", tables.levels(levels), order, pages)
         found.append(parts.card("Levels, offline", shown, note=note))
     agreed = overview.agreement_frame(measured, frame)
     if len(agreed):
@@ -118,26 +90,8 @@ def at_a_glance(frame: pd.DataFrame, order: Order, ui: str | None) -> Part:
 
 
 def _levels(frame: pd.DataFrame) -> pd.DataFrame:
-    """The newest evaluation of every level, in the catalog's order."""
-    found = overview.newest(overview.levels_frame(frame), "level")
-    ranks = {name: rank for rank, name in enumerate(LEVELS)}
-    by = found["level"].map(lambda name: (ranks[base_level(name)], name))
-    return found.loc[by.sort_values().index].reset_index(drop=True)
-
-
-def _headline(frame: pd.DataFrame, configs: pd.DataFrame, levels: pd.DataFrame) -> dict[str, str]:
-    found = {"runs": f"{len(frame):,}"}
-    drafted = configs[~configs["kind"].isin(["plain", "control"])]
-    if len(drafted):
-        best = drafted.sort_values("speedup").iloc[-1]
-        found[f"measured speedup of {best['strategy']}"] = f"{best['speedup']:.2f}{TIMES}"
-        found["configs that keep every answer"] = f"{configs['lossless'].sum()} of {len(configs)}"
-    for phase, text in (("gap", "drafts in a row"), ("decode", "tokens a verifier call")):
-        rivals = levels[levels["phase"] == phase].dropna(subset="accept_length")
-        if len(rivals):
-            best = rivals.sort_values("accept_length").iloc[-1]
-            found[f"{text}: {best['level']}, offline"] = f"{best['accept_length']:.2f}"
-    return found
+    """The newest evaluation of every level, in the order of their table."""
+    return tables.levels(overview.newest(overview.levels_frame(frame), "level")).frame
 
 
 def of_levels(frame: pd.DataFrame, cost: Cost) -> Part:
@@ -171,13 +125,7 @@ def of_speed(run_id: str, order: Order) -> Part:
         found = archive.bench(run_id)
     except XsdError as error:
         return parts.empty(str(error))
-    controls = found.summary[found.summary["strategy"].map(kind) == "control"]
-    columns = [
-        Column("strategy", "control"),
-        Column("gap_accepted", "accepted in the gap", "{:.2f}"),
-        Column("tokens_accepted", "accepted in all", "{:.2f}"),
-        Column("speedup", "speedup", "{:.2f}" + TIMES),
-    ]
+    controls = tables.controls(found.summary)
     note = (
         f"{found.summary['num_samples'].max():.0f} samples, every config on each of them, "
         "interleaved. The clock runs from decoded media in host memory to the last token; decoding "
@@ -191,10 +139,10 @@ def of_speed(run_id: str, order: Order) -> Part:
             parts.graph(clock.accept_rate_comparison(found.traces)),
             parts.card(
                 "Controls",
-                parts.table("controls", columns, controls, order),
-                note="What would have been accepted without an adapter, or without looking.",
+                parts.table("controls", controls, order),
+                note=tables.CONTROLS_NOTE,
             )
-            if len(controls)
+            if len(controls.frame)
             else None,
         ]
     )
@@ -248,7 +196,7 @@ def of_sweep(row: dict[str, Any], order: Order, ui: str | None) -> Part:
             parts.graph(sweep.pareto(trials)) if "latency_ms" in trials else None,
             parts.graph(sweep.importance(shares)) if len(shares) else None,
             parts.graph(sweep.parallel_coordinates(trials, parameters)) if len(complete) else None,
-            parts.card("Trials", parts.table("trials", columns, shown, order, pages)),
+            parts.card("Trials", parts.table("trials", Table(tuple(columns), shown), order, pages)),
         ]
     )
 
@@ -270,7 +218,7 @@ def of_upkeep(
     heavy = heavy.assign(size=heavy["num_bytes"].map(upkeep.size_text))
     failed = upkeep.failures_frame(frame)
     lost = (
-        parts.table("failures", FAILURE_COLUMNS, failed, order, pages)
+        parts.table("failures", Table(FAILURE_COLUMNS, failed), order, pages)
         if len(failed)
         else parts.empty("No run failed, and none lost a sample.")
     )
@@ -283,10 +231,12 @@ def of_upkeep(
             ),
             parts.graph(upkeep.outcomes(upkeep.outcomes_frame(frame))),
             parts.graph(upkeep.storage(stages)),
-            parts.card("Storage by stage", parts.table("stages", STAGE_COLUMNS, stages, order)),
+            parts.card(
+                "Storage by stage", parts.table("stages", Table(STAGE_COLUMNS, stages), order)
+            ),
             parts.card(
                 "The heaviest runs",
-                parts.table("heavy", HEAVY_COLUMNS, heavy, order, pages),
+                parts.table("heavy", Table(HEAVY_COLUMNS, heavy), order, pages),
                 note="A file that several runs link is on disk once; 'xsd gc' lists what can go.",
             ),
         ]

@@ -66,6 +66,13 @@ def test_configs_have_their_own_names_again() -> None:
     assert np.isnan(frame["tau"]).all() and len(frame) == 4
 
 
+def test_what_was_modelled_stands_beside_what_was_measured() -> None:
+    runs = RUNS.assign(**{f"modelled.{metric_name('X1+E3')}.speedup": 1.7})
+    frame = overview.configs_frame(runs).set_index("strategy")
+    assert (frame.loc[["X1+E3"], "modelled_speedup"] == 1.7).all()
+    assert frame.loc[["L4+VL"], "modelled_speedup"].isna().all()
+
+
 def test_the_newest_of_a_name_counts() -> None:
     frame = overview.newest(overview.configs_frame(RUNS), "strategy").set_index("strategy")
     assert frame.loc["L4+VL", "speedup"] == 1.2 and frame.loc["X1+E3", "speedup"] == 1.4

@@ -125,9 +125,11 @@ def test_a_control_stands_beside_what_it_questions(sources: list[Source]) -> Non
 
 
 def test_lossless_is_said_of_every_config(sources: list[Source]) -> None:
-    rows = {row[0]: row for row in Page(build(sources, "tiny")).rows if len(row) == 13}
-    assert rows["vl_baseline"][-1] == "yes"
-    assert rows["X1+E3"][-1] == "no: 1 differ"
+    rows = Page(build(sources, "tiny")).rows
+    first = next(index for index, row in enumerate(rows) if row[-1] == "lossless")
+    configs = {row[0]: row for row in rows[first:] if len(row) == len(rows[first])}
+    assert configs["vl_baseline"][-1] == "yes"
+    assert configs["X1+E3"][-1] == "no: 1 differ"
 
 
 @pytest.mark.parametrize("stage", ["benchmark", "evaluate", "promote"])

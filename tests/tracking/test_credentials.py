@@ -59,6 +59,7 @@ def test_a_path_made_of_a_url_is_hidden_too(text: str) -> None:
         *("file:/a/b", "outputs/a:/b@c", "C:/Users/me@work/adapters:new"),
         *("ssh://me@h/p", "https://h/x?v=1&design=2", "accept@0.90"),
         "models:/xsd-tiny-L4@champion",
+        "models:/xsd-eventgpt-video-llava-L4-free@champion",
     ],
 )
 def test_what_holds_none_is_left_as_it_is(text: str) -> None:

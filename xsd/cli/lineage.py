@@ -55,6 +55,8 @@ def run(config: Config) -> None:
 
 
 def _show(root: Node, settings: bool) -> None:
+    """Commit and environment are said where they change: most trees have one of each."""
+    said: dict[str, str] = {}
     for depth, node in root.walk():
         indent = "  " * depth
         what = " ".join(filter(None, (node.stage, node.tags.get("level")))) or "file"
@@ -65,19 +67,21 @@ def _show(root: Node, settings: bool) -> None:
         print(f"{indent}{role}{what}  {node.uri}{run}{note}")
         if node.note == "shown above":
             continue
-        for line in _details(node):
-            print(f"{indent}    {line}")
+        for name, value in _details(node).items():
+            if said.get(name) != value:
+                print(f"{indent}    {name} {value}")
+            said[name] = value
         if settings:
             for name, value in sorted(node.params.items()):
                 if name.startswith("cfg."):
                     print(f"{indent}    {name.removeprefix('cfg.')} = {value}")
 
 
-def _details(node: Node) -> list[str]:
+def _details(node: Node) -> dict[str, str]:
     tags = node.tags
-    told = (
-        ("digest", tags.get("xsd.digest", "")[:12]),
-        ("commit", tags.get("mlflow.source.git.commit", "")),
-        ("environment", tags.get("xsd.environment", "")),
-    )
-    return [f"{name} {value}" for name, value in told if value]
+    told = {
+        "digest": tags.get("xsd.digest", "")[:12],
+        "commit": tags.get("mlflow.source.git.commit", ""),
+        "environment": tags.get("xsd.environment", ""),
+    }
+    return {name: value for name, value in told.items() if value}

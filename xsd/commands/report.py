@@ -64,7 +64,10 @@ def _run_ids(config: Config) -> list[str]:
     from xsd.tracking import products, query
 
     if config.runs is not None:
-        return [text.strip() for text in config.runs.split(",") if text.strip()]
+        named = [text.strip() for text in config.runs.split(",") if text.strip()]
+        if not named:
+            raise XsdError("runs: names no run; give run ids with commas between them, or null")
+        return named
     newest: dict[tuple[str, str], str] = {}
     for name in _STAGES:
         for run_id in query.runs(name, config.pair)["run_id"]:

@@ -65,7 +65,8 @@ def configs_frame(runs: pd.DataFrame) -> pd.DataFrame:
             changed = values["num_different"] > values["num_near_ties"]
             row = {"strategy": strategy, "kind": kind(strategy), "lossless": not changed}
             rows.append({**{name: run[name] for name in _IDS}, **row, **values})
-    return pd.DataFrame(rows, columns=[*_IDS, "strategy", "kind", "lossless", *CONFIG_METRICS])
+    columns = [*_IDS, "strategy", "kind", "lossless", *CONFIG_METRICS, "modelled_speedup"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def levels_frame(runs: pd.DataFrame) -> pd.DataFrame:

@@ -11,8 +11,8 @@ from typing import Final
 HIDDEN: Final = "***"
 _URL: Final = re.compile(r"\b([A-Za-z][\w+.-]*://?)([^/\s@:]*):([^/\s]+)@")
 """One slash is what ``pathlib`` leaves of two."""
-_USER: Final = re.compile(r"\b([A-Za-z][\w+.-]*://?)([^/\s@:]{16,})@")
-"""A token in the user's place; a bucket or a host may follow."""
+_USER: Final = re.compile(r"\b(?!models:/[^/])([A-Za-z][\w+.-]*://?)([^/\s@:]{16,})@")
+"""A token in the user's place; a bucket or a host may follow. models:/<name>@champion has none."""
 _QUERY: Final = re.compile(
     r"([?&](?:[\w.-]*(?:signature|credential|token|password|passwd|secret|api[_-]?key|access[_-]?key"
     r"(?:id)?)|sig)=)[^&#\s'\"]+",
