@@ -11,7 +11,7 @@ import pytest
 from xsd.commands import stage
 from xsd.errors import XsdError
 from xsd.files import write_text
-from xsd.tracking import query
+from xsd.tracking import products, query, store
 from xsd.tracking.products import Product
 from xsd.tracking.run import Run
 
@@ -45,6 +45,19 @@ def test_the_same_work_is_done_once(tmp_path: Path) -> None:
     assert calls == [3, 4] and other.run_id != first.run_id
     forced = perform(Config(rerun=True), calls, tmp_path)
     assert calls == [3, 4, 3] and forced.run_id != first.run_id
+
+
+@pytest.mark.usefixtures("tracking")
+def test_a_run_that_reused_another_stands_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``mlflow run`` begins a run before anybody knows that the work is done already."""
+    first = perform(Config(), [], tmp_path)
+    begun = store.client().create_run(store.experiment_id("tiny")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", begun)
+    perform(Config(), [], tmp_path)
+    assert products.load(f"runs:/{begun}") == products.load(first.uri)
+    assert products.load(f"runs:/{begun}/product.txt").path == first.path / "product.txt"
 
 
 @pytest.mark.usefixtures("tracking")

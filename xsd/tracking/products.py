@@ -114,6 +114,8 @@ def _load_run(uri: str) -> Product:
         run = store.client().get_run(run_id)
     except MlflowException as error:
         raise XsdError(f"{uri}: no such run in {redacted(store.tracking_uri())}") from error
+    if reused := run.data.tags.get("xsd.reused"):
+        return _load_run(f"{reused}/{subfolder}")
     product = from_run(run, subfolder)
     if subfolder and not product.path.exists():
         raise XsdError(f"{uri}: the run has no such artifact")
