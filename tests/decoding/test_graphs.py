@@ -13,8 +13,15 @@ from torch import Tensor
 from xsd import bench
 from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
-from xsd.decoding import graphs
-from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding import coupled_graphs, graphs
+from xsd.decoding.ahead import CoupledDrafter
+from xsd.decoding.draft import (
+    DrafterReader,
+    HeadDrafter,
+    HeadOptions,
+    ReaderMemory,
+    VerifierTables,
+)
 from xsd.decoding.engine import Engine
 from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.pairs.base import ModelPair
@@ -51,7 +58,7 @@ def on(device: torch.device, pair: ModelPair) -> ModelPair:
     return pair if device.type == "cpu" else load_pair(PairConfig(device="cuda"))
 
 
-@pytest.mark.parametrize("level", ["B1", "E1", "E3"])
+@pytest.mark.parametrize("level", ["B1", "E1", "E3", "text"])
 def test_captured_chains_are_the_heads_own(
     level: str, device: torch.device, pair: ModelPair, adapters: dict[str, Path]
 ) -> None:
@@ -82,6 +89,77 @@ def test_captured_chains_are_the_heads_own(
     if device.type == "cpu":
         # (4, 4), (1, 4), (4, 2); again for visual vectors of another number.
         assert Replayed.made == (6 if level == "E3" else 3)
+
+
+@pytest.mark.parametrize("level", ["L5", "L5F", "E2"])
+@torch.inference_mode()
+def test_a_drafter_that_reads_along_in_the_capture_gives_the_heads_own_chains(
+    level: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    there = on(device, pair)
+    head = checkpoint.load(adapters[level])[0].to(device).eval()
+    tables = VerifierTables.of(there.verifier)
+    plain, captured = HeadDrafter(head, tables, MAX_NEW), graphs.CapturedHead(head, tables, MAX_NEW)
+    longest = bench.longest_prompt(pair, items)
+    readers = [
+        DrafterReader(there.drafter, ReaderMemory.new(there.drafter, MAX_NEW, longest))
+        for _ in range(2)
+    ]
+    draw = torch.Generator().manual_seed(0)
+    for item in items[:2]:
+        for party, reader in zip((plain, captured), readers, strict=True):
+            reader.begin(item.media, item.sample.question)
+            # As a gap leaves it: behind tokens that were not said.
+            reader.states([300, 301, 302], 0, 4)
+            party.begin(item.sample.question, None, reader)
+        tokens: list[int] = []
+        for fresh, gamma in ((19, 4), (4, 4), (1, 4), (3, 2)):
+            tokens += torch.randint(3, 200, (fresh,), generator=draw).tolist()
+            states = torch.randn(fresh, there.verifier.width, generator=draw).to(device)
+            own = plain.propose(tokens, states, gamma)
+            found = captured.propose(tokens, states, gamma)
+            assert found.tokens[: len(own)] == own.tokens and len(found) == gamma
+    if device.type == "cpu":
+        # Those of few rows, once: another sample replays them.
+        assert Replayed.made == 3
+
+
+@pytest.mark.parametrize("level", ["L2", "L4", "X1"])
+@torch.inference_mode()
+def test_captured_coupled_drafting_is_the_adapters_own(
+    level: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(coupled_graphs, "Capture", graphs.Capture)
+    monkeypatch.setattr(coupled_graphs, "Lane", graphs.Lane)
+    there = on(device, pair)
+    adapter = checkpoint.load(adapters[level])[0].to(device).eval()
+    tables = VerifierTables.of(there.verifier)
+    longest = bench.longest_prompt(pair, items)
+    parties: list[CoupledDrafter] = []
+    for kind in (CoupledDrafter, coupled_graphs.CapturedCoupled):
+        reader = DrafterReader(there.drafter, ReaderMemory.new(there.drafter, MAX_NEW, longest))
+        parties.append(kind(reader, adapter, tables, MAX_NEW))
+    for number, item in enumerate(items[:2]):
+        visual = torch.randn(9, there.verifier.width).to(device)
+        for party in parties:
+            party._reader.begin(item.media, item.sample.question)
+            party.begin(visual if adapter.memory == "visual" else None)
+            if number:
+                # Something was said before anything was drafted.
+                party.follow([300, 301])
+        for count in (1, 3, 1, 2):
+            said = [*parties[0].tokens[: len(parties[0].tokens) // 2], 300, 301 + count]
+            for party in parties:
+                party.extend(count)
+                # Some of it holds, and the verifier's own tokens follow.
+                party.follow(said)
+                party.extend(2)
+            assert parties[0].tokens == parties[1].tokens
+    if device.type == "cpu":
+        # The prompt alone, one token, two, three; again for nothing.
+        assert Replayed.made <= 5
 
 
 @pytest.mark.parametrize("level", ["E1", "E3"])
@@ -126,14 +204,17 @@ def test_captured_trees_are_the_heads_own(
                 assert found.confidence == pytest.approx(expected.confidence, rel=1e-3)
 
 
-def test_what_reads_the_drafter_or_branches_is_not_captured(
+def test_heads_that_do_not_branch_are_captured_and_gap_adapters_are_not(
     adapters: dict[str, Path],
 ) -> None:
-    heads = {level: checkpoint.load(adapters[level])[0] for level in ("E1", "E2", "L5", "L4")}
+    levels = ("E1", "E2", "L5", "text", "L4", "X1")
+    heads = {level: checkpoint.load(adapters[level])[0] for level in levels}
     assert [graphs.fits_captures(head, HeadOptions()) for head in heads.values()] == [
-        True, False, False, False,
+        True, True, True, True, False, False,
     ]  # fmt: skip
-    assert not graphs.fits_captures(heads["E1"], HeadOptions(tree_width=2))
+    branching = HeadOptions(tree_width=2)
+    assert not graphs.fits_captures(heads["E1"], branching)
+    assert [graphs.fits_trees(heads[level], branching) for level in ("E1", "E2")] == [True, False]
 
 
 @needs_gpu

@@ -26,14 +26,22 @@ from xsd.types import Trace
 
 MAX_NEW = 30
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize(
+    ("device", "device_map"),
+    [
+        ("cpu", None),
+        pytest.param("cuda", None, marks=needs_gpu),
+        pytest.param("cuda", "drafter=cuda:1,verifier=cuda:0", marks=needs_two_gpus),
+    ],
+)
 def test_the_drafters_thread_gives_the_same_answers(
-    device: str, items: list[BenchItem], adapters: dict[str, Path]
+    device: str, device_map: str | None, items: list[BenchItem], adapters: dict[str, Path]
 ) -> None:
-    config = PairConfig(device=device)
+    config = PairConfig(device=device, device_map=device_map)
     names = [
         "L4+VL",
         "X1+VL",

@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xsd.adapters.base import Adapter
@@ -136,6 +136,8 @@ class DrafterReader:
         self._read: list[int] = []
         self._prompt_length = 0
         stack = drafter.stack
+        self._start = torch.zeros(1, dtype=torch.long, device=stack.device)
+        """The prompt's length where ``read_at`` is told of it."""
         compiled = stack.compiled if isinstance(stack, DecoderStack) else None
         self._along: ReadAlong | None = None
         if compiled is not None:
@@ -173,6 +175,30 @@ class DrafterReader:
             self._states[common + 1 : stop] = self.drafter.forward(rows, self._cache)[0]
             self._read = wanted
         return self._states[start:stop]
+
+    def fits_capture(self, device: torch.device) -> bool:
+        """Whether ``read_at`` can be part of what is captured on a device."""
+        stack = self.drafter.stack
+        return isinstance(stack, DecoderStack) and stack.device == device and stack.tap is None
+
+    def begin_at(self) -> Float[Tensor, "1 Dd"]:
+        """``e[0]``; from here on ``read_at`` reads, and tokens read before are forgotten."""
+        self._read = []
+        self._start.fill_(self._prompt_length)
+        return self._states[:1]
+
+    def check_room(self, num_tokens: int) -> None:
+        """Raise AssertionError where so many tokens do not fit behind the prompt."""
+        room = self._cache.max_length - self._prompt_length
+        assert num_tokens <= room, f"the drafter has room for {room} tokens, not {num_tokens}"
+
+    def read_at(self, ids: Int[Tensor, " R"], at: Int[Tensor, " R"]) -> Float[Tensor, "R Dd"]:
+        """``e[at + 1]``: states after these tokens, whose answer positions, one behind the other,
+        are given on the device."""
+        stack = self.drafter.stack
+        assert isinstance(stack, DecoderStack), "only such a stack reads where a device says"
+        rows = self.drafter.embed(ids[None])
+        return stack.forward_at(rows, self._cache, self._start + at[:1])[0]
 
     @property
     def is_compiled(self) -> bool:

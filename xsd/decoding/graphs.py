@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,7 +30,7 @@ once an answer, after the gap."""
 
 
 class CapturedChains:
-    """Greedy chains of a head that reads the verifier's states, tokens, or both."""
+    """Greedy chains of a head; where it reads the drafter, that one reads along in the graph."""
 
     def __init__(self, head: Adapter, tables: VerifierTables, max_length: int) -> None:
         """``max_length``: answer positions that are ever drafted from.
@@ -37,32 +38,37 @@ class CapturedChains:
         Raises:
             XsdError: the head has learned fewer.
         """
-        assert can_capture(head), f"level {head.row.name} reads more than the verifier"
+        assert can_capture(head), f"level {head.row.name} does not draft by itself"
         head.check_length(max_length)
         self._tables = tables
         self._twin = bind(head)
         like = next(head.parameters())
-        self._dtype, self._device = like.dtype, like.device
-        self._rows = _Rows(head, max_length, like)
+        self._dtype, self.device = like.dtype, like.device
+        self._rows = Rows(head, max_length, like)
         self._reads_verifier = "verifier" in head.row.streams
         self._reads_token = "token" in head.row.streams
+        self._reader: DrafterReader | None = None
+        self._heard = like.new_zeros(max_length + 1, head.config.d_drafter).detach()
+        """The drafter's states by answer position, where the head does not attend to them."""
         self._start = torch.zeros(1, dtype=torch.long, device=like.device)
         self._lane = Lane(like.device)
         self._chains: dict[tuple[int, int], _Chain] = {}
 
     @torch.inference_mode()
-    def begin(self, visual: Float[Tensor, "K Dv"] | None) -> None:
-        """A sample begins, with the clip's visual vectors where the head attends to them."""
-        if self._twin.memory != "visual":
-            return
-        assert visual is not None, "the head attends to visual states"
-        found = [b.project_memory(visual[None].to(self._dtype)) for b in self._twin.blocks]
-        if [x.shape for x in found] == [x.shape for x in self._rows.memory]:
-            for old, new in zip(self._rows.memory, found, strict=True):
-                old.copy_(new)
-        else:
-            self._rows.memory = found
+    def begin(
+        self, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None = None
+    ) -> None:
+        """A sample begins, with the clip's visual vectors where the head attends to them, and the
+        drafter behind its prompt where it reads that."""
+        if reader is not self._reader:
+            self._reader = reader
             self._chains.clear()
+        if reader is not None:
+            self._hear(reader.begin_at(), torch.zeros_like(self._start))
+        if self._twin.memory == "visual":
+            assert visual is not None, "the head attends to visual states"
+            if not self._rows.look_at(self._twin, visual.to(self._dtype)):
+                self._chains.clear()
 
     @torch.inference_mode()
     def draft(
@@ -83,9 +89,12 @@ class CapturedChains:
             read at once; the next chain of this shape overwrites them.
         """
         num_rows = len(states)
-        assert start + num_rows + gamma - 1 <= self._rows.length, "the head's cache is full"
+        end = start + num_rows + gamma - 1
+        assert end <= self._rows.length, "the head's cache is full"
+        if self._reader is not None:
+            self._reader.check_room(end)
         self._start.fill_(start)
-        given = ids if isinstance(ids, Tensor) else to_device(ids, self._device)
+        given = ids if isinstance(ids, Tensor) else to_device(ids, self.device)
         if num_rows > MAX_FRESH:
             return self._chain(given, states.to(self._dtype), gamma)
         chain = self._chains.get((num_rows, gamma))
@@ -101,7 +110,7 @@ class CapturedChains:
     def _chain(
         self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], gamma: int
     ) -> Float[Tensor, "2 gamma"]:
-        at = self._start + torch.arange(len(ids), device=self._device)
+        at = self._start + torch.arange(len(ids), device=self.device)
         out = self._step(ids, states[None], at)[:, -1:]
         drafted: list[Tensor] = []
         sure: list[Tensor] = []
@@ -120,10 +129,23 @@ class CapturedChains:
         token = None
         if self._reads_token:
             token = self._twin.read_tokens(self._tables.embedding[ids][None].to(self._dtype))
-        inputs = StepInputs(None, states if self._reads_verifier else None, token)
+        drafter = None
+        if self._reader is not None:
+            for some, where in zip(ids.split(MAX_FRESH), at.split(MAX_FRESH), strict=True):
+                self._hear(self._reader.read_at(some, where), where + 1)
+            drafter = self._heard[at][None]
+        inputs = StepInputs(drafter, states if self._reads_verifier else None, token)
         self._rows.begin(at)
         out: Tensor = self._twin.step_at(inputs, at, self._rows)
         return out
+
+    def _hear(self, states: Float[Tensor, "R Dd"], at: Int[Tensor, " R"]) -> None:
+        """The drafter's states of these positions."""
+        found = states.to(self._dtype)
+        if self._twin.memory == "drafter":
+            self._rows.remember(self._twin, found, at)
+        else:
+            self._heard.index_copy_(0, at, found)
 
 
 class CapturedHead(HeadDrafter):
@@ -145,9 +167,16 @@ class CapturedHead(HeadDrafter):
     def begin(
         self, question: str, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None
     ) -> None:
-        self._captured.begin(visual)
+        # A drafter on another GPU cannot be part of a graph here.
+        self._is_captured = reader is None or reader.fits_capture(self._captured.device)
+        if self._is_captured:
+            self._captured.begin(visual, reader)
+        else:
+            super().begin(question, visual, reader)
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        if not self._is_captured:
+            return super().propose(tokens, states, gamma)
         start = len(tokens) - len(states)
         ids, confidence = self._captured.draft(tokens[start:], states, start, gamma).tolist()
         return Draft([int(token) for token in ids], confidence=confidence)
@@ -174,8 +203,11 @@ def head_drafter(
 
 
 def can_capture(head: Adapter) -> bool:
-    """Whether a head drafts on from its own states, the verifier's and tokens alone."""
-    return head.row.feedback and head.deployable and "drafter" not in head.row.streams
+    """Whether a head drafts on without the verifier: from its own states in place of that one's,
+    or from none."""
+    row = head.row
+    drafts_on = row.feedback or "verifier" not in row.streams
+    return row.phase == "decode" and head.deployable and drafts_on
 
 
 def fits_captures(head: Adapter, options: HeadOptions) -> bool:
@@ -186,7 +218,8 @@ def fits_captures(head: Adapter, options: HeadOptions) -> bool:
 
 def fits_trees(head: Adapter, options: HeadOptions) -> bool:
     """Whether its trees are of the kind that ``CapturedTreeHead`` grows."""
-    return can_capture(head) and bool(options.tree_width)
+    reads_drafter = "drafter" in head.row.streams
+    return can_capture(head) and bool(options.tree_width) and not reads_drafter
 
 
 @dataclass(frozen=True)
@@ -198,7 +231,7 @@ class _Chain:
     replay: Callable[[], Tensor]
 
 
-class _Rows(Past):
+class Rows(Past):
     """A head's rows of one answer, appended where the device says; all of them are looked at,
     those beyond a row's own position through a mask."""
 
@@ -210,10 +243,36 @@ class _Rows(Past):
         shape = (2, 1, config.num_heads, length, head_dim)
         self._buffers = [like.new_zeros(shape).detach() for _ in head.blocks]
         self.columns = torch.arange(length, device=like.device)
+        self._remembers = head.memory == "drafter"
+        if self._remembers:
+            # The drafter's states run one ahead of the rows.
+            ahead = (*shape[:3], length + 1, head_dim)
+            self.memory = [like.new_zeros(ahead).detach() for _ in head.blocks]
+            self._seen_columns = torch.arange(length + 1, device=like.device)
+
+    def look_at(self, twin: Any, visual: Float[Tensor, "K Dv"]) -> bool:
+        """Another sample's visual vectors; False where they are of another number, so that what
+        was captured looks at the old ones."""
+        found = [block.project_memory(visual[None]) for block in twin.blocks]
+        if [x.shape for x in found] != [x.shape for x in self.memory]:
+            self.memory = found
+            return False
+        for old, new in zip(self.memory, found, strict=True):
+            old.copy_(new)
+        return True
+
+    def remember(self, twin: Any, states: Float[Tensor, "R Dd"], at: Int[Tensor, " R"]) -> None:
+        """Drafter states that rows attend to, by answer position."""
+        entered = twin.enter(states[None])
+        for kept, block in zip(self.memory, twin.blocks, strict=True):
+            kept.index_copy_(3, at, block.project_memory(entered))
 
     def begin(self, at: Int[Tensor, " R"]) -> None:
         self._at = at
         self.mask = self.columns <= at[:, None]
+        if self._remembers:
+            # A row has read its token, and so has the drafter's state behind it.
+            self.memory_mask = self._seen_columns <= at[:, None] + 1
 
     def begin_tree(self, slots: Int[Tensor, " R"], visible: Bool[Tensor, "R length"]) -> None:
         """Rows of a draft tree: written at ``slots``, seeing what they follow."""

@@ -18,6 +18,7 @@ from xsd.adapters.catalog import LEVELS
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
 from xsd.decoding.ahead import CoupledDrafter
+from xsd.decoding.coupled_graphs import coupled_drafter
 from xsd.decoding.draft import (
     DrafterReader,
     Head,
@@ -103,7 +104,7 @@ class LocalSpeculator:
         self._gap_tables = tables if self.gap_adapter is None else tables.on(drafter.stack.device)
         self.coupled: CoupledDrafter | None = None
         if self.reader is not None and self.gap_adapter is not None and not free:
-            self.coupled = CoupledDrafter(
+            self.coupled = coupled_drafter(
                 self.reader, self.gap_adapter, self._gap_tables, max_new_tokens
             )
         self.head = head

@@ -52,13 +52,15 @@ class CapturedTrees(CapturedChains):
         """``width``: branches a node, and nodes that branch a level."""
         super().__init__(head, tables, max_length)
         self._width = width
-        self._eos = torch.tensor(sorted(tables.eos_ids), device=self._device)
+        self._eos = torch.tensor(sorted(tables.eos_ids), device=self.device)
         self._trees: dict[tuple[int, int], _Grown] = {}
 
     @torch.inference_mode()
-    def begin(self, visual: Float[Tensor, "K Dv"] | None) -> None:
+    def begin(
+        self, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None = None
+    ) -> None:
         before = self._rows.memory
-        super().begin(visual)
+        super().begin(visual, reader)
         if self._rows.memory is not before:
             self._trees.clear()
 
@@ -73,7 +75,7 @@ class CapturedTrees(CapturedChains):
         """
         num_rows = len(states)
         self._start.fill_(start)
-        given = to_device(ids, self._device)
+        given = to_device(ids, self.device)
         if num_rows > MAX_FRESH:
             return self._grow(given, states.to(self._dtype), depth)
         tree = self._trees.get((num_rows, depth))
@@ -89,7 +91,7 @@ class CapturedTrees(CapturedChains):
     def _grow(
         self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], depth: int
     ) -> Float[Tensor, "4 nodes"]:
-        width, device = self._width, self._device
+        width, device = self._width, self.device
         at = self._start + torch.arange(len(ids), device=device)
         out = self._step(ids, states[None], at)[0, -1:]
         base = at[-1:] + 1
@@ -128,10 +130,10 @@ class CapturedTrees(CapturedChains):
         open_ = torch.where(torch.isin(ids, self._eos), -1.0, joint)
         likely, chosen = open_.topk(width)
         parent = chosen // width
-        lineage = torch.zeros(width, num_slots, dtype=torch.bool, device=self._device)
+        lineage = torch.zeros(width, num_slots, dtype=torch.bool, device=self.device)
         if before is not None:
             lineage = before.lineage[parent]
-        own = grown * width + torch.arange(width, device=self._device)
+        own = grown * width + torch.arange(width, device=self.device)
         lineage = lineage.scatter(1, own[:, None], True)
         return _Level(first + chosen, likely, ids[chosen], out[parent], lineage)
 
@@ -140,7 +142,7 @@ class CapturedTrees(CapturedChains):
     ) -> Float[Tensor, "width Dv"]:
         """Outputs for rows that stand at one position, each behind its own branch."""
         width, rows = self._width, self._rows
-        slots = base + grown * width + torch.arange(width, device=self._device)
+        slots = base + grown * width + torch.arange(width, device=self.device)
         within = rows.columns - base
         is_tree = (within >= 0) & (within < level.lineage.shape[1])
         followed = level.lineage[:, within.clamp(0, level.lineage.shape[1] - 1)]

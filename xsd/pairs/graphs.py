@@ -169,6 +169,16 @@ class GraphedLayers:
         result: T = found.replay()
         return result
 
+    def append(
+        self, x: Float[Tensor, "R D"], cache: KVCache, at: Int[Tensor, " 1"]
+    ) -> Float[Tensor, "R D"]:
+        """A pass that is part of somebody's capture: behind so many positions as ``at`` says when
+        it is replayed. The caller sees to it that they fit."""
+        assert self.takes(x.shape[0], cache) and not self._holds_tree, "captures append chains"
+        self._position.copy_(at)
+        layers = [(cache.keys[n, 0], cache.values[n, 0]) for n in range(len(cache.keys))]
+        return self._layers(x, layers, 0)
+
     def _size(self, num_rows: int, cache: KVCache) -> int:
         size = self.row_sizes[num_rows - 1] if num_rows <= len(self.row_sizes) else num_rows
         return size if cache.length + size <= cache.max_length else num_rows

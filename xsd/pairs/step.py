@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from xsd.kernels import PANEL
@@ -109,6 +109,16 @@ class DecoderStack:
             states = self.compiled.run(x, cache, num_states)
         cache.length += num_rows
         return states
+
+    def forward_at(
+        self, x: Float[Tensor, "1 R D"], cache: KVCache, at: Int[Tensor, " 1"]
+    ) -> Float[Tensor, "1 R D"]:
+        """A few rows behind the position that ``at`` holds on the device, so that a captured graph
+        may hold the pass. The cache's own length means nothing afterwards."""
+        if self.graphs is not None:
+            return self.graphs.append(x[0], cache, at)[None]
+        cache.length = int(at)
+        return self.forward(x, cache)
 
     def _lay_out(self, model: Any) -> ModuleLayers | GraphedLayers:
         # Triton comes with torch wherever it can run.
