@@ -157,6 +157,7 @@ def test_captured_coupled_drafting_is_the_adapters_own(
                 party.follow(said)
                 party.extend(2)
             assert parties[0].tokens == parties[1].tokens
+            assert parties[0].confidence == pytest.approx(parties[1].confidence, abs=1e-4)
     if device.type == "cpu":
         # The prompt alone, one token, two, three; again for nothing.
         assert Replayed.made <= 5

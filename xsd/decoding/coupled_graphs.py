@@ -48,7 +48,7 @@ class CapturedCoupled(CoupledDrafter):
 
     @torch.inference_mode()
     def begin(self, visual: Float[Tensor, "K Dv"] | None) -> None:
-        self.tokens = []
+        self.tokens, self.confidence = [], []
         self._num_rows = 0
         self._first = self._reader.begin_at()
         if self._twin.memory == "visual":
@@ -66,12 +66,17 @@ class CapturedCoupled(CoupledDrafter):
             if self.tokens:
                 guess = self._guess(self.tokens[self._num_rows - 1 :], self._num_rows - 1)
             # Tokens that are here already came with the rows that they need.
-            self.tokens.append(int(guess))
+            sure, token = guess.tolist()
+            self.tokens.append(int(token))
+            self.confidence.append(sure)
             self._num_rows = len(self.tokens)
             count -= 1
 
-    def _guess(self, ids: Sequence[int], start: int) -> Int[Tensor, " 1"]:
-        """What follows these tokens, the first of which stands at ``start``; none: the prompt."""
+    def _guess(self, ids: Sequence[int], start: int) -> Float[Tensor, " 2"]:
+        """What follows these tokens, the first of which stands at ``start``; none: the prompt.
+
+        Its probability and its id, which float32 holds exactly: both are read in one go.
+        """
         self._start.fill_(start)
         self._reader.check_room(start + len(ids))
         given = to_device(list(ids), self._start.device).long()
@@ -86,7 +91,7 @@ class CapturedCoupled(CoupledDrafter):
             step.ids.copy_(given, non_blocking=True)
         return step.replay()
 
-    def _step(self, ids: Int[Tensor, " m"]) -> Int[Tensor, " 1"]:
+    def _step(self, ids: Int[Tensor, " m"]) -> Float[Tensor, " 2"]:
         if not len(ids):
             return self._adapt(self._first, self._start)
         at = self._start + torch.arange(len(ids), device=self._start.device)
@@ -94,12 +99,13 @@ class CapturedCoupled(CoupledDrafter):
         states = torch.cat([self._reader.read_at(some, where) for some, where in parts])
         return self._adapt(states, at + 1)
 
-    def _adapt(self, states: Float[Tensor, "m Dd"], at: Int[Tensor, " m"]) -> Int[Tensor, " 1"]:
+    def _adapt(self, states: Float[Tensor, "m Dd"], at: Int[Tensor, " m"]) -> Float[Tensor, " 2"]:
         """The token that the last of the rows at ``at`` expects."""
         self._rows.begin(at)
         inputs = StepInputs(states[None].to(self._dtype))
         out: Tensor = self._twin.step_at(inputs, at, self._rows)
-        return self._tables.score(out[:, -1])[0].argmax(-1, keepdim=True)
+        best, index = self._tables.score(out[:, -1])[0].float().softmax(-1).max(-1)
+        return torch.stack((best, index.float()))
 
 
 def coupled_drafter(
