@@ -144,8 +144,7 @@ class Bench:
         self.items = list(items)
         self._templates, self._answers = templates, list(answers)
         self._max_prompt = longest_prompt(pair, items)
-        greedy = config.temperature == 0
-        self._sampling = None if greedy else Sampling(config.temperature, config.top_p)
+        self._sampling = sampling_of(config)
         self.strict_rows = strict_rows(strategies, config)
         if config.strict and pair.quant == "8bit":
             raise XsdError(
@@ -473,6 +472,11 @@ def first_difference(ids: Sequence[int], plain: Sequence[int]) -> int | None:
         if left != right:
             return index
     return None if len(ids) == len(plain) else min(len(ids), len(plain))
+
+
+def sampling_of(config: DecodingConfig) -> Sampling | None:
+    """How tokens are drawn; None: they are the likeliest."""
+    return None if config.temperature == 0 else Sampling(config.temperature, config.top_p)
 
 
 def longest_prompt(pair: ModelPair, items: Sequence[BenchItem]) -> int:

@@ -21,6 +21,7 @@ from xsd.bench import (
     grouped,
     load_adapters,
     longest_prompt,
+    sampling_of,
 )
 from xsd.bench_config import BenchConfig
 from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, SeparateRows
@@ -87,6 +88,8 @@ class BatchBench:
             longest_prompt(pair, items),
             config.batch_size,
             share_visual=config.share_visual,
+            sampling=sampling_of(config),
+            seed=config.seed,
         )
         self._answers = list(answers)
         self._adapters = load_adapters(pair, strategies, adapters)
@@ -99,7 +102,14 @@ class BatchBench:
             return None
         if name in self._adapters:
             tables = VerifierTables.of(verifier)
-            return AdapterRows(self._adapters[name], tables, self.config.max_new_tokens)
+            config = self.config
+            return AdapterRows(
+                self._adapters[name],
+                tables,
+                config.max_new_tokens,
+                sampling_of(config),
+                config.seed,
+            )
         heads: list[Head]
         kind, _, rates = name.partition(":")
         if kind == "ngram":
@@ -156,7 +166,9 @@ class BatchBench:
         plain: Decoded,
     ) -> Trace:
         verifier = self.pair.verifier
-        differs = first_difference(decoded.token_ids, plain.token_ids)
+        # What is drawn agrees in distribution, not token by token.
+        is_drawn = self.config.temperature > 0
+        differs = None if is_drawn else first_difference(decoded.token_ids, plain.token_ids)
         # What rounds is a product over the rows of a pass, whichever answer each belongs to.
         sizes = {len(batch) * (1 + drafted) for drafted in (0, *decoded.cycle_drafted)}
         return Trace(

@@ -48,7 +48,6 @@ class BenchConfig(DecodingConfig):
         if not 0.0 <= self.max_failures <= 1.0:
             raise XsdError(f"max_failures={self.max_failures}: must be a share between 0 and 1")
         alone = {
-            f"temperature={self.temperature}": self.temperature > 0,
             f"last_chunk={self.last_chunk}": self.last_chunk > 0,
             "strict": self.strict,
         }
@@ -56,5 +55,5 @@ class BenchConfig(DecodingConfig):
         if self.batch_size > 1 and refused:
             raise XsdError(
                 f"batch_size={self.batch_size} goes without {', '.join(refused)}: batches are "
-                "greedy, prefilled in one pass, and draft gamma tokens always"
+                "prefilled in one pass, and draft gamma tokens always"
             )

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
-from xsd.decoding.accept import Draft
-from xsd.decoding.batch import AdapterRows, BatchEngine, SeparateRows
+from xsd.decoding.accept import Draft, Sampling
+from xsd.decoding.batch import AdapterRows, BatchEngine, Proposed, SeparateRows
 from xsd.decoding.controls import Known, NGramHead, OracleHead
-from xsd.decoding.draft import HeadDrafter, VerifierTables
+from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.speculator import LocalSpeculator
+from xsd.decoding.strategies import parse
 from xsd.errors import XsdError
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Media, ModelPair
@@ -57,12 +59,18 @@ def plain(pair: ModelPair, clip: Media) -> dict[str, list[int]]:
 
 
 def make_engine(
-    pair: ModelPair, clip: Media, size: int = BATCH, max_new: int = MAX_NEW, *, share: bool = True
+    pair: ModelPair,
+    clip: Media,
+    size: int = BATCH,
+    max_new: int = MAX_NEW,
+    *,
+    share: bool = True,
+    sampling: Sampling | None = None,
 ) -> BatchEngine:
     visual = len(pair.verifier.visual_tokens(pair.verifier.pixels(clip)))
     prompts = [pair.verifier.prompt(question) for question in QUESTIONS]
     longest = visual + max(len(p.before) + len(p.after) for p in prompts)
-    return BatchEngine(pair.verifier, max_new, longest, size, share_visual=share)
+    return BatchEngine(pair.verifier, max_new, longest, size, share_visual=share, sampling=sampling)
 
 
 def test_the_questions_try_what_a_batch_must_stand(plain: dict[str, list[int]]) -> None:
@@ -171,8 +179,8 @@ class Watched:
 
     def propose(
         self, answers: Sequence[list[int]], states: Tensor, fresh: Sequence[int], gamma: int
-    ) -> Tensor:
-        drafts = self.adapter.propose(answers, states, fresh, gamma).tolist()
+    ) -> Proposed:
+        drafts = self.adapter.propose(answers, states, fresh, gamma).ids.tolist()
         asked = zip(self._questions, answers, fresh, drafts, strict=True)
         self.seen += [(question, len(said), draft) for question, said, new, draft in asked if new]
         return self._scripts.propose(answers, states, fresh, gamma)
@@ -264,3 +272,32 @@ def test_a_head_that_reads_the_drafter_is_refused(
     adapter, _ = checkpoint.load(adapters[level], expect_level=level)
     with pytest.raises(XsdError, match=f"{level} reads the drafter"):
         AdapterRows(adapter, VerifierTables.of(pair.verifier), MAX_NEW)
+
+
+@pytest.mark.parametrize("level", [None, "B1", "E1", "E3"])
+@pytest.mark.parametrize("size", [2, BATCH])
+def test_a_row_draws_what_it_would_draw_alone(
+    pair: ModelPair, clip: Media, adapters: dict[str, Path], level: str | None, size: int
+) -> None:
+    """Whoever its neighbours are, and however soon they end."""
+    gamma, sampling = 3, Sampling(temperature=0.7, top_p=0.9)
+    batch = make_engine(pair, clip, sampling=sampling)
+    head = rows = None
+    tables = VerifierTables.of(pair.verifier)
+    if level is not None:
+        adapter = checkpoint.load(adapters[level])[0].eval()
+        rows = AdapterRows(adapter, tables, MAX_NEW, sampling, seed=0)
+        head = HeadDrafter(adapter, tables, MAX_NEW, HeadOptions(sampling=sampling))
+    questions = list(QUESTIONS[:size])
+    found = batch.decode_batch([clip] * size, questions, rows, gamma if rows else 0)
+    for question, decoded in zip(questions, found, strict=True):
+        alone = batch.plain(clip, question)
+        if head is not None:
+            party = LocalSpeculator(
+                parse(f"{level}_decode", gamma), pair.drafter, tables, {str(level): head.head}, {},
+                max_new_tokens=MAX_NEW, max_prompt=1, max_gap_drafts=0, head=head,
+            )  # fmt: skip
+            alone = batch.speculate(clip, question, party, gamma)
+            assert decoded.cycle_accepted == alone.cycle_accepted
+        assert decoded.token_ids == alone.token_ids
+    assert len({tuple(decoded.token_ids) for decoded in found}) > 1

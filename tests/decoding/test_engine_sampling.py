@@ -17,6 +17,7 @@ from xsd.adapters.config import AdapterConfig
 from xsd.bench import BenchItem
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling, draw
+from xsd.decoding.batch import BatchEngine, BatchHead, Proposed
 from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.engine import Engine
 from xsd.pairs.base import Media, ModelPair
@@ -111,6 +112,45 @@ class Drawing:
         return []
 
 
+class DrawingRows:
+    """The same for a batch of one question."""
+
+    wants_prefilled = False
+
+    def __init__(self, drawing: Drawing) -> None:
+        self.drawing = drawing
+
+    def begin(self, questions: Sequence[str], visual: Tensor | None) -> None: ...
+    def keep_rows(self, rows: Sequence[int]) -> None: ...
+
+    def propose(
+        self, answers: Sequence[list[int]], states: Tensor, fresh: Sequence[int], gamma: int
+    ) -> Proposed:
+        drafts = [self.drawing.propose(answer, states[0], gamma) for answer in answers]
+        rows = [draft.q for draft in drafts if draft.q is not None]
+        return Proposed(torch.tensor([draft.tokens for draft in drafts]), torch.stack(rows))
+
+
+def batch_p_value(
+    pair: ModelPair, item: BenchItem, exact: Exact, party: BatchHead | None, gamma: int
+) -> tuple[float, int]:
+    """As ``p_value``, of answers in batches: each row is an answer of its own seed."""
+    size = 10
+    engine = BatchEngine(
+        pair.verifier, NUM_TOKENS, bench.longest_prompt(pair, [item]), size, sampling=SAMPLING
+    )
+    seeds = iter(range(NUM_ANSWERS))
+    engine._stream = lambda: torch.Generator().manual_seed(next(seeds))  # type: ignore[method-assign]
+    counts: Counter[tuple[int, ...]] = Counter()
+    num_held = 0
+    for _ in range(NUM_ANSWERS // size):
+        questions = [item.sample.question] * size
+        for decoded in engine.decode_batch([item.media] * size, questions, party, gamma):
+            counts[tuple(decoded.token_ids[:COUNTED])] += 1
+            num_held += sum(decoded.cycle_accepted)
+    return fit(exact, counts), num_held
+
+
 def p_value(
     pair: ModelPair, item: BenchItem, exact: Exact, party: Drawing | None, gamma: int
 ) -> tuple[float, int]:
@@ -129,12 +169,17 @@ def p_value(
             decoded = engine.speculate(item.media, question, party, gamma)
         counts[tuple(decoded.token_ids[:COUNTED])] += 1
         num_held += decoded.gap_accepted + sum(decoded.cycle_accepted)
+    return fit(exact, counts), num_held
+
+
+def fit(exact: Exact, counts: Counter[tuple[int, ...]]) -> float:
+    """How well what was said agrees with what the verifier would say."""
     joint = exact.joint()
     if not set(counts) <= set(joint):
         # Said what the verifier never says.
-        return 0.0, num_held
+        return 0.0
     seen = torch.tensor([float(counts[said]) for said in joint])
-    return chi_square_p(seen, torch.tensor(list(joint.values()))), num_held
+    return chi_square_p(seen, torch.tensor(list(joint.values())))
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +218,24 @@ def test_the_statistic_sees_a_wrong_rule(
     assert p_value(pair, items[0], exact, Drawing(exact, **WAYS["chain"]), 2)[0] < 1e-3
 
 
+@pytest.mark.parametrize("gamma", [0, 2])
+def test_the_rows_of_a_batch_follow_the_verifier(
+    pair: ModelPair, items: list[BenchItem], exact: Exact, gamma: int
+) -> None:
+    party = DrawingRows(Drawing(exact, branches=1, gap=0)) if gamma else None
+    found, num_held = batch_p_value(pair, items[0], exact, party, gamma)
+    assert not gamma or num_held > NUM_ANSWERS // 10
+    assert found > 0.01
+
+
+def test_the_statistic_sees_a_wrong_rule_of_batches(
+    pair: ModelPair, items: list[BenchItem], exact: Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xsd.decoding.accept.residual", lambda p, q: q)
+    party = DrawingRows(Drawing(exact, branches=1, gap=0))
+    assert batch_p_value(pair, items[0], exact, party, 2)[0] < 1e-3
+
+
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_a_head_never_draws_with_the_verifiers_random_numbers(pair: ModelPair, seed: int) -> None:
     """A draft that knew the number it is held against would change what is said."""
@@ -183,8 +246,10 @@ def test_a_head_never_draws_with_the_verifiers_random_numbers(pair: ModelPair, s
         8,
         HeadOptions(sampling=SAMPLING, seed=seed),
     )
-    head.begin("?", None, None)
     engine = Engine(pair.verifier, NUM_TOKENS, 8, sampling=SAMPLING, seed=seed)
     engine._generator.manual_seed(engine._seed)
-    drawn = [torch.rand(8, generator=party._generator) for party in (head, engine)]
-    assert not set(drawn[0].tolist()) & set(drawn[1].tolist())
+    said = set(torch.rand(64, generator=engine._generator).tolist())
+    for num_said in range(1, 9):
+        drawn = torch.rand(8, generator=head._draws.behind(num_said)).tolist()
+        assert not said & set(drawn), "nor with those of another cycle"
+        said |= set(drawn)

@@ -1,15 +1,16 @@
-"""Plain and speculative greedy decoding of several answers at once, on one cache.
+"""Plain and speculative decoding of several answers at once, on one cache.
 
-Every answer is the one that plain decoding says alone: a pass carries the last token and the
-drafts of all rows, each row accepts as many as hold, and the cache closes the gaps that the others
-leave (``KVCache.keep_each``). The questions of one clip share everything up to its visual tokens:
-that prefix is read once and lent to all rows, for plain and speculative decoding alike.
+Every answer is the one that plain decoding says alone, drawn or not: a pass carries the last token
+and the drafts of all rows, each row accepts as many as hold, and the cache closes the gaps that the
+others leave (``KVCache.keep_each``). The questions of one clip share everything up to its visual
+tokens: that prefix is read once and lent to all rows, for plain and speculative decoding alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +19,10 @@ from torch import Tensor
 from xsd.adapters.base import Adapter
 from xsd.adapters.rows import Ragged, StepInputs
 from xsd.clock import Stopwatch
-from xsd.decoding.accept import Draft, verify_greedy
+from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_GAMMA
 from xsd.decoding.decoded import Decoded
-from xsd.decoding.draft import Head, VerifierTables
+from xsd.decoding.draft import Draws, Head, VerifierTables
 from xsd.decoding.engine import Engine
 from xsd.errors import XsdError
 from xsd.hidden.visual import pool_visual
@@ -32,6 +33,15 @@ from xsd.types import Span
 
 NOTHING = -1
 """In place of a draft, where a row has fewer than others."""
+
+
+class Proposed(NamedTuple):
+    """Drafts of all rows of a batch."""
+
+    ids: Int[Tensor, "B n"]
+    """``NOTHING`` at the end, where a row has fewer."""
+    q: Float[Tensor, "B n V"] | None = None
+    """What each was drawn from; None: they were chosen."""
 
 
 @runtime_checkable
@@ -50,8 +60,8 @@ class BatchHead(Protocol):
         states: Float[Tensor, "B m Dv"],
         fresh: Sequence[int],
         gamma: int,
-    ) -> Int[Tensor, "B n"]:
-        """What follows every row's answer: at most ``gamma`` tokens, ``NOTHING`` at the end.
+    ) -> Proposed:
+        """What follows every row's answer: at most ``gamma`` tokens.
 
         Args:
             answers: all that the rows have said.
@@ -61,6 +71,23 @@ class BatchHead(Protocol):
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Only these rows go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """An answer of a batch."""
+
+    answer: Decoded
+    stream: torch.Generator | None
+    """What it is drawn with; None: nothing is."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.answer.token_ids
+
+
+Judge = Callable[[int, _Row, Draft], tuple[list[int], int]]
+"""Of a row's number, the row and its draft: what holds, and the verifier's own token behind it."""
 
 
 class BatchEngine(Engine):
@@ -74,13 +101,16 @@ class BatchEngine(Engine):
         batch_size: int,
         *,
         share_visual: bool = True,
+        sampling: Sampling | None = None,
+        seed: int = 0,
     ) -> None:
         """
         Args:
             batch_size: most answers at once.
+            sampling, seed: as ``Engine``'s; every row draws as it would alone.
             share_visual: the answers of a batch are about one clip, which is read once.
         """
-        super().__init__(verifier, max_new_tokens, max_prompt)
+        super().__init__(verifier, max_new_tokens, max_prompt, sampling=sampling, seed=seed)
         length = max_prompt + max_new_tokens + MAX_GAMMA
         self._batch_cache = verifier.new_cache(batch_size, length)
         self._prefix_cache = verifier.new_cache(1, max_prompt)
@@ -103,14 +133,15 @@ class BatchEngine(Engine):
         watch = Stopwatch(self._device)
         answers = [Decoded() for _ in questions]
         cache, last, visual = self._prefill_batch(media, questions, head)
-        first = self.verifier.choose(last)
-        for answer, token in zip(answers, first, strict=True):
-            answer.token_ids = [token]
+        rows = [_Row(answer, self._stream()) for answer in answers]
+        judge = self._judge_rows(last[:, None])
+        for index, row in enumerate(rows):
+            row.answer.token_ids = [judge(index, row, Draft([]))[1]]
         prefill_ms = watch.ms()
         if head is not None:
             head.begin(questions, visual)
-        rows, states, fresh = answers, last[:, None], [1] * len(answers)
-        while going := [i for i, row in enumerate(rows) if not self._finished(row.token_ids)]:
+        states, fresh = last[:, None], [1] * len(answers)
+        while going := [i for i, row in enumerate(rows) if not self._finished(row.tokens)]:
             if _worth_leaving(len(rows) - len(going), len(rows)):
                 going = cache.retire(going)
                 states = states[torch.tensor(going, device=self._device)]
@@ -169,42 +200,61 @@ class BatchEngine(Engine):
     def _cycle(
         self,
         cache: KVCache,
-        rows: Sequence[Decoded],
+        rows: Sequence[_Row],
         states: Float[Tensor, "B m Dv"],
         fresh: Sequence[int],
         head: BatchHead | None,
         gamma: int,
     ) -> tuple[Float[Tensor, "B R Dv"], list[int]]:
         """Draft, check in one pass, and say what holds; new states, and how many are a row's."""
-        answers = [row.token_ids for row in rows]
+        answers = [row.tokens for row in rows]
         shortest = min(len(answer) for answer in answers if not self._finished(answer))
         # The verifier's own token ends an answer: one draft less than there is room.
         depth = min(gamma, self.max_new_tokens - shortest - 1)
-        ids = self._ids([answer[-1:] for answer in answers])
+        ids, q = self._ids([answer[-1:] for answer in answers]), None
         if head is not None and depth > 0:
-            ids = torch.cat([ids, head.propose(answers, states, fresh, depth)], dim=1)
+            drafts, q = head.propose(answers, states, fresh, depth)
+            ids = torch.cat([ids, drafts], dim=1)
         new = self.verifier.forward(self.verifier.embed(ids.clamp(min=0)), cache)
-        # The one time in a cycle that the device is waited for.
-        choices, size = self.verifier.choose(new), ids.shape[1]
+        judge = self._judge_rows(new)
         num_said: list[int] = []
         for index, (row, drafted) in enumerate(zip(rows, ids.tolist(), strict=True)):
-            tokens, chosen = row.token_ids, choices[index * size : (index + 1) * size]
-            if self._finished(tokens):
+            if self._finished(row.tokens):
                 num_said.append(0)
                 continue
-            drafts = [token for token in drafted[1:] if token != NOTHING]
-            draft = self._useful(Draft(drafts), tokens)
-            path, token = verify_greedy(draft, chosen[: len(draft) + 1])
+            found = [token for token in drafted[1:] if token != NOTHING]
+            draft = Draft(found, q=None if q is None else q[index, : len(found)])
+            draft = self._useful(draft, row.tokens)
+            path, token = judge(index, row, draft)
             said = self._said(draft, path, token)
             if draft.tokens:
-                row.cycle_drafted.append(len(draft))
-                row.cycle_accepted.append(len(path))
-            tokens.extend(said)
+                row.answer.cycle_drafted.append(len(draft))
+                row.answer.cycle_accepted.append(len(path))
+            row.tokens.extend(said)
             num_said.append(len(said))
         # Plain rows move together, ended or not.
         if head is not None:
-            cache.keep_each(size, num_said)
+            cache.keep_each(ids.shape[1], num_said)
         return new[:, : max(num_said)], num_said
+
+    def _judge_rows(self, states: Float[Tensor, "B R Dv"]) -> Judge:
+        """How a row's draft is held against a pass: the first state is its last token's."""
+        # The one time in a cycle that the device is waited for.
+        if self._sampling is None:
+            choices, size = self.verifier.choose(states), states.shape[1]
+            return lambda index, row, draft: verify_greedy(
+                draft, choices[index * size : index * size + len(draft) + 1]
+            )
+        p = self._sampling.probabilities(self.verifier.logits(states))
+        return lambda index, row, draft: verify_sampled(
+            draft, p[index, : len(draft) + 1], row.stream
+        )
+
+    def _stream(self) -> torch.Generator | None:
+        """A row's own random numbers: those of an answer that is drawn alone."""
+        if self._sampling is None:
+            return None
+        return torch.Generator(self._device).manual_seed(self._seed)
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "B R"]:
         return torch.tensor(rows, dtype=torch.long, device=self._device)
@@ -218,8 +268,19 @@ def _worth_leaving(num_finished: int, num_rows: int) -> bool:
 class AdapterRows:
     """A head on the verifier's states, for a whole batch in one step."""
 
-    def __init__(self, head: Adapter, tables: VerifierTables, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        head: Adapter,
+        tables: VerifierTables,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> None:
         """
+        Args:
+            sampling: draw the drafts like this; None: take the likeliest.
+            seed: of the draws: a row's are those of its answer alone.
+
         Raises:
             XsdError: the head reads the drafter, which reads one answer at a time.
         """
@@ -229,6 +290,7 @@ class AdapterRows:
         self._head, self._tables = head, tables
         self._dtype = next(head.parameters()).dtype
         self._max_length = max_new_tokens + MAX_GAMMA
+        self._sampling, self._seed = sampling, seed
 
     def begin(self, questions: Sequence[str], visual: Float[Tensor, "clips K Dv"] | None) -> None:
         visual = None if visual is None else visual.to(self._dtype)
@@ -240,7 +302,7 @@ class AdapterRows:
         states: Float[Tensor, "B m Dv"],
         fresh: Sequence[int],
         gamma: int,
-    ) -> Int[Tensor, "B n"]:
+    ) -> Proposed:
         device, size = states.device, states.shape[1]
         ends = [len(answer) for answer in answers]
         starts = [end - new for end, new in zip(ends, fresh, strict=True)]
@@ -253,11 +315,29 @@ class AdapterRows:
         out = self._step(torch.tensor(said, device=device), states, at, max(starts) + size)
         last = torch.tensor([max(new, 1) - 1 for new in fresh], device=device)
         out = out[torch.arange(len(answers), device=device), last][:, None]
-        drafts = [self._tables.score(out).argmax(-1)]
+        guess = self._guesser(ends)
+        drafts = [guess(out)]
         for step in range(gamma - 1):
-            out = self._step(drafts[-1], out, after + step, max(ends) + step + 1)
-            drafts.append(self._tables.score(out).argmax(-1))
-        return torch.cat(drafts, dim=1)
+            out = self._step(drafts[-1].ids, out, after + step, max(ends) + step + 1)
+            drafts.append(guess(out))
+        ids = torch.cat([draft.ids for draft in drafts], dim=1)
+        rows = [draft.q for draft in drafts if draft.q is not None]
+        return Proposed(ids, torch.cat(rows, dim=1) if rows else None)
+
+    def _guesser(self, ends: Sequence[int]) -> Callable[[Float[Tensor, "B 1 Dv"]], Proposed]:
+        """What guesses one token more for every row, in a cycle behind answers of these lengths."""
+        sampling = self._sampling
+        if sampling is None:
+            return lambda out: Proposed(self._tables.score(out).argmax(-1))
+        device = self._tables.embedding.device
+        streams = [Draws(self._seed, device).behind(end) for end in ends]
+
+        def guess(out: Float[Tensor, "B 1 Dv"]) -> Proposed:
+            q = sampling.probabilities(self._tables.score(out))
+            ids = [[draw(row[0], stream)] for row, stream in zip(q, streams, strict=True)]
+            return Proposed(torch.tensor(ids, device=device), q)
+
+        return guess
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._cache.keep_rows(torch.tensor(rows, device=self._tables.embedding.device))
@@ -294,14 +374,14 @@ class SeparateRows:
         states: Float[Tensor, "B m Dv"],
         fresh: Sequence[int],
         gamma: int,
-    ) -> Int[Tensor, "B n"]:
+    ) -> Proposed:
         drafts = [
             head.propose(answer, state[:new], gamma).tokens[:gamma] if new else []
             for head, answer, state, new in zip(self._heads, answers, states, fresh, strict=True)
         ]
         size = max(map(len, drafts))
         filled = [draft + [NOTHING] * (size - len(draft)) for draft in drafts]
-        return torch.tensor(filled, dtype=torch.long, device=self._device)
+        return Proposed(torch.tensor(filled, dtype=torch.long, device=self._device))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._heads = [self._heads[row] for row in rows]

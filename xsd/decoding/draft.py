@@ -293,7 +293,24 @@ class HeadOptions:
     sampling: Sampling | None = None
     """Draw the drafts of a chain like this; None: take the likeliest."""
     seed: int = 0
-    """Of the draws, a sample each."""
+    """Of the draws."""
+
+
+class Draws:
+    """Random numbers that drafts are drawn with.
+
+    They are not the verifier's: a draft must not know what it will be held against. And they begin
+    anew in every cycle, so that how much was drawn before, and for whom, changes nothing.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._generator = torch.Generator(device)
+
+    def behind(self, num_said: int) -> torch.Generator:
+        """Those of the cycle that begins behind so many tokens."""
+        seed = random.Random(f"drafts {self._seed} {num_said}").getrandbits(32)
+        return self._generator.manual_seed(seed)
 
 
 class HeadDrafter:
@@ -319,9 +336,7 @@ class HeadDrafter:
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
         self._kept: AdapterCache | CompiledCache | None = None
-        # Not the verifier's random numbers: a draft must not know what it will be held against.
-        self._draws = random.Random(f"drafts {self.options.seed}").getrandbits(32)
-        self._generator = torch.Generator(tables.embedding.device)
+        self._draws = Draws(self.options.seed, tables.embedding.device)
         self._tokens = tables.embedding
         self._is_read = self._reads_token and self._tokens.nbytes <= READ_TOKENS_BYTES
         if self._is_read:
@@ -339,7 +354,6 @@ class HeadDrafter:
         else:
             self._kept.begin_sample(visual)
         self._reader = reader
-        self._generator.manual_seed(self._draws)
 
     @torch.inference_mode()
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
@@ -391,11 +405,12 @@ class HeadDrafter:
 
     def _extend_chain(self, sequence: list[int], out: Tensor, gamma: int) -> Draft:
         end = len(sequence)
+        draws = None if self.options.sampling is None else self._draws.behind(end)
         confidence: list[float] = []
         rows: list[Tensor] = []
         joint = 1.0
         while True:
-            token, sure, q = self._guess(out)
+            token, sure, q = self._guess(out, draws)
             sequence.append(token)
             confidence.append(sure)
             if q is not None:
@@ -414,7 +429,9 @@ class HeadDrafter:
             confidence if self.policy.asks_confidence else None,
         )
 
-    def _guess(self, out: Float[Tensor, "1 1 Dv"]) -> tuple[int, float, Tensor | None]:
+    def _guess(
+        self, out: Float[Tensor, "1 1 Dv"], draws: torch.Generator | None
+    ) -> tuple[int, float, Tensor | None]:
         """A token, how probable it is, and what it was drawn from (None: it is the likeliest)."""
         sampling = self.options.sampling
         if sampling is None and not self.policy.asks_confidence:
@@ -422,7 +439,7 @@ class HeadDrafter:
         logits = self.tables.score(out)[0, 0]
         if sampling is not None:
             q = sampling.probabilities(logits)
-            token = draw(q, self._generator)
+            token = draw(q, draws)
             return token, float(q[token]), q
         best, index = torch.softmax(logits, -1).max(-1)
         return int(index), float(best), None
