@@ -243,7 +243,7 @@ class Bench:
         return head_drafter(adapter, self._tables, self.config.max_new_tokens, options, policy)
 
     def _prompt_ids(self, question: str) -> Sequence[int]:
-        prompt = self.pair.verifier.prompt(question)
+        prompt = self.engine.prompt(question)
         return (*prompt.before, *prompt.after)
 
     def measure_costs(self) -> None:

@@ -39,7 +39,7 @@ from xsd.decoding.policy import Costs, Policy, row_sizes
 from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
-from xsd.pairs.base import Decoder, Media, Scored
+from xsd.pairs.base import Decoder, Media, Prompt, Scored
 from xsd.pairs.cache import TreeRows
 from xsd.pairs.device import to_device
 from xsd.types import Span
@@ -81,10 +81,18 @@ class Engine:
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
         verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
+        self._asked: tuple[str, Prompt] | None = None
+        """The question of the answer in hand."""
         self._loop: CompiledLoop | None = None
         """Cycles in compiled calls; None: they are made here, operation by operation."""
         if sampling is None and strict_rows is None:
             self._loop = CompiledLoop.of(verifier, self._cache, max_new_tokens)
+
+    def prompt(self, question: str) -> Prompt:
+        """A question's prompt; the one that was read last is not made again."""
+        if self._asked is not None and self._asked[0] == question:
+            return self._asked[1]
+        return self.verifier.prompt(question)
 
     @torch.inference_mode()
     def plain(self, media: Media, question: str) -> Decoded:
@@ -291,6 +299,7 @@ class Engine:
         if speculator is not None and speculator.wants_projected:
             speculator.on_projected(pool_visual(visual))
         prompt = verifier.prompt(question)
+        self._asked = question, prompt
         self._cache.reset()
         rows = verifier.embed_prompt(prompt, visual)
         num_rows = rows.shape[1]
