@@ -1,6 +1,6 @@
 """How fast the live dashboard opens: 1,000 runs in a store of their own, made and then loaded.
 
-    python benchmarks/dashboard.py [--num_runs 1000] [--store FOLDER]
+    python -m benchmarks.dashboard [--num_runs 1000] [--store FOLDER]
 
 Prints milliseconds: reading all runs, the overview page, and looking again. Imports are told
 truly by a second run with the same store. The mix of runs is that of months of work: half are

@@ -1,7 +1,7 @@
 """The decoding engine against its floor, its peer and its formula, at any size, on any device.
 
-    python benchmarks/engine.py                                   # the tiny pair on a CPU
-    python benchmarks/engine.py --pair eventgpt-video-llava --weights random --device cuda
+    python -m benchmarks.engine                                   # the tiny pair on a CPU
+    python -m benchmarks.engine --pair eventgpt-video-llava --weights random --device cuda
 
 Everything that is compared is measured in turn within one process. No number here depends on
 how good a drafter is: drafts hold at given rates (control ``synthetic``).

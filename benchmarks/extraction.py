@@ -1,8 +1,8 @@
 """Extraction against a faithful loop of the published kind, in one run, on any pair and device.
 
-    python benchmarks/extraction.py                          # the tiny pair on a CPU
-    python benchmarks/extraction.py --mlflow                 # the same, kept in MLflow
-    python benchmarks/extraction.py --pair eventgpt-video-llava --weights random --device cuda
+    python -m benchmarks.extraction                          # the tiny pair on a CPU
+    python -m benchmarks.extraction --mlflow                 # the same, kept in MLflow
+    python -m benchmarks.extraction --pair eventgpt-video-llava --weights random --device cuda
 
 The published loop answers one question at a time: it decodes the clip's files, runs both image
 processors and transformers' ``generate`` on both models, keeps the last layer's hidden states, and

@@ -1,10 +1,10 @@
 """What only a GPU shows, at 7B shapes unless said; ``engine.py`` has passes, peer and formula.
 
-    python benchmarks/gpu.py --only plans                     # NF4 launches against each other
-    python benchmarks/gpu.py --only steps --quant 4bit        # captured against bitsandbytes
-    python benchmarks/gpu.py --only hiding,gap                # a second GPU is used where it is
-    python benchmarks/gpu.py --only loading --folder /tmp/x   # checkpoints are written there
-    python benchmarks/gpu.py --only processor
+    python -m benchmarks.gpu --only plans                     # NF4 launches against each other
+    python -m benchmarks.gpu --only steps --quant 4bit        # captured against bitsandbytes
+    python -m benchmarks.gpu --only hiding,gap                # a second GPU is used where it is
+    python -m benchmarks.gpu --only loading --folder /tmp/x   # checkpoints are written there
+    python -m benchmarks.gpu --only processor
 
 Every number is a median over interleaved rounds; ``--json`` takes them all.
 """

@@ -1,8 +1,8 @@
 """What stored states cost in bytes, and what rounding them does to an adapter's metrics.
 
-    python benchmarks/storage.py                                # newest L4, E1, E3, or new ones
-    python benchmarks/storage.py --adapters outputs/train/E3/x  # given ones: folders or URIs
-    python benchmarks/storage.py --mlflow                       # the same, kept in MLflow
+    python -m benchmarks.storage                                # newest L4, E1, E3, or new ones
+    python -m benchmarks.storage --adapters outputs/train/E3/x  # given ones: folders or URIs
+    python -m benchmarks.storage --mlflow                       # the same, kept in MLflow
 
 Test clips are answered once, in fp32; that store is converted to bf16 and to fp8, and every adapter
 is scored on the three. Answers, keys and targets are the same; only the states are rounded.

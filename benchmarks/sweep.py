@@ -1,7 +1,7 @@
 """What a sweep adds to a trial: the store, the search and the run, over training itself.
 
-    python benchmarks/sweep.py                     # 50 trials on the project's kind of store
-    python benchmarks/sweep.py --storage sqlite    # the study in a database, too
+    python -m benchmarks.sweep                     # 50 trials on the project's kind of store
+    python -m benchmarks.sweep --storage sqlite    # the study in a database, too
 
 A trial trains one epoch of almost nothing; the training is timed inside each trial and taken off.
 Everything happens in a temporary folder.

@@ -185,13 +185,17 @@ class Bench:
     def _prepare(self, costs: Costs | None) -> None:
         """Every strategy's policy and drafting party; without costs nothing can be decided."""
         self.policies = {
-            s.name: Policy()
-            if costs is None or self.config.policy == "fixed"
-            else Adaptive(costs, is_timed=s.gap is not None or needs_drafter(s))
-            for s in self.strategies
+            strategy.name: self._policy(strategy, costs) for strategy in self.strategies
         }
         self.speculators = {s.name: self._speculator(s) for s in self.strategies}
         self._ways = {s.name: self._ways_of(s) for s in self.strategies}
+
+    def _policy(self, strategy: Strategy, costs: Costs | None) -> Policy:
+        if costs is None or self.config.policy == "fixed":
+            return Policy()
+        is_beside = strategy.gap is not None or needs_drafter(strategy)
+        # What an n-gram's look-ups cost the compiled loop is in no costs either.
+        return Adaptive(costs, is_timed=is_beside or strategy.head == "ngram")
 
     def _ways_of(self, strategy: Strategy) -> dict[Way, Speculator | None]:
         """Who drafts where a policy makes use of nothing of a strategy, a part, or all of it."""

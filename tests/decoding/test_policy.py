@@ -218,7 +218,9 @@ def answers(policy: Policy, all_ms: float, load: float = 1.0, count: int = 400) 
 def test_a_drafter_that_does_not_pay_is_left_off(load: float) -> None:
     """On a machine that is up to a tenth slower from one answer to the next, too."""
     assert answers(Adaptive(CHEAP, is_timed=True), 13.0, load) < 0.05
-    assert answers(Adaptive(CHEAP, is_timed=True), 8.0, load) > 0.95
+    assert answers(Adaptive(CHEAP, is_timed=True), 6.0, load) > 0.95
+    # A gain of a hundredth scatters more than it saves.
+    assert answers(Adaptive(CHEAP, is_timed=True), 9.7, load) < 0.1
     assert answers(Policy(), 13.0) == 1.0
 
 
