@@ -25,6 +25,7 @@ from xsd.commands.journal import Journal
 from xsd.counts import Counts
 from xsd.hidden.index import signed
 from xsd.metrics import Scored
+from xsd.tracking.records import VARIABLE
 
 SIZES = AdapterSizes(num_heads=4, ffn_dim=16, bottleneck_dim=8, max_positions=16)
 FILES = ("acceptance_metrics.json", "position_stats.json", "METRICS_COMPARISON.md")
@@ -117,6 +118,29 @@ def _die_at_the_end(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(stage, "variant", dying)
         xsd(*words, "--rerun")
+
+
+@pytest.mark.parametrize("with_mlflow", [True, False])
+def test_a_rerun_takes_no_counts_of_a_finished_run(
+    words: list[str], scored: list[int], monkeypatch: pytest.MonkeyPatch, with_mlflow: bool
+) -> None:
+    """Killed after the run's end, before its counts were removed; an interrupted rerun goes on."""
+    if not with_mlflow:
+        monkeypatch.setenv(VARIABLE, "records")
+
+    def dying(journal: Journal) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", dying)
+        with pytest.raises(Killed):
+            xsd(*words)
+    assert len(scored) == num_kept(Path("out")) == 6
+    with pytest.raises(Killed):
+        _die_at_the_end(words, monkeypatch)
+    assert len(scored) == 12
+    xsd(*words, "--rerun")
+    assert len(scored) == 12 and journals(Path("out")) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "empty"])

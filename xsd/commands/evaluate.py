@@ -61,7 +61,7 @@ def perform(config: Config, processes: Processes | None = None) -> Product:
         store = open_store(inputs["data"].path, "test")
         run.dataset(store.path.name, store.digest, str(store.path), "test")
         given, root = _given_folder(config), Path("outputs/evaluate")
-        task = Task(dict(inputs), (given or root).resolve())
+        task = Task(dict(inputs), (given or root).resolve(), run.run_id)
         found, extra, journal = _evaluate(together.tell(task), config, together)
         found.write(given or root / run.work_name, run)
         run.log(found.metrics, model_id=inputs["checkpoint"].model_id)
@@ -94,6 +94,8 @@ class Task:
     inputs: Mapping[str, Product]
     folder: Path
     """Where counts are kept until all are there."""
+    run_id: str
+    """Whose evaluation it is."""
 
 
 def _evaluate(
@@ -104,7 +106,7 @@ def _evaluate(
     from xsd.commands.journal import Journal
     from xsd.commands.offline import Evaluation, depth
     from xsd.pairs.device import choose_device
-    from xsd.tracking.reuse import stage_key
+    from xsd.tracking.reuse import any_finished, stage_key
 
     inputs = task.inputs
     store = open_store(inputs["data"].path, "test")
@@ -126,6 +128,8 @@ def _evaluate(
     }
     key = stage_key("counts", counted, {}, [*ROOMS, "kernels", "learning"])
     journal = Journal(task.folder / f".counts_{key[:16]}")
+    if processes.is_main:
+        journal.begin(task.run_id, any_finished)
     found = Evaluation.of(
         adapter.to(device), store, head, config, config.batch_size, processes, journal
     )

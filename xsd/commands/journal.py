@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import Any
 
 from xsd.counts import Counts
 from xsd.metrics import Scored
+
+_RUNS = "runs"
+"""Names the run of every evaluation that kept counts here."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,22 @@ class Journal:
 
     folder: Path
     """Named by what decides the counts: nobody else's are found in it."""
+
+    def begin(self, run_id: str, has_finished: Callable[[Sequence[str]], bool]) -> None:
+        """Go on for this run behind what interrupted ones kept.
+
+        What one that finished left, killed before it could remove it, is nobody's to take.
+
+        Args:
+            has_finished: whether any of the runs of these ids ended well.
+        """
+        runs = self.folder / _RUNS
+        earlier = runs.read_text().split() if runs.is_file() else []
+        if self.folder.exists() and (not earlier or has_finished(earlier)):
+            self.remove()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with runs.open("a") as file:
+            file.write(f"\n{run_id}\n")
 
     def read(self) -> dict[int, Scored]:
         """Number of every batch that is whole here, and what was counted of it."""
@@ -54,7 +73,12 @@ class Journal:
             yield keep
 
     def remove(self) -> None:
-        """The evaluation is finished."""
+        """The evaluation is finished.
+
+        Counts go first: none must be found without the names of their runs.
+        """
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -202,6 +202,12 @@ def product(path: Path) -> Product:
     return Product(str(path), path / _ARTIFACTS, tags.get("xsd.digest", path.name), tags=tags)
 
 
+def is_finished(path: Path) -> bool:
+    """Whether there is such a record, and it ended well."""
+    about = path / _ABOUT
+    return about.is_file() and read_json(about).get("status") == "FINISHED"
+
+
 def newest(folder: Path, stage: str, pair: str, filters: Mapping[str, object]) -> Product:
     """The newest finished record of a stage.
 

@@ -83,6 +83,14 @@ def newest_finished(
     return next((from_run(run) for run in found if "xsd.reused" not in run.data.tags), None)
 
 
+def any_finished(run_ids: Sequence[str]) -> bool:
+    """Whether one of these runs (or records) ended well; one that nobody knows did not."""
+    if (folder := records.root()) is not None:
+        return any(records.is_finished(folder / name) for name in run_ids)
+    given = ", ".join(f"'{run_id}'" for run_id in run_ids)
+    return bool(_search(f"attributes.run_id IN ({given})"))
+
+
 def damage(product: Product) -> str | None:
     """Why a finished run's files cannot be taken again; None: they can."""
     if not product.path.is_dir():
