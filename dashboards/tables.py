@@ -59,7 +59,7 @@ _CONFIG_COLUMNS = (
     Column("total_ms", "total ms", "{:.1f}"),
     Column("tokens_accepted", "accepted", "{:.1f}"),
     Column("tau", "tau", "{:.2f}"),
-    Column("num_free", "free drafts", "{:.1f}"),
+    Column("num_free", "free", "{:.1f}"),
     Column("speedup", "speedup", "{:.2f}" + TIMES),
     Column("modelled_speedup", "modelled", "{:.2f}" + TIMES),
     Column("time_p95", "time p95", "{:.2f}"),

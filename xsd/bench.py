@@ -274,6 +274,7 @@ class Bench:
         """One answer by a strategy, or by as much of it as its policy makes use of."""
         speculator = self.speculators[strategy.name]
         question = item.sample.question
+        self.engine.name_draws(draws_of(item, strategy))
         if speculator is None:
             plain = self.engine.plain(item.media, question)
             self._known.answer = plain.token_ids
@@ -476,6 +477,12 @@ def first_difference(ids: Sequence[int], plain: Sequence[int]) -> int | None:
         if left != right:
             return index
     return None if len(ids) == len(plain) else min(len(ids), len(plain))
+
+
+def draws_of(item: BenchItem, strategy: Strategy) -> str:
+    """Name of the random numbers: an answer's own, and no other's than this strategy's, for some
+    drafts (``oracle``) are what plain decoding drew."""
+    return f"{item.sample.key} {strategy.name}"
 
 
 def sampling_of(config: DecodingConfig) -> Sampling | None:

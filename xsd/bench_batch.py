@@ -16,6 +16,7 @@ from xsd.bench import (
     UNFIT,
     BenchItem,
     Failure,
+    draws_of,
     fastest_cores,
     first_difference,
     grouped,
@@ -134,12 +135,17 @@ class BatchBench:
             [item.sample.question for item in batch],
             self._heads[strategy.name],
             strategy.gamma,
+            [draws_of(item, strategy) for item in batch],
         )
+
+    def _alone(self, item: BenchItem) -> Decoded:
+        self.engine.name_draws(f"{item.sample.key} alone")
+        return self.engine.plain(item.media, item.sample.question)
 
     def batch(self, batch: Batch, repeat: int) -> Iterator[Trace | Failure]:
         """One by one, then every strategy; a batch fails as a whole."""
         try:
-            alone = [self.engine.plain(item.media, item.sample.question) for item in batch]
+            alone = [self._alone(item) for item in batch]
         except UNFIT as error:
             yield from _failures(batch, self.strategies[0], error)
             return

@@ -289,8 +289,9 @@ def test_a_row_draws_what_it_would_draw_alone(
         rows = AdapterRows(adapter, tables, MAX_NEW, sampling, seed=0)
         head = HeadDrafter(adapter, tables, MAX_NEW, HeadOptions(sampling=sampling))
     questions = list(QUESTIONS[:size])
-    found = batch.decode_batch([clip] * size, questions, rows, gamma if rows else 0)
+    found = batch.decode_batch([clip] * size, questions, rows, gamma if rows else 0, questions)
     for question, decoded in zip(questions, found, strict=True):
+        batch.name_draws(question)
         alone = batch.plain(clip, question)
         if head is not None:
             party = LocalSpeculator(

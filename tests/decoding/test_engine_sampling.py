@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -18,9 +19,12 @@ from xsd.bench import BenchItem
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.batch import BatchEngine, BatchHead, Proposed
+from xsd.decoding.config import BASELINE, DecodingConfig
 from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.engine import Engine
+from xsd.decoding.strategies import parse
 from xsd.pairs.base import Media, ModelPair
+from xsd.pairs.config import PairConfig
 from xsd.types import Span
 
 SAMPLING = Sampling(temperature=5.0, top_p=0.35)
@@ -140,12 +144,12 @@ def batch_p_value(
         pair.verifier, NUM_TOKENS, bench.longest_prompt(pair, [item]), size, sampling=SAMPLING
     )
     seeds = iter(range(NUM_ANSWERS))
-    engine._stream = lambda: torch.Generator().manual_seed(next(seeds))  # type: ignore[method-assign]
     counts: Counter[tuple[int, ...]] = Counter()
     num_held = 0
     for _ in range(NUM_ANSWERS // size):
         questions = [item.sample.question] * size
-        for decoded in engine.decode_batch([item.media] * size, questions, party, gamma):
+        names = [str(next(seeds)) for _ in questions]
+        for decoded in engine.decode_batch([item.media] * size, questions, party, gamma, names):
             counts[tuple(decoded.token_ids[:COUNTED])] += 1
             num_held += sum(decoded.cycle_accepted)
     return fit(exact, counts), num_held
@@ -162,7 +166,7 @@ def p_value(
     counts: Counter[tuple[int, ...]] = Counter()
     num_held = 0
     for seed in range(NUM_ANSWERS):
-        engine._seed = seed
+        engine.name_draws(str(seed))
         if party is None:
             decoded = engine.plain(item.media, question)
         else:
@@ -234,6 +238,22 @@ def test_the_statistic_sees_a_wrong_rule_of_batches(
     monkeypatch.setattr("xsd.decoding.accept.residual", lambda p, q: q)
     party = DrawingRows(Drawing(exact, branches=1, gap=0))
     assert batch_p_value(pair, items[0], exact, party, 2)[0] < 1e-3
+
+
+def test_what_plain_decoding_drew_is_not_judged_with_what_drew_it(
+    pair: ModelPair, items: list[BenchItem]
+) -> None:
+    """``oracle`` drafts what plain decoding drew; and no two samples are drawn alike."""
+    config = DecodingConfig(temperature=5.0, max_new_tokens=NUM_TOKENS, overlap="inline")
+    strategies = [parse(BASELINE, 0), parse("oracle", 2)]
+    with ExitStack() as stack:
+        party = bench.Bench(stack, pair, PairConfig(), items[:2], strategies, {}, {}, config)
+        seeds = []
+        for item in items[:2]:
+            for strategy in strategies:
+                party.decode(item, strategy)
+                seeds.append(party.engine._generator.initial_seed())
+    assert len(set(seeds)) == 4
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])

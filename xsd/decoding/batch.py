@@ -123,17 +123,21 @@ class BatchEngine(Engine):
         questions: Sequence[str],
         head: BatchHead | None = None,
         gamma: int = 0,
+        names: Sequence[str] | None = None,
     ) -> list[Decoded]:
         """One answer a question; every clock reading is the whole batch's.
 
         Args:
+            names: of the random numbers that each is drawn with (``Engine.name_draws``).
             media: of every question; with ``share_visual`` they are one object.
             head: drafts at most ``gamma`` tokens a cycle; None: plain decoding.
         """
         watch = Stopwatch(self._device)
         answers = [Decoded() for _ in questions]
         cache, last, visual = self._prefill_batch(media, questions, head)
-        rows = [_Row(answer, self._stream()) for answer in answers]
+        given: Sequence[str | None] = names or [None] * len(questions)
+        streams = [self._stream(name) for name in given]
+        rows = [_Row(*row) for row in zip(answers, streams, strict=True)]
         judge = self._judge_rows(last[:, None])
         for index, row in enumerate(rows):
             row.answer.token_ids = [judge(index, row, Draft([]))[1]]
@@ -250,11 +254,12 @@ class BatchEngine(Engine):
             draft, p[index, : len(draft) + 1], row.stream
         )
 
-    def _stream(self) -> torch.Generator | None:
+    def _stream(self, name: str | None) -> torch.Generator | None:
         """A row's own random numbers: those of an answer that is drawn alone."""
         if self._sampling is None:
             return None
-        return torch.Generator(self._device).manual_seed(self._seed)
+        seed = self._seed if name is None else self._seed_of(name)
+        return torch.Generator(self._device).manual_seed(seed)
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "B R"]:
         return torch.tensor(rows, dtype=torch.long, device=self._device)

@@ -7,6 +7,7 @@ Where tokens are drawn, the same holds for their distribution.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -64,7 +65,7 @@ class Engine:
         """
         Args:
             sampling: draw tokens like this; None: greedy.
-            seed: every answer is drawn with random numbers that begin here.
+            seed: of the random numbers that answers are drawn with (``name_draws``).
             last_chunk: prompt rows of the prefill's last pass, which early drafts join; 0: the
                 prefill is one pass, and drafts are checked in another.
             strict_rows: every pass of decoding, a plain step too, has so many rows and attends
@@ -81,12 +82,23 @@ class Engine:
         self._device = verifier.stack.device
         self._generator = torch.Generator(self._device)
         verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
+        self._draws: int | None = None
         self._asked: tuple[str, Prompt] | None = None
         """The question of the answer in hand."""
         self._loop: CompiledLoop | None = None
         """Cycles in compiled calls; None: they are made here, operation by operation."""
         if sampling is None and strict_rows is None:
             self._loop = CompiledLoop.of(verifier, self._cache, max_new_tokens)
+
+    def name_draws(self, name: str) -> None:
+        """The next answers are drawn with random numbers of this name: the same name, the same.
+
+        What drafts come from must not have been drawn with those that judge them.
+        """
+        self._draws = self._seed_of(name)
+
+    def _seed_of(self, name: str) -> int:
+        return random.Random(f"answers {self._seed} {name}").getrandbits(32)
 
     def prompt(self, question: str) -> Prompt:
         """A question's prompt; the one that was read last is not made again."""
@@ -205,7 +217,7 @@ class Engine:
     ) -> Decoded:
         watch = Stopwatch(self._device)
         self._laps = laps = Laps()
-        self._generator.manual_seed(self._seed)
+        self._generator.manual_seed(self._seed if self._draws is None else self._draws)
         result = Decoded(parts=laps.ms)
         if speculator is not None:
             speculator.start(media, question, watch)
