@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -120,39 +121,70 @@ def test_conditioning_can_be_searched(
     assert tags(parent)["input.data.free_running"] == str(world.data)
 
 
+NOTING = """
+import sys
+from xsd.cli import main
+from xsd.learning.batches import TrainBatches
+
+plain = TrainBatches.__call__
+
+def noting(self, epoch, done=0):
+    for batch in plain(self, epoch, done):
+        with open(sys.argv[1], "ab") as file:
+            file.write(b".")
+        yield batch
+
+TrainBatches.__call__ = noting
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[2:]))
+"""
+"""``xsd``, which notes every batch that it begins to train on."""
+NUM_KILLS = 5
+
+
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(words: list[Any], runs: Callable[..., list[Any]]) -> None:
-    arguments = [str(word) for word in (*words, "--num_trials", 4, "--num_epochs", 400)]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "xsd", *arguments, "--early_stopping", "0", "--pruner", "none"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    while not (trials := _running()) and child.poll() is None:
-        time.sleep(0.2)
-    child.kill()
-    child.wait()
-    assert trials, "it ended before it could be killed"
-    [journal] = Path("outputs/sweep").glob("*/study.log")
-    process = subprocess.run(
-        [sys.executable, "-m", "xsd", *arguments, "--early_stopping", "0", "--pruner", "none"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        check=True,
-        capture_output=True,
-    )
-    assert process.returncode == 0
-    [parent] = runs("sweep")
-    assert journal.is_file() and len(list(Path("outputs/sweep").iterdir())) == 1
-    table = query.table(parent.info.run_id, "trials")
-    assert len(table) == 4 and set(table["state"]) == {"complete"}
-    dead = store.client().get_run(trials[0].info.run_id)
-    assert dead.info.status == "KILLED"
-    assert dead.info.run_id not in {uri.removeprefix("runs:/") for uri in table["run"]}
+def test_killed_at_random_moments_it_gives_what_an_unbroken_one_does(
+    words: list[Any], runs: Callable[..., list[Any]]
+) -> None:
+    """And no more than the batch in hand is trained on again."""
+    Path("noting.py").write_text(NOTING)
+    options = ["--num_trials", 4, "--num_epochs", 25, "--early_stopping", 0, "--pruner", "none"]
+    draw = random.Random(0)
 
+    def begun(note: str) -> int:
+        return Path(note).stat().st_size if Path(note).exists() else 0
 
-def _running() -> list[Any]:
-    condition = "tags.stage = 'trial' AND attributes.status = 'RUNNING'"
-    found = store.client().search_runs(store.experiment_ids(), condition)
-    return [run for run in found if "val.accept_length" in run.data.metrics]
+    def sweep(note: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "noting.py", note, *words, *options, "--output_dir", note + "s"]
+        search_path = {"PYTHONPATH": str(Path(__file__).parents[2])}
+        return subprocess.Popen(list(map(str, command)), env=os.environ | search_path)
+
+    for _ in range(NUM_KILLS):
+        target = begun("killed") + draw.randrange(1, 40)
+        child = sweep("killed")
+        while begun("killed") < target:
+            assert child.poll() is None, "it was over before it could be killed"
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 0.02))
+        child.kill()
+        child.wait()
+    assert sweep("killed").wait() == 0
+    assert len(runs("sweep")) == 1
+    words.append("--rerun")
+    assert sweep("whole").wait() == 0
+    whole, killed = sorted(runs("sweep"), key=lambda run: -run.info.start_time)
+    tables = [query.table(run.info.run_id, "trials") for run in (whole, killed)]
+    same = ["number", "state", "accept_length", "num_epochs", "learning_rate", "ffn_dim"]
+    assert tables[0][same].to_dict("records") == tables[1][same].to_dict("records")
+    assert set(tables[0]["state"]) == {"complete"} and len(tables[0]) == 4
+    assert begun("whole") < begun("killed") <= begun("whole") + NUM_KILLS
+    condition = "tags.stage = 'trial' AND attributes.status = 'KILLED'"
+    dead = store.client().search_runs(store.experiment_ids(), condition)
+    assert dead and not {f"runs:/{run.info.run_id}" for run in dead} & {*tables[1]["run"]}
+    for uri in tables[1]["run"]:
+        # Whoever trained which epoch.
+        curve = _curve(store.client().get_run(uri.removeprefix("runs:/")))
+        assert len(curve) == 25
 
 
 @pytest.mark.parametrize(

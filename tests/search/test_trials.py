@@ -3,15 +3,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import optuna
 import pytest
 
-from tests.search.conftest import CLAIMS, Epochs, Objective, opened, report, search
+from tests.search.conftest import CLAIMS, SPACE, Epochs, Objective, opened, report, search
 from xsd.errors import XsdError
+from xsd.search.space import read_space
 from xsd.search.study import candidate, counted, state_of
-from xsd.search.trials import Trial
+from xsd.search.trials import Trial, run_trials
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,9 +60,8 @@ def test_resumes_where_it_was_killed(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         search(tmp_path, dies, pruner="none")
     reports, study = search(tmp_path, Objective(), pruner="none")
-    assert len(reports) == 5 and reports[0].number == 4
-    states = [state_of(trial) for trial in study.trials]
-    assert states == ["complete"] * 3 + ["lost"] + ["complete"] * 5
+    assert [one.number for one in reports] == [3, 4, 5, 6, 7]
+    assert [state_of(trial) for trial in study.trials] == ["complete"] * 8
     assert search(tmp_path, Objective(), pruner="none")[0] == []
 
 
@@ -72,15 +74,58 @@ def test_a_resumed_study_draws_what_an_unbroken_one_would(tmp_path: Path) -> Non
     assert [one.params for one in whole] == [one.params for one in (*first, *rest)]
 
 
-@pytest.mark.parametrize(("process", "minutes_ago"), [("here:dead:1", 0), ("there:7:7", 61)])
-def test_a_dead_process_s_trial_is_replaced(tmp_path: Path, process: str, minutes_ago: int) -> None:
-    study = opened(tmp_path)
-    trial = study.ask()
+def asked(folder: Path, process: str, minutes_ago: float) -> None:
+    """A trial that somebody has begun, and was last heard of some time ago."""
+    path = folder / "space.yaml"
+    path.write_text(SPACE)
+    space = read_space(path, ("learning_rate", "num_layers", "loss"))
+    trial = opened(folder, pruner="none").ask(fixed_distributions=dict(space))
     trial.set_user_attr("process", process)
-    trial.set_user_attr("progress", {"seen": time.time() - 60 * minutes_ago})
+    trial.set_user_attr("progress", {"seen": time.time() - 60 * minutes_ago, "run": "runs:/7"})
+
+
+def test_a_silent_machine_s_trial_is_replaced(tmp_path: Path) -> None:
+    asked(tmp_path, "there:7:7", 61)
     reports, study = search(tmp_path, Objective(), num_trials=2, pruner="none")
     assert [state_of(trial) for trial in study.trials] == ["lost", "complete", "complete"]
     assert len(reports) == 2
+
+
+@pytest.mark.parametrize("process", ["here:dead:1", CLAIMS.process])
+def test_a_dead_process_s_trial_is_gone_on_with(tmp_path: Path, process: str) -> None:
+    asked(tmp_path, process, 0)
+    seen: list[tuple[int, str]] = []
+
+    def objective(trial: Trial) -> Epochs:
+        seen.append((trial.number, trial.run))
+        return (yield from Objective()(trial))
+
+    reports, study = search(tmp_path, objective, num_trials=2, pruner="none")
+    assert [state_of(trial) for trial in study.trials] == ["complete"] * 2
+    assert [one.number for one in reports] == [0, 1]
+    assert seen == [(0, "runs:/7"), (1, "")]
+
+
+def test_epochs_told_before_are_not_judged_again(tmp_path: Path) -> None:
+    """The one that died told of three epochs; only the last may have been left unjudged."""
+    asked(tmp_path, "here:dead:1", 0)
+    study = opened(tmp_path)
+    begun = optuna.Trial(study, study.trials[0]._trial_id)
+    for epoch in (1, 2, 3):
+        begun.report(0.1 * epoch, step=epoch)
+    judged: list[int] = []
+
+    class Noted(optuna.pruners.NopPruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            judged.append(trial.last_step or 0)
+            return False
+
+    study.pruner = Noted()
+    space = read_space(tmp_path / "space.yaml", ("learning_rate", "num_layers", "loss"))
+    with warnings.catch_warnings(action="error"):
+        list(run_trials(Objective(), study, space, CLAIMS, metric="tau_6", num_trials=1))
+    assert judged == [3, 4, 5, 6]
+    assert sorted(study.trials[0].intermediate_values) == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_machine_s_trial_is_waited_for(

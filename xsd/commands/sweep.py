@@ -89,6 +89,9 @@ def _sweep(run: Run, inputs: Inputs, config: Config) -> None:
     with workers(config.num_workers, run.run_id) as pool:
         for future in [pool.submit(search.run, run.run_id) for _ in range(config.num_workers)]:
             future.result()
+    for left in search.folder.glob("trial_*"):
+        # Killed between telling the study and tidying up.
+        shutil.rmtree(left, ignore_errors=True)
     _publish(run, search)
 
 
@@ -100,6 +103,11 @@ class _Search:
     storage: str
     inputs: Inputs
     config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Of what its trials need while they run."""
+        return self.config.output_dir / self.name
 
     def open(self) -> Any:
         from xsd.search.study import open_study
@@ -124,12 +132,19 @@ class _Search:
             trials.train,
             study,
             space,
-            Claims(store.this_process(), store.is_gone, 60 * config.stale_minutes),
+            Claims(
+                store.this_process(),
+                store.is_gone,
+                stale_seconds=60 * config.stale_minutes,
+                lock=lambda: store.lock("trials"),
+            ),
             metric=trials.metric,
             num_trials=config.num_trials,
         )
         with progress("sweep", config.num_trials, "trials", len(counted(study))) as bar:
             for report in reports:
+                # What leads is kept by its run, wherever that keeps it.
+                shutil.rmtree(_trial_folder(self.folder, report.number), ignore_errors=True)
                 bar.set_postfix_str(_outcome(report))
                 bar.update()
 
@@ -141,43 +156,52 @@ class _Trials:
         from xsd.adapters.catalog import level
 
         self.config, self.inputs, self.parent = search.config, search.inputs, parent
-        self.folder = search.config.output_dir / search.name
+        self.folder = search.folder
         self.metric = level(search.config.level).selection_metric
         self._data: dict[str, TrainingData] = {}
 
     def train(self, trial: Trial) -> Generator[EpochReport, None, Mapping[str, float]]:
-        """One trial; its run ends KILLED where the search stops pulling."""
-        from xsd.adapters import checkpoint
-        from xsd.commands.train import about, fit_reports, log_epoch
+        """One trial, from where a process that died in it left it; its run ends KILLED where the
+        search stops pulling."""
+        from xsd.commands.train import STATE, fit_reports, follow, history
         from xsd.tracking.run import stage_run
 
-        config = replace(self.config, **trial.params)
-        folder = self.folder / f"trial_{trial.number:03d}"
-        tags = {"level": config.level, "trial": trial.number}
+        config, begun = replace(self.config, **trial.params), trial.run
+        folder = self._folder(trial)
+        if (ended := history(folder)) and (measured := _measured(begun)) is not None:
+            # It died before it could tell the study.
+            yield from ended
+            return measured
+        tags = {"level": config.level, "trial": trial.number, "resumes": begun or None}
         tags |= {"mlflow.note.content": _listed(trial.params)}
         title = f"trial {trial.number}"
-        try:
-            # The parent has the options that all trials share.
-            with stage_run(
-                "trial", config.pair, trial.params, tags=tags, name=title, parent=self.parent
-            ) as child:
-                trial.run = child.uri
-                data, best = self.data(config.conditioning), 0.0
-                adapter, reports = fit_reports(config, data)
-                for report in reports:
-                    if report.is_best:
-                        best = report.val[self.metric]
-                        checkpoint.save(adapter, folder, extra=about(data, report, config))
-                    log_epoch(child, report, self.metric)
-                    yield report
-                measured = self._latency(adapter, data)
-                child.log({f"measured.{name}": value for name, value in measured.items()})
-                if trial.leads({"accept_length": best, **measured}):
-                    child.artifacts(folder)
-            return measured
-        finally:
-            # What leads is kept by its run, wherever that keeps it.
+        # The parent has the options that all trials share.
+        with stage_run(
+            "trial", config.pair, trial.params, tags=tags, name=title, parent=self.parent
+        ) as child:
+            trial.run = child.uri
+            data, best = self.data(config.conditioning), 0.0
+            adapter, reports = fit_reports(config, data, folder / STATE)
+            for report in follow(child, data, folder, adapter, reports, config):
+                best = max(best, report.val[self.metric])
+                yield report
+            measured = self._latency(adapter, data)
+            child.log({f"measured.{name}": value for name, value in measured.items()})
+            if trial.leads({"accept_length": best, **measured}):
+                child.artifacts(folder)
+        return measured
+
+    def _folder(self, trial: Trial) -> Path:
+        """Of a trial's state and best weights, unless another trial left them."""
+        from xsd.commands.train import UNFINISHED
+        from xsd.files import sha256_json, write_text
+
+        folder = _trial_folder(self.folder, trial.number)
+        mark, key = folder / UNFINISHED / "key", sha256_json(trial.params)
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
             shutil.rmtree(folder, ignore_errors=True)
+            write_text(mark, key)
+        return folder
 
     def data(self, conditioning: str) -> TrainingData:
         if conditioning not in self._data:
@@ -253,6 +277,27 @@ def _show(run: Run, study: Any) -> Any:
         run.log({"best.accept_length": best}, step=int(number))
     run.log({f"num_{state}": num for state, num in trials["state"].value_counts().items()})
     return trials
+
+
+def _trial_folder(folder: Path, number: int) -> Path:
+    return folder / f"trial_{number:03d}"
+
+
+def _measured(run: str) -> dict[str, float] | None:
+    """What the finished run of a trial measured; None: it did not finish."""
+    from mlflow.exceptions import MlflowException
+
+    from xsd.tracking import store
+
+    try:
+        found = store.client().get_run(run.removeprefix("runs:/"))
+    except MlflowException:
+        return None
+    if found.info.status != "FINISHED":
+        return None
+    metrics = found.data.metrics.items()
+    mark = "measured."
+    return {name.removeprefix(mark): x for name, x in metrics if name.startswith(mark)}
 
 
 def _searchable() -> list[str]:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 HELP = "train the adapter of one level"
 ROOMS = ["adapters", "learning", "counts", "metrics", "decoding/accept"]
 """The source that decides what training gives."""
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 """Folder of a training's state; it goes when the training ends."""
-
-_STATE = f"{_UNFINISHED}/state.safetensors"
+HISTORY = "history.json"
+STATE = f"{UNFINISHED}/state.safetensors"
 
 T = TypeVar("T")
 
@@ -71,16 +71,16 @@ def perform(config: Config, processes: Processes | None = None) -> Product:
         folder = _folder(config, str(run.key))
         try:
             # The others train along; what they read must not be looked for twice.
-            state = together.tell(Task(dict(inputs), (folder / _STATE).resolve())).state
+            state = together.tell(Task(dict(inputs), (folder / STATE).resolve())).state
             adapter, reports = fit_reports(config, data, state, together)
-            history = _follow(run, data, folder, adapter, reports, config)
+            epochs = _shown(follow(run, data, folder, adapter, reports, config), config, adapter)
         except XsdError:
             # Refused before its first epoch, a training leaves nothing to go on with.
-            if not (folder / "history.json").is_file():
+            if not (folder / HISTORY).is_file():
                 shutil.rmtree(folder)
             raise
-        _keep(run, data, folder, adapter, history, config)
-        finished.append(folder / _UNFINISHED)
+        _keep(run, data, folder, adapter, epochs, config)
+        finished.append(folder / UNFINISHED)
 
     finished: list[Path] = []
     product = stage.perform(
@@ -197,31 +197,53 @@ def loss_of(config: Any) -> str:
     return str(config.loss or level(config.level).loss)
 
 
-def _follow(
+def follow(
     run: Run,
     data: TrainingData,
     folder: Path,
     adapter: Adapter,
     reports: Iterator[EpochReport],
-    config: Config,
-) -> list[EpochReport]:
-    """Pull the reports; keep the best weights, and the history of all epochs."""
+    config: Any,
+) -> Iterator[EpochReport]:
+    """The epochs of a training from its first, whoever began it: the reports that ``folder`` has,
+    then those that are pulled. Each is logged; the best weights and the history are kept."""
     from xsd.adapters import checkpoint
     from xsd.files import write_json
 
-    metric, history = adapter.row.selection_metric, _history(folder)
-    for earlier in history:
+    metric, known = adapter.row.selection_metric, history(folder)
+    for earlier in list(known):
         log_epoch(run, earlier, metric)
-    with progress(f"train {config.level}", config.num_epochs, "epochs", len(history)) as bar:
+        yield earlier
+    for report in reports:
+        if report.epoch < len(known):
+            # It was killed here, before the state could say that this one was taken in.
+            continue
+        if report.is_best:
+            checkpoint.save(adapter, folder, extra=about(data, report, config))
+        known.append(report)
+        write_json(folder / HISTORY, [asdict(one) for one in known])
+        log_epoch(run, report, metric)
+        yield report
+
+
+def history(folder: Path) -> list[EpochReport]:
+    """The epochs that a training in this folder has told of."""
+    from xsd.files import read_json
+    from xsd.types import EpochReport
+
+    path = folder / HISTORY
+    return [EpochReport(**values) for values in read_json(path)] if path.is_file() else []
+
+
+def _shown(reports: Iterator[EpochReport], config: Config, adapter: Adapter) -> list[EpochReport]:
+    """All of them, pulled behind a progress bar."""
+    metric, pulled = adapter.row.selection_metric, []
+    with progress(f"train {config.level}", config.num_epochs, "epochs") as bar:
         for report in reports:
-            history = [*(r for r in history if r.epoch < report.epoch), report]
-            if report.is_best:
-                checkpoint.save(adapter, folder, extra=about(data, report, config))
-            write_json(folder / "history.json", [asdict(r) for r in history])
-            log_epoch(run, report, metric)
+            pulled.append(report)
             bar.set_postfix_str(f"{metric} {report.val[metric]:.3f}", refresh=False)
             bar.update()
-    return history
+    return pulled
 
 
 def _keep(
@@ -229,18 +251,18 @@ def _keep(
     data: TrainingData,
     folder: Path,
     adapter: Adapter,
-    history: Sequence[EpochReport],
+    epochs: Sequence[EpochReport],
     config: Config,
 ) -> None:
     """Files, figure, logged model, and one line about it."""
     from xsd.adapters import checkpoint
     from xsd.plots.learning import training_curves
 
-    best = [report for report in history if report.is_best][-1]
+    best = [report for report in epochs if report.is_best][-1]
     row, tags = adapter.row, model_tags(data, adapter, config)
     checkpoint.save(adapter, folder, name="final_model", extra=about(data, best, config))
     run.artifacts(folder)
-    run.figures({"training_curves": training_curves(row.name, history)}, folder)
+    run.figures({"training_curves": training_curves(row.name, epochs)}, folder)
     run.tag({**tags, "mlflow.runName": f"train {variant(tags)}"})
     accept_length = best.val[row.selection_metric]
     metrics = {f"val.{name}": value for name, value in best.val.items()}
@@ -262,7 +284,7 @@ def _folder(config: Config, key: str) -> Path:
     from xsd.files import write_text
 
     root = config.output_dir / config.level
-    mark = Path(_UNFINISHED) / "key"
+    mark = Path(UNFINISHED) / "key"
     for path in sorted(root.glob(f"{config.level}_*/{mark}")):
         if config.resume and path.read_text(encoding="utf-8") == key:
             return path.parent.parent
@@ -271,14 +293,6 @@ def _folder(config: Config, key: str) -> Path:
     folder = next(root / name for name in names if not (root / name).exists())
     write_text(folder / mark, key)
     return folder
-
-
-def _history(folder: Path) -> list[EpochReport]:
-    from xsd.files import read_json
-    from xsd.types import EpochReport
-
-    path = folder / "history.json"
-    return [EpochReport(**values) for values in read_json(path)] if path.is_file() else []
 
 
 def run(config: Config) -> None:

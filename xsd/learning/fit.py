@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,16 @@ from xsd.files import sha256_json
 from xsd.learning.batches import TrainBatch
 from xsd.learning.config import FitConfig
 from xsd.learning.cpu import CpuOps
+from xsd.learning.latest import Latest, settle
 from xsd.learning.losses import adapter_loss
-from xsd.learning.state import FitState, load_state, save_state
+from xsd.learning.state import FitState, load_state, save_state, tensors_of
 from xsd.types import EpochReport
 
 _LOOK = 32
 """Steps between two looks at the losses, where a look makes a device or a process wait."""
 _STATE_SECONDS, _STATE_SHARE = 5.0, 0.02
-"""A state is written no more often than that, and takes no more than this share of the time."""
+"""A state is written to disk no more often than that, and takes no more than this share of the
+time."""
 
 
 Batches = Callable[[int, int], Iterator[TrainBatch]]
@@ -67,9 +70,11 @@ def fit(
         config: hyperparameters.
         scorer: validation; ``is_best`` and early stopping go by the level's selection metric.
         lm_head: [V, Dv], for the token loss.
-        state: a file written every few seconds, and after every epoch that the caller has taken
-            in. If it exists, training goes on from it, and on a CPU in float32 ends with the very
-            weights of an uninterrupted run.
+        state: a file written every few seconds. If it exists, training goes on from it, and on a
+            CPU in float32 ends with the very weights of an uninterrupted run. On a CPU (under
+            Linux) the state after every step is kept beside it in memory: a process that is killed
+            loses the batch in hand, a machine that goes down those few seconds. Elsewhere a state
+            is written after an epoch, too, unless that takes long.
         times: told what the parts of a step take, if somebody wants to know.
 
     Raises:
@@ -100,7 +105,8 @@ def fit(
             is_best=is_best,
             seconds=time.perf_counter() - started,
         )
-        training.save()
+        training.keep_epoch()
+    training.end()
 
 
 def learning_rate(config: FitConfig, epoch: float, step: int) -> float:
@@ -150,16 +156,24 @@ class _Training:
         self.num_batches: int | None = None
         """Of an epoch, where that is known."""
         self.progress = FitState()
-        if state is not None and state.exists():
-            self.progress = load_state(state, adapter, self.optimizer, self._key)
+        self._accelerator = _accelerator(self.device, config)
+        if state is not None:
+            if self._accelerator.is_main_process:
+                settle(state, self._key)
+            self._accelerator.wait_for_everyone()
+            if state.exists():
+                self.progress = load_state(state, adapter, self.optimizer, self._key)
         if config.compile:
             _compile(adapter)
-        self._accelerator = _accelerator(self.device, config)
         self._objective = self._accelerator.prepare_model(
             _Objective(adapter, config, lm_head), device_placement=False
         )
-        self._is_prompt = self.device.type == "cpu" and self._accelerator.num_processes == 1
+        self._is_prompt = self.device.type == "cpu"
         self._saved, self._took = time.monotonic(), 0.0
+        self._keeps = state is not None and self._accelerator.is_main_process
+        self._latest: Latest | None = None
+        if state is not None and self._keeps and self._is_prompt and Latest.is_possible():
+            self._latest = Latest(state, self._key)
         self.part: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
     @property
@@ -181,7 +195,7 @@ class _Training:
                 losses.append(self._step(batch, self.progress.step + len(losses)))
                 if self._is_prompt or len(losses) == _LOOK:
                     self._take_in(losses)
-                    self._save_if_due()
+                    self._keep()
             self._take_in(losses)
         if not self.progress.num_batches:
             raise XsdError(f"epoch {epoch} has no training batches; check the training data")
@@ -257,18 +271,36 @@ class _Training:
         )
         return is_best
 
-    def save(self) -> None:
-        if self.state is None or not self._accelerator.is_main_process:
+    def keep_epoch(self) -> None:
+        """The caller has taken the epoch in."""
+        self._keep(after_epoch=self._latest is None)
+
+    def end(self) -> None:
+        """Leave the state on disk, and nothing beside it."""
+        if self.state is not None and self._latest is not None:
+            settle(self.state, self._key)
+
+    def _keep(self, *, after_epoch: bool = False) -> None:
+        """Keep the state; after an epoch it need not wait for its seconds, but for its share."""
+        if not self._keeps:
             return
+        if self._latest is not None:
+            self._latest.put(self.progress, self._tensors)
+        wait = max(0.0 if after_epoch else _STATE_SECONDS, self._took / _STATE_SHARE)
+        if time.monotonic() - self._saved > wait:
+            self._save()
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        """Of the state, always the same ones: a step changes them in place."""
+        return tensors_of(self.adapter, [self.optimizer])
+
+    def _save(self) -> None:
+        assert self.state is not None
         started = time.monotonic()
         save_state(self.state, self.progress, self.adapter, self.optimizer, self._key)
         self._saved = time.monotonic()
         self._took = self._saved - started
-
-    def _save_if_due(self) -> None:
-        wait = max(_STATE_SECONDS, self._took / _STATE_SHARE)
-        if time.monotonic() - self._saved > wait:
-            self.save()
 
 
 def _compile(adapter: Adapter) -> None:

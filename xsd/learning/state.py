@@ -55,12 +55,17 @@ def load_state(
 
 
 def write_state(
-    path: Path, progress: Mapping[str, object], tensors: Mapping[str, Tensor], key: str
+    path: Path,
+    progress: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    key: str,
+    *,
+    durable: bool = True,
 ) -> None:
     """Write atomically; ``key`` identifies the configuration that may go on from here."""
     on_host = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     metadata = {"progress": json.dumps(dict(progress)), "key": key}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=durable) as temporary:
         save_file(on_host, temporary, metadata=metadata)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -29,7 +30,8 @@ class Trial:
     params: Mapping[str, Any]
     _study: optuna.Study
     run: str = ""
-    """URI of what it leaves: set by the objective, and kept by the study."""
+    """URI of what it leaves: set by the objective, and kept by the study. Where a process died in
+    the trial, what that one left of it."""
 
     def leads(self, values: Mapping[str, float]) -> bool:
         """Whether no completed trial is as good in every objective."""
@@ -65,6 +67,8 @@ class Claims:
     """Whether a process of this machine has ended; False for those of others."""
     stale_seconds: float
     """After so long without a report, a process of another machine is taken for dead."""
+    lock: Callable[[], AbstractContextManager[None]]
+    """Held against the other processes of this machine."""
 
 
 def run_trials(
@@ -80,38 +84,65 @@ def run_trials(
 
     Others may work on the study meanwhile: this ends when all trials have ended, theirs included.
     A trial whose objective raises ``XsdError`` (a loss that is not finite, sizes that do not fit)
-    has failed, and the search goes on; one whose process died is replaced.
+    has failed, and the search goes on. One whose process died or was stopped is gone on with on
+    its machine, and replaced on others.
 
     Args:
         metric: key of ``EpochReport.val`` that is the accept length.
     """
     while True:
         _bury(study, claims)
+        trial = _take_over(study, claims)
         trials = counted(study)
-        if len(trials) < num_trials:
+        if trial is None and len(trials) < num_trials:
             trial = _claim(study, space, claims, num_trials)
-            if trial is not None:
-                yield _run(objective, study, trial, metric)
+        if trial is not None:
+            yield _run(objective, study, trial, metric)
         elif any(trial.state is TrialState.RUNNING for trial in trials):
             time.sleep(_POLL_SECONDS)
-        else:
+        elif len(trials) >= num_trials:
             return
 
 
 def _bury(study: optuna.Study, claims: Claims) -> None:
-    """Tell trials lost whose process is gone, or was not heard of for long."""
+    """Tell trials lost that nobody here can go on with: never claimed, or of a machine that was
+    not heard of for long."""
     now = time.time()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         process = trial.user_attrs.get("process")
         began = trial.datetime_start.timestamp() if trial.datetime_start else now
         silent = now - trial.user_attrs.get("progress", {}).get("seen", began)
-        if process is None:
-            # Killed between asking and claiming: nobody else would know whose it is.
-            is_lost = silent > min(_UNCLAIMED_SECONDS, claims.stale_seconds)
-        else:
-            is_lost = claims.is_gone(process) or silent > claims.stale_seconds
-        if is_lost:
+        # Killed between asking and claiming: nobody else would know whose it is.
+        patience = min(_UNCLAIMED_SECONDS if process is None else math.inf, claims.stale_seconds)
+        if silent > patience and not (process and _is_left(trial, claims)):
             _tell_lost(study, trial)
+
+
+def _is_left(trial: FrozenTrial, claims: Claims) -> bool:
+    """Whether it was begun on this machine, by a process that works on it no more."""
+    process = trial.user_attrs.get("process")
+    # This one asks for a trial only when it has none.
+    return process is not None and (process == claims.process or claims.is_gone(process))
+
+
+def _take_over(study: optuna.Study, claims: Claims) -> optuna.Trial | None:
+    """A trial that is left, under its number; None: there is none."""
+
+    def left() -> FrozenTrial | None:
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return next((trial for trial in running if _is_left(trial, claims)), None)
+
+    if left() is None:
+        return None
+    with claims.lock():
+        found = left()
+        if found is None:
+            return None
+        trial = optuna.Trial(study, found._trial_id)
+        earlier = found.user_attrs.get("progress", {})
+        trial.set_user_attr("progress", {**earlier, "seen": time.time()})
+        trial.set_user_attr("process", claims.process)
+    return trial
 
 
 def _tell_lost(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -139,7 +170,9 @@ def _claim(
 def _run(
     objective: Objective, study: optuna.Study, trial: optuna.Trial, metric: str
 ) -> TrialReport:
-    tried = Trial(trial.number, trial.params, study)
+    begun = trial.user_attrs.get("progress", {})
+    tried = Trial(trial.number, trial.params, study, run=begun.get("run", ""))
+    judged = _judged(study, trial)
     reports = objective(tried)
     best, num_epochs, reason = -math.inf, 0, ""
     state = TrialState.COMPLETE
@@ -156,7 +189,7 @@ def _run(
             # The kept checkpoint is the best epoch's, so a trial is judged by its best so far.
             best = max(report.val[metric], best)
             _note_progress(trial, tried, num_epochs)
-            if _falls_behind(study, trial, best, num_epochs):
+            if num_epochs >= judged and _falls_behind(study, trial, best, num_epochs, judged):
                 state = TrialState.PRUNED
                 break
         if num_epochs == 0:
@@ -165,7 +198,7 @@ def _run(
         state, values, reason = TrialState.FAIL, None, str(error)
         trial.set_user_attr("reason", reason)
         _note_progress(trial, tried, num_epochs)
-    except BaseException:
+    except Exception:
         study.tell(trial, state=TrialState.FAIL)
         raise
     finally:
@@ -187,9 +220,18 @@ def _note_progress(trial: optuna.Trial, tried: Trial, num_epochs: int) -> None:
     trial.set_user_attr("progress", progress)
 
 
-def _falls_behind(study: optuna.Study, trial: optuna.Trial, best: float, num_epochs: int) -> bool:
+def _judged(study: optuna.Study, trial: optuna.Trial) -> int:
+    """Epochs that were reported before; a process that died after the last may not have judged."""
+    frozen = study.get_trials(deepcopy=False)[trial.number]
+    return max(frozen.intermediate_values, default=0)
+
+
+def _falls_behind(
+    study: optuna.Study, trial: optuna.Trial, best: float, num_epochs: int, judged: int
+) -> bool:
     """Report an epoch; with several objectives there is no order, and nothing is pruned."""
     if len(study.directions) > 1:
         return False
-    trial.report(best, step=num_epochs)
+    if num_epochs > judged:
+        trial.report(best, step=num_epochs)
     return bool(trial.should_prune())
