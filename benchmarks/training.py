@@ -169,10 +169,18 @@ class Bench:
         )
         config = replace(self.config, seed=seed, **how)
         metric = adapter.row.selection_metric
-        reports = fit(
-            adapter, batches, config, lambda _: {metric: 0.0}, lm_head=self.lm_head, times=times
-        )
-        return (adapter for _ in reports)
+        with tempfile.TemporaryDirectory() as folder:
+            # Kept as ``train`` keeps it: that is part of the price of a step.
+            reports = fit(
+                adapter,
+                batches,
+                config,
+                lambda _: {metric: 0.0},
+                lm_head=self.lm_head,
+                state=Path(folder) / "state.safetensors",
+                times=times,
+            )
+            yield from (adapter for _ in reports)
 
     def seeds_epochs(self, seed: int, times: PartTimes) -> Iterator[Adapter]:
         """The loop that the seed document describes."""

@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import launching
 from tests.commands.conftest import World
 from xsd.cli import main
 from xsd.hidden.index import load_index
 from xsd.hidden.store import HiddenStore
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 FLAGS = {
     "max_new_tokens": 8,
     "max_questions": 3,
@@ -37,17 +35,7 @@ def words(world: World, folder: str) -> list[str]:
 
 
 def launched(world: World, folder: str, num_processes: int) -> subprocess.Popen[str]:
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launch, *plain, "--num_processes", str(num_processes), "-m", "xsd"]
-    return subprocess.Popen(
-        [*command, *words(world, folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return launching.launched(num_processes, *words(world, folder))
 
 
 def assert_equal(one: Path, other: Path) -> None:
@@ -104,21 +92,12 @@ def test_a_launch_that_loses_one_process_ends_and_goes_on(
     lost = launched(world, "lost", 2)
     while lost.poll() is None and not [*folder.glob(".parts/part_*"), *folder.glob("chunks/*")]:
         time.sleep(0.02)
-    [worker] = [child for child in children(lost.pid) if child.environ().get("RANK") == str(rank)]
-    worker.kill()
+    launching.worker(lost, rank).kill()
     told, _ = lost.communicate(timeout=300)
     assert lost.returncode != 0, told
-    assert not children(lost.pid)
+    assert not launching.children(lost.pid)
     again = launched(world, "lost", 2)
     told, _ = again.communicate(timeout=600)
     assert again.returncode == 0, told
     assert main(words(world, "one")) == 0
     assert_equal(Path("one/chunked_train_1s_fp32"), folder)
-
-
-def children(pid: int) -> list[psutil.Process]:
-    """Live processes below one, which may itself be gone."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []

@@ -285,7 +285,8 @@ class _Training:
         if not self._keeps:
             return
         if self._latest is not None:
-            self._latest.put(self.progress, self._tensors)
+            with self.part("state"):
+                self._latest.put(self.progress, self._tensors)
         wait = max(0.0 if after_epoch else _STATE_SECONDS, self._took / _STATE_SHARE)
         if time.monotonic() - self._saved > wait:
             self._save()
