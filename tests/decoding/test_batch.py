@@ -174,10 +174,12 @@ class Watched:
         self.wants_prefilled = adapter.wants_prefilled
         self.seen: list[tuple[str, int, list[int]]] = []
 
-    def begin(self, questions: Sequence[str], visual: Tensor | None) -> None:
+    def begin(
+        self, questions: Sequence[str], names: Sequence[str | None], visual: Tensor | None
+    ) -> None:
         self._questions = list(questions)
-        self.adapter.begin(questions, visual)
-        self._scripts.begin(questions, visual)
+        self.adapter.begin(questions, names, visual)
+        self._scripts.begin(questions, names, visual)
 
     def propose(
         self, answers: Sequence[list[int]], states: Tensor, fresh: Sequence[int], gamma: int
@@ -276,6 +278,19 @@ def test_a_head_that_reads_the_drafter_is_refused(
         AdapterRows(adapter, VerifierTables.of(pair.verifier), MAX_NEW)
 
 
+def test_heads_of_separate_rows_draw_no_drafts(
+    pair: ModelPair, clip: Media, adapters: dict[str, Path]
+) -> None:
+    """As if chosen they would be accepted with p, not with min(1, p/q): lossless, but too few."""
+    engine = make_engine(pair, clip, sampling=SAMPLING)
+    adapter = checkpoint.load(adapters["B1"])[0].eval()
+    options = HeadOptions(sampling=SAMPLING, draws=engine.draft_draws)
+    drawing = HeadDrafter(adapter, VerifierTables.of(pair.verifier), MAX_NEW, options)
+    head = SeparateRows(lambda row: drawing, pair.verifier.stack.device)
+    with pytest.raises(AssertionError, match="draw no drafts"):
+        engine.decode_batch([clip], [QUESTIONS[0]], head, 2)
+
+
 @pytest.mark.parametrize("level", [None, "B1", "E1", "E3"])
 @pytest.mark.parametrize("size", [2, BATCH])
 def test_a_row_draws_what_it_would_draw_alone(
@@ -318,7 +333,8 @@ def test_a_row_draws_what_it_would_draw_alone(
         else:
             tables = VerifierTables.of(pair.verifier)
             adapter = checkpoint.load(adapters[level])[0].eval()
-            head = HeadDrafter(adapter, tables, MAX_NEW, HeadOptions(sampling=SAMPLING))
+            options = HeadOptions(sampling=SAMPLING, draws=batch.draft_draws)
+            head = HeadDrafter(adapter, tables, MAX_NEW, options)
             party = LocalSpeculator(
                 parse(f"{level}_decode", gamma), pair.drafter, tables, {level: adapter}, {},
                 max_new_tokens=MAX_NEW, max_prompt=1, max_gap_drafts=0, head=head,
