@@ -18,7 +18,7 @@ from xsd import bench
 from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.clock import Stopwatch
-from xsd.decoding.accept import Draft, Sampling, draw
+from xsd.decoding.accept import Draft, Sampling, draw, one_hot, residual, verify_sampled
 from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, Proposed
 from xsd.decoding.config import BASELINE, DecodingConfig
 from xsd.decoding.draft import VerifierTables
@@ -298,3 +298,13 @@ def test_drafts_are_drawn_with_random_numbers_of_their_own(pair: ModelPair, seed
         said = torch.rand(64, generator=engine._stream(name)).tolist()
         assert not seen & set(said)
         seen |= set(said)
+
+
+def test_what_refused_a_draft_does_not_draw_the_token_in_its_place() -> None:
+    """The number is known to be large by then; no statistic of so few answers sees that."""
+    p = torch.full((2, 64), 1 / 64)
+    for seed in range(20):
+        given, again = (torch.Generator().manual_seed(seed) for _ in range(2))
+        path, token = verify_sampled(Draft([3]), p, given)
+        if not torch.rand((), generator=again) < 1 / 64:
+            assert (path, token) == ([], draw(residual(p[0], one_hot(3, p[0])), again))
