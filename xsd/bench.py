@@ -241,7 +241,7 @@ class Bench:
             tree_width=self.config.tree_width if strategy.tree else 0,
             tree_nodes=self.config.tree_nodes,
             sampling=self._sampling,
-            seed=self.config.seed,
+            draws=None if self._sampling is None else self.engine.draft_draws,
         )
         adapter, policy = self._adapters[strategy.head], self.policies[strategy.name]
         return head_drafter(adapter, self._tables, self.config.max_new_tokens, options, policy)

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from tests.decoding.test_engine_sampling import SAMPLING
 from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.decoding.accept import Draft, Sampling
 from xsd.decoding.batch import AdapterRows, BatchEngine, Proposed, SeparateRows
 from xsd.decoding.controls import Known, NGramHead, OracleHead
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.speculator import LocalSpeculator
 from xsd.decoding.strategies import parse
@@ -172,10 +174,12 @@ class Watched:
         self.wants_prefilled = adapter.wants_prefilled
         self.seen: list[tuple[str, int, list[int]]] = []
 
-    def begin(self, questions: Sequence[str], visual: Tensor | None) -> None:
+    def begin(
+        self, questions: Sequence[str], names: Sequence[str | None], visual: Tensor | None
+    ) -> None:
         self._questions = list(questions)
-        self.adapter.begin(questions, visual)
-        self._scripts.begin(questions, visual)
+        self.adapter.begin(questions, names, visual)
+        self._scripts.begin(questions, names, visual)
 
     def propose(
         self, answers: Sequence[list[int]], states: Tensor, fresh: Sequence[int], gamma: int
@@ -274,31 +278,71 @@ def test_a_head_that_reads_the_drafter_is_refused(
         AdapterRows(adapter, VerifierTables.of(pair.verifier), MAX_NEW)
 
 
+def test_heads_of_separate_rows_draw_no_drafts(
+    pair: ModelPair, clip: Media, adapters: dict[str, Path]
+) -> None:
+    """As if chosen they would be accepted with p, not with min(1, p/q): lossless, but too few."""
+    engine = make_engine(pair, clip, sampling=SAMPLING)
+    adapter = checkpoint.load(adapters["B1"])[0].eval()
+    options = HeadOptions(sampling=SAMPLING, draws=engine.draft_draws)
+    drawing = HeadDrafter(adapter, VerifierTables.of(pair.verifier), MAX_NEW, options)
+    head = SeparateRows(lambda row: drawing, pair.verifier.stack.device)
+    with pytest.raises(AssertionError, match="draw no drafts"):
+        engine.decode_batch([clip], [QUESTIONS[0]], head, 2)
+
+
 @pytest.mark.parametrize("level", [None, "B1", "E1", "E3"])
 @pytest.mark.parametrize("size", [2, BATCH])
 def test_a_row_draws_what_it_would_draw_alone(
-    pair: ModelPair, clip: Media, adapters: dict[str, Path], level: str | None, size: int
+    pair: ModelPair,
+    clip: Media,
+    adapters: dict[str, Path],
+    level: str | None,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whoever its neighbours are, and however soon they end."""
-    gamma, sampling = 3, Sampling(temperature=0.7, top_p=0.9)
-    batch = make_engine(pair, clip, sampling=sampling)
-    head = rows = None
-    tables = VerifierTables.of(pair.verifier)
-    if level is not None:
-        adapter = checkpoint.load(adapters[level])[0].eval()
-        rows = AdapterRows(adapter, tables, MAX_NEW, sampling, seed=0)
-        head = HeadDrafter(adapter, tables, MAX_NEW, HeadOptions(sampling=sampling))
-    questions = list(QUESTIONS[:size])
-    found = batch.decode_batch([clip] * size, questions, rows, gamma if rows else 0, questions)
-    for question, decoded in zip(questions, found, strict=True):
-        batch.name_draws(question)
-        alone = batch.plain(clip, question)
-        if head is not None:
+    """Whoever its neighbours are, however soon they end, and wherever it moves to then."""
+    gamma = 3
+    # The first two rows differ in nothing but their names.
+    questions = [QUESTIONS[0], *QUESTIONS[: size - 1]]
+    names = [f"answer {row}" for row in range(size)]
+
+    def draw_rows(batch: BatchEngine) -> list[Decoded]:
+        rows = None
+        if level is not None:
+            adapter = checkpoint.load(adapters[level])[0].eval()
+            rows = AdapterRows(adapter, VerifierTables.of(pair.verifier), MAX_NEW, SAMPLING)
+        return batch.decode_batch([clip] * size, questions, rows, gamma if rows else 0, names)
+
+    # Few rows of a flat distribution meet an end: make it one that some have met early.
+    early = {found.token_ids[6] for found in draw_rows(make_engine(pair, clip, sampling=SAMPLING))}
+    ends = frozenset({*sorted(early)[: size // 2], *pair.verifier.eos_ids})
+    monkeypatch.setattr(pair.verifier, "eos_ids", ends)
+    batch = make_engine(pair, clip, sampling=SAMPLING)
+    found = draw_rows(batch)
+    greedy = make_engine(pair, clip).decode_batch([clip] * size, questions)
+    for drawn, chosen in zip(found, greedy, strict=True):
+        assert drawn.token_ids != chosen.token_ids, "a greedy answer shows nothing"
+    assert len({tuple(drawn.token_ids) for drawn in found}) == size
+    lengths = sorted(len(drawn.token_ids) for drawn in found)
+    assert 4 * sum(length < lengths[-1] for length in lengths) >= size, "rows were to leave"
+    for question, name, drawn in zip(questions, names, found, strict=True):
+        batch.name_draws(name)
+        if level is None:
+            alone = batch.plain(clip, question)
+        else:
+            tables = VerifierTables.of(pair.verifier)
+            adapter = checkpoint.load(adapters[level])[0].eval()
+            options = HeadOptions(sampling=SAMPLING, draws=batch.draft_draws)
+            head = HeadDrafter(adapter, tables, MAX_NEW, options)
             party = LocalSpeculator(
-                parse(f"{level}_decode", gamma), pair.drafter, tables, {str(level): head.head}, {},
+                parse(f"{level}_decode", gamma), pair.drafter, tables, {level: adapter}, {},
                 max_new_tokens=MAX_NEW, max_prompt=1, max_gap_drafts=0, head=head,
             )  # fmt: skip
             alone = batch.speculate(clip, question, party, gamma)
-            assert decoded.cycle_accepted == alone.cycle_accepted
-        assert decoded.token_ids == alone.token_ids
-    assert len({tuple(decoded.token_ids) for decoded in found}) > 1
+        assert drawn.token_ids == alone.token_ids
+        assert drawn.cycle_accepted == alone.cycle_accepted
+    if level is not None:
+        accepted = sum(sum(drawn.cycle_accepted) for drawn in found)
+        refused = sum(sum(drawn.cycle_drafted) for drawn in found) - accepted
+        assert accepted and refused, "drafts of both kinds were to occur"

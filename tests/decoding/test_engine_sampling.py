@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +15,13 @@ from torch import Tensor
 
 from tests.decoding.test_accept import chi_square_p
 from xsd import bench
-from xsd.adapters.catalog import build
-from xsd.adapters.config import AdapterConfig
+from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.clock import Stopwatch
-from xsd.decoding.accept import Draft, Sampling, draw
-from xsd.decoding.batch import BatchEngine, BatchHead, Proposed
+from xsd.decoding.accept import Draft, Sampling, draw, one_hot, residual, verify_sampled
+from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, Proposed
 from xsd.decoding.config import BASELINE, DecodingConfig
-from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Engine
 from xsd.decoding.strategies import parse
 from xsd.pairs.base import Media, ModelPair
@@ -29,9 +30,11 @@ from xsd.types import Span
 
 SAMPLING = Sampling(temperature=5.0, top_p=0.35)
 NUM_ANSWERS = 300
-NUM_TOKENS = 3
+NUM_TOKENS = 4
+"""Cycles draft up to two of them: the first is the prefill's, the last the verifier's own."""
 COUNTED = 2
-"""Tokens of an answer whose joint distribution is tested."""
+"""Tokens of an answer whose joint distribution is tested, beside the place of each."""
+NUM_BINS = 10
 
 
 class Exact:
@@ -66,6 +69,12 @@ class Exact:
                 for token in self.after(said).nonzero()[:, 0].tolist()
             }
         return chances
+
+    def place(self, said: tuple[int, ...], token: int, at: float) -> float:
+        """Where a token falls among all that may follow, the likeliest first, spread over its own
+        share by ``at``: uniform on [0, 1) if it was drawn as it should be."""
+        p = self.after(said)
+        return float(p[p > p[token]].sum() + at * p[token])
 
 
 class Drawing:
@@ -124,7 +133,9 @@ class DrawingRows:
     def __init__(self, drawing: Drawing) -> None:
         self.drawing = drawing
 
-    def begin(self, questions: Sequence[str], visual: Tensor | None) -> None: ...
+    def begin(
+        self, questions: Sequence[str], names: Sequence[str | None], visual: Tensor | None
+    ) -> None: ...
     def keep_rows(self, rows: Sequence[int]) -> None: ...
 
     def propose(
@@ -144,15 +155,15 @@ def batch_p_value(
         pair.verifier, NUM_TOKENS, bench.longest_prompt(pair, [item]), size, sampling=SAMPLING
     )
     seeds = iter(range(NUM_ANSWERS))
-    counts: Counter[tuple[int, ...]] = Counter()
+    answers: list[list[int]] = []
     num_held = 0
     for _ in range(NUM_ANSWERS // size):
         questions = [item.sample.question] * size
         names = [str(next(seeds)) for _ in questions]
         for decoded in engine.decode_batch([item.media] * size, questions, party, gamma, names):
-            counts[tuple(decoded.token_ids[:COUNTED])] += 1
+            answers.append(decoded.token_ids)
             num_held += sum(decoded.cycle_accepted)
-    return fit(exact, counts), num_held
+    return fit(exact, answers), num_held
 
 
 def p_value(
@@ -163,7 +174,7 @@ def p_value(
     engine = Engine(
         pair.verifier, NUM_TOKENS, bench.longest_prompt(pair, [item]), sampling=SAMPLING
     )
-    counts: Counter[tuple[int, ...]] = Counter()
+    answers: list[list[int]] = []
     num_held = 0
     for seed in range(NUM_ANSWERS):
         engine.name_draws(str(seed))
@@ -171,19 +182,28 @@ def p_value(
             decoded = engine.plain(item.media, question)
         else:
             decoded = engine.speculate(item.media, question, party, gamma)
-        counts[tuple(decoded.token_ids[:COUNTED])] += 1
+        answers.append(decoded.token_ids)
         num_held += decoded.gap_accepted + sum(decoded.cycle_accepted)
-    return fit(exact, counts), num_held
+    return fit(exact, answers), num_held
 
 
-def fit(exact: Exact, counts: Counter[tuple[int, ...]]) -> float:
+def fit(exact: Exact, answers: Sequence[Sequence[int]]) -> float:
     """How well what was said agrees with what the verifier would say."""
-    joint = exact.joint()
-    if not set(counts) <= set(joint):
-        # Said what the verifier never says.
-        return 0.0
-    seen = torch.tensor([float(counts[said]) for said in joint])
-    return chi_square_p(seen, torch.tensor(list(joint.values())))
+    joint, spread = exact.joint(), random.Random(0)
+    begun = Counter(tuple(answer[:COUNTED]) for answer in answers)
+    places = torch.zeros(NUM_TOKENS, NUM_BINS)
+    for answer in answers:
+        for index, token in enumerate(answer):
+            said = tuple(answer[:index])
+            if not exact.after(said)[token] > 0:
+                # Said what the verifier never says.
+                return 0.0
+            place = exact.place(said, token, spread.random())
+            places[index, min(NUM_BINS - 1, int(place * NUM_BINS))] += 1
+    seen = torch.tensor([float(begun[said]) for said in joint])
+    together = chi_square_p(seen, torch.tensor(list(joint.values())))
+    even = torch.full((NUM_BINS,), 1 / NUM_BINS)
+    return min(together, *(chi_square_p(row, even) for row in places))
 
 
 @pytest.fixture(scope="module")
@@ -222,13 +242,19 @@ def test_the_statistic_sees_a_wrong_rule(
     assert p_value(pair, items[0], exact, Drawing(exact, **WAYS["chain"]), 2)[0] < 1e-3
 
 
-@pytest.mark.parametrize("gamma", [0, 2])
+@pytest.mark.parametrize("drafts", ["none", "near", "B1", "E1"])
 def test_the_rows_of_a_batch_follow_the_verifier(
-    pair: ModelPair, items: list[BenchItem], exact: Exact, gamma: int
+    drafts: str, pair: ModelPair, items: list[BenchItem], exact: Exact, adapters: dict[str, Path]
 ) -> None:
-    party = DrawingRows(Drawing(exact, branches=1, gap=0)) if gamma else None
-    found, num_held = batch_p_value(pair, items[0], exact, party, gamma)
-    assert not gamma or num_held > NUM_ANSWERS // 10
+    """All with one seed: of a head too, whose drafts must not be the same for all answers."""
+    party: BatchHead | None = None
+    if drafts == "near":
+        party = DrawingRows(Drawing(exact, branches=1, gap=0))
+    elif drafts != "none":
+        head = checkpoint.load(adapters[drafts])[0].eval()
+        party = AdapterRows(head, VerifierTables.of(pair.verifier), NUM_TOKENS, SAMPLING)
+    found, num_held = batch_p_value(pair, items[0], exact, party, 0 if party is None else 2)
+    assert party is None or num_held > NUM_ANSWERS // 10
     assert found > 0.01
 
 
@@ -257,19 +283,28 @@ def test_what_plain_decoding_drew_is_not_judged_with_what_drew_it(
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_a_head_never_draws_with_the_verifiers_random_numbers(pair: ModelPair, seed: int) -> None:
-    """A draft that knew the number it is held against would change what is said."""
-    widths = {"d_drafter": pair.drafter.width, "d_verifier": pair.verifier.width}
-    head = HeadDrafter(
-        build(AdapterConfig(level="E1", ffn_dim=64, **widths)).eval(),
-        VerifierTables.of(pair.verifier),
-        8,
-        HeadOptions(sampling=SAMPLING, seed=seed),
-    )
-    engine = Engine(pair.verifier, NUM_TOKENS, 8, sampling=SAMPLING, seed=seed)
-    engine._generator.manual_seed(engine._seed)
-    said = set(torch.rand(64, generator=engine._generator).tolist())
-    for num_said in range(1, 9):
-        drawn = torch.rand(8, generator=head._draws.behind(num_said)).tolist()
-        assert not said & set(drawn), "nor with those of another cycle"
-        said |= set(drawn)
+def test_drafts_are_drawn_with_random_numbers_of_their_own(pair: ModelPair, seed: int) -> None:
+    """Not the verifier's: a draft that knew the number it is held against would change what is
+    said. And not those of another cycle or answer."""
+    engine = BatchEngine(pair.verifier, NUM_TOKENS, 8, 1, sampling=SAMPLING, seed=seed)
+    seen: set[float] = set()
+    for name in (None, "one", "another"):
+        if name is not None:
+            engine.name_draws(name)
+        for num_said in range(1, 9):
+            drawn = torch.rand(8, generator=engine.draft_draws.behind(num_said)).tolist()
+            assert not seen & set(drawn)
+            seen |= set(drawn)
+        said = torch.rand(64, generator=engine._stream(name)).tolist()
+        assert not seen & set(said)
+        seen |= set(said)
+
+
+def test_what_refused_a_draft_does_not_draw_the_token_in_its_place() -> None:
+    """The number is known to be large by then; no statistic of so few answers sees that."""
+    p = torch.full((2, 64), 1 / 64)
+    for seed in range(20):
+        given, again = (torch.Generator().manual_seed(seed) for _ in range(2))
+        path, token = verify_sampled(Draft([3]), p, given)
+        if not torch.rand((), generator=again) < 1 / 64:
+            assert (path, token) == ([], draw(residual(p[0], one_hot(3, p[0])), again))

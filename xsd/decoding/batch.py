@@ -51,8 +51,18 @@ class BatchHead(Protocol):
     wants_prefilled: bool
     """Whether ``begin`` needs the clips' visual states."""
 
-    def begin(self, questions: Sequence[str], visual: Float[Tensor, "clips K Dv"] | None) -> None:
-        """A batch begins; one clip's visual states serve all rows."""
+    def begin(
+        self,
+        questions: Sequence[str],
+        names: Sequence[str | None],
+        visual: Float[Tensor, "clips K Dv"] | None,
+    ) -> None:
+        """A batch begins.
+
+        Args:
+            names: of the random numbers that each answer, and its drafts, are drawn with.
+            visual: one clip's states serve all rows.
+        """
 
     def propose(
         self,
@@ -143,7 +153,7 @@ class BatchEngine(Engine):
             row.answer.token_ids = [judge(index, row, Draft([]))[1]]
         prefill_ms = watch.ms()
         if head is not None:
-            head.begin(questions, visual)
+            head.begin(questions, given, visual)
         states, fresh = last[:, None], [1] * len(answers)
         while going := [i for i, row in enumerate(rows) if not self._finished(row.tokens)]:
             if _worth_leaving(len(rows) - len(going), len(rows)):
@@ -284,7 +294,7 @@ class AdapterRows:
         """
         Args:
             sampling: draw the drafts like this; None: take the likeliest.
-            seed: of the draws: a row's are those of its answer alone.
+            seed: of the draws, the engine's: a row's are those of its answer alone.
 
         Raises:
             XsdError: the head reads the drafter, which reads one answer at a time.
@@ -297,7 +307,13 @@ class AdapterRows:
         self._max_length = max_new_tokens + MAX_GAMMA
         self._sampling, self._seed = sampling, seed
 
-    def begin(self, questions: Sequence[str], visual: Float[Tensor, "clips K Dv"] | None) -> None:
+    def begin(
+        self,
+        questions: Sequence[str],
+        names: Sequence[str | None],
+        visual: Float[Tensor, "clips K Dv"] | None,
+    ) -> None:
+        self._names = list(names)
         visual = None if visual is None else visual.to(self._dtype)
         self._cache = self._head.new_cache(len(questions), self._max_length, visual)
 
@@ -335,7 +351,8 @@ class AdapterRows:
         if sampling is None:
             return lambda out: Proposed(self._tables.score(out).argmax(-1))
         device = self._tables.embedding.device
-        streams = [Draws(self._seed, device).behind(end) for end in ends]
+        asked = zip(self._names, ends, strict=True)
+        streams = [Draws(self._seed, device, name).behind(end) for name, end in asked]
 
         def guess(out: Float[Tensor, "B 1 Dv"]) -> Proposed:
             q = sampling.probabilities(self._tables.score(out))
@@ -345,6 +362,7 @@ class AdapterRows:
         return guess
 
     def keep_rows(self, rows: Sequence[int]) -> None:
+        self._names = [self._names[row] for row in rows]
         self._cache.keep_rows(torch.tensor(rows, device=self._tables.embedding.device))
 
     def _step(
@@ -368,7 +386,12 @@ class SeparateRows:
         self._make, self._device = make, device
         self._heads: list[Head] = []
 
-    def begin(self, questions: Sequence[str], visual: Float[Tensor, "clips K Dv"] | None) -> None:
+    def begin(
+        self,
+        questions: Sequence[str],
+        names: Sequence[str | None],
+        visual: Float[Tensor, "clips K Dv"] | None,
+    ) -> None:
         self._heads = [self._make(row) for row in range(len(questions))]
         for head, question in zip(self._heads, questions, strict=True):
             head.begin(question, None, None)
@@ -380,10 +403,12 @@ class SeparateRows:
         fresh: Sequence[int],
         gamma: int,
     ) -> Proposed:
-        drafts = [
-            head.propose(answer, state[:new], gamma).tokens[:gamma] if new else []
+        found = [
+            head.propose(answer, state[:new], gamma) if new else Draft([])
             for head, answer, state, new in zip(self._heads, answers, states, fresh, strict=True)
         ]
+        assert all(draft.q is None for draft in found), "heads of separate rows draw no drafts"
+        drafts = [draft.tokens[:gamma] for draft in found]
         size = max(map(len, drafts))
         filled = [draft + [NOTHING] * (size - len(draft)) for draft in drafts]
         return Proposed(torch.tensor(filled, dtype=torch.long, device=self._device))

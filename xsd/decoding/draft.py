@@ -282,6 +282,27 @@ class Head(Protocol):
         """What follows ``tokens``, at most ``gamma`` deep; states of the last m of them."""
 
 
+class Draws:
+    """Random numbers that the drafts of an answer are drawn with.
+
+    They are not the verifier's: a draft must not know what it will be held against. They are no
+    other answer's: of answers that share their drafts each follows the verifier, over all seeds,
+    but together they do not. And they begin anew in every cycle, so that how much was drawn before,
+    and for whom, changes nothing.
+    """
+
+    def __init__(self, seed: int, device: torch.device, name: str | None = None) -> None:
+        self.name = name
+        """The answer's, as in ``Engine.name_draws``."""
+        self._seed = seed
+        self._generator = torch.Generator(device)
+
+    def behind(self, num_said: int) -> torch.Generator:
+        """Those of the cycle that begins behind so many tokens."""
+        seed = random.Random(f"drafts {self._seed} {num_said} {self.name}").getrandbits(32)
+        return self._generator.manual_seed(seed)
+
+
 @dataclass(frozen=True, slots=True)
 class HeadOptions:
     """How a head drafts."""
@@ -292,25 +313,8 @@ class HeadOptions:
     """Largest tree that is verified."""
     sampling: Sampling | None = None
     """Draw the drafts of a chain like this; None: take the likeliest."""
-    seed: int = 0
-    """Of the draws."""
-
-
-class Draws:
-    """Random numbers that drafts are drawn with.
-
-    They are not the verifier's: a draft must not know what it will be held against. And they begin
-    anew in every cycle, so that how much was drawn before, and for whom, changes nothing.
-    """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
-        self._generator = torch.Generator(device)
-
-    def behind(self, num_said: int) -> torch.Generator:
-        """Those of the cycle that begins behind so many tokens."""
-        seed = random.Random(f"drafts {self._seed} {num_said}").getrandbits(32)
-        return self._generator.manual_seed(seed)
+    draws: Draws | None = None
+    """What to draw them with: the engine's (``Engine.draft_draws``), which names every answer."""
 
 
 class HeadDrafter:
@@ -336,7 +340,8 @@ class HeadDrafter:
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
         self._kept: AdapterCache | CompiledCache | None = None
-        self._draws = Draws(self.options.seed, tables.embedding.device)
+        drawn = self.options.sampling is not None
+        assert drawn == (self.options.draws is not None), "drawing takes random numbers"
         self._tokens = tables.embedding
         self._is_read = self._reads_token and self._tokens.nbytes <= READ_TOKENS_BYTES
         if self._is_read:
@@ -405,7 +410,7 @@ class HeadDrafter:
 
     def _extend_chain(self, sequence: list[int], out: Tensor, gamma: int) -> Draft:
         end = len(sequence)
-        draws = None if self.options.sampling is None else self._draws.behind(end)
+        draws = None if self.options.draws is None else self.options.draws.behind(end)
         confidence: list[float] = []
         rows: list[Tensor] = []
         joint = 1.0

@@ -35,6 +35,7 @@ from xsd.decoding.decoded import (
     VISION,
     Decoded,
 )
+from xsd.decoding.draft import Draws
 from xsd.decoding.loop import CompiledLoop, begun_head
 from xsd.decoding.policy import Costs, Policy, row_sizes
 from xsd.decoding.rote import Eager, Rote
@@ -83,6 +84,8 @@ class Engine:
         self._generator = torch.Generator(self._device)
         verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
         self._draws: int | None = None
+        self.draft_draws = Draws(seed, self._device)
+        """For heads that draw their drafts; named as the answers are."""
         self._asked: tuple[str, Prompt] | None = None
         """The question of the answer in hand."""
         self._loop: CompiledLoop | None = None
@@ -95,7 +98,7 @@ class Engine:
 
         What drafts come from must not have been drawn with those that judge them.
         """
-        self._draws = self._seed_of(name)
+        self._draws, self.draft_draws.name = self._seed_of(name), name
 
     def _seed_of(self, name: str) -> int:
         return random.Random(f"answers {self._seed} {name}").getrandbits(32)
