@@ -39,6 +39,24 @@ class Stopwatch:
             torch.cuda.current_stream(self._cuda).synchronize()
 
 
+class Mark:
+    """A moment in the work that the caller's stream has been given; nobody waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._ns = time.monotonic_ns()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def ms_since(self, earlier: Mark) -> float:
+        """Milliseconds of the device between two moments, both of which have come to pass."""
+        if self._event is None or earlier._event is None:
+            return (self._ns - earlier._ns) / 1e6
+        ms: float = earlier._event.elapsed_time(self._event)
+        return ms
+
+
 class Laps:
     """Milliseconds of one piece of work by parts, which add up to all of it.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from xsd.decoding.draft import (
 )
 from xsd.decoding.engine import Engine
 from xsd.decoding.policy import Adaptive, Costs, Policy
-from xsd.pairs.base import ModelPair
+from xsd.decoding.rote import Rote
+from xsd.decoding.speculator import LocalSpeculator
+from xsd.decoding.strategies import parse
+from xsd.pairs.base import Decoder, ModelPair
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 
@@ -229,3 +234,110 @@ def test_a_gpu_says_what_a_cpu_says(
         asked = item.media, item.sample.question
         here, gpu = (engine.plain(*asked).token_ids for engine in engines)
         assert here == gpu
+
+
+class Scripted(Rote):
+    """Drafts an answer that it knows, each token wrong now and then, and leaves it on the device;
+    behind the answer's end it goes on."""
+
+    def __init__(self, answer: Sequence[int], rate: float, device: torch.device) -> None:
+        self._answer, self._rate, self._device = list(answer), rate, device
+        self._random = random.Random(0)
+
+    def unread(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Tensor:
+        rest = [*self._answer[len(tokens) :], *range(5, 5 + gamma)][:gamma]
+        ids = [t if self._random.random() >= self._rate else (t + 1) % 1024 for t in rest]
+        return torch.tensor([ids, [0.5] * gamma], dtype=torch.double, device=self._device)
+
+
+def unfused(verifier: Decoder, longest: int) -> Engine:
+    """Cycles that are made one by one, as they are on a GPU."""
+    engine = Engine(verifier, MAX_NEW, longest)
+    engine._loop, engine._reads_late = None, True
+    return engine
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 8])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_drafts_that_are_verified_unread_change_no_token(
+    rate: float, gamma: int, device: torch.device, pair: ModelPair, items: list[BenchItem]
+) -> None:
+    verifier = on(device, pair).verifier
+    engine = unfused(verifier, bench.longest_prompt(pair, items))
+    for item in items:
+        asked = item.media, item.sample.question
+        plain = engine.plain(*asked).token_ids
+        party = Scripted(plain, rate, device)
+        for policy in (Policy(), Adaptive(Costs((1.0,) * 24, 1.0))):
+            answer = engine.speculate(*asked, party, gamma, policy)
+            assert answer.token_ids == plain
+            accepted, drafted = answer.cycle_accepted, answer.cycle_drafted
+            pairs = list(zip(accepted, drafted, strict=True))
+            assert pairs and all(a <= d <= gamma for a, d in pairs)
+            assert (sum(accepted) > 0) == (rate < 1.0)
+            if rate == 0.0:
+                assert accepted == drafted
+            assert answer.parts["drafting"] > 0.0
+
+
+def test_drafts_are_read_first_where_that_may_save_rows() -> None:
+    assert not Policy().reads_first(8)
+    costs = Costs((1.0, 1.0, 1.0, 1.5), 1.0, read_ms=0.1)
+    assert [Adaptive(costs).reads_first(size) for size in (1, 2, 3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("level", ["B1", "E1", "E2", "E3"])
+def test_a_head_whose_drafts_are_not_read_decodes_as_one_whose_drafts_are(
+    level: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    there = on(device, pair)
+    longest = bench.longest_prompt(pair, items)
+    engine, head = unfused(there.verifier, longest), checkpoint.load(adapters[level])[0]
+    head = head.to(device).eval()
+    tables = VerifierTables.of(there.verifier)
+    counts = []
+    for kind in (HeadDrafter, graphs.CapturedHead):
+        party = LocalSpeculator(
+            parse(f"{level}_decode", 0), there.drafter, tables, {level: head}, {},
+            max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0,
+            head=kind(head, tables, MAX_NEW),
+        )  # fmt: skip
+        for item in items:
+            asked = item.media, item.sample.question
+            answer = engine.speculate(*asked, party, 3)
+            assert answer.token_ids == engine.plain(*asked).token_ids
+            counts.append((answer.cycle_drafted, answer.cycle_accepted))
+    assert counts[:3] == counts[3:]
+
+
+@needs_gpu
+def test_a_cycle_waits_once_for_the_device(
+    pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    device = torch.device("cuda")
+    there = load_pair(PairConfig(device="cuda"))
+    longest = bench.longest_prompt(pair, items)
+    engine, head = Engine(there.verifier, MAX_NEW, longest), checkpoint.load(adapters["E1"])[0]
+    tables = VerifierTables.of(there.verifier)
+    party = LocalSpeculator(
+        parse("E1_decode", 0), there.drafter, tables, {"E1": head.to(device).eval()}, {},
+        max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0,
+    )  # fmt: skip
+    asked = items[0].media, items[0].sample.question
+    for _ in range(3):  # captures are made
+        answer = engine.speculate(*asked, party, 4)
+    waits = []
+    for max_new in (MAX_NEW // 2, MAX_NEW):
+        engine.max_new_tokens = max_new
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                answer = engine.speculate(*asked, party, 4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append((len(caught), len(answer.cycle_drafted)))
+    (few, short), (many, long) = waits
+    # A last token, for which alone there is room, is a step without drafts.
+    assert long > short and abs(many - few - (long - short)) <= 1

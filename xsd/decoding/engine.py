@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from xsd.clock import Laps, Stopwatch, interleaved
+from xsd.clock import Laps, Mark, Stopwatch, interleaved
 from xsd.decoding.accept import (
     Draft,
     Sampling,
@@ -92,6 +92,8 @@ class Engine:
         """Cycles in compiled calls; None: they are made here, operation by operation."""
         if sampling is None and strict_rows is None:
             self._loop = CompiledLoop.of(verifier, self._cache, max_new_tokens)
+        self._reads_late = sampling is None and strict_rows is None and self._loop is None
+        """Whether drafts may be verified before anybody reads them."""
 
     def name_draws(self, name: str) -> None:
         """The next answers are drawn with random numbers of this name: the same name, the same.
@@ -164,8 +166,14 @@ class Engine:
             step_ms = min(decoded.decode_ms for decoded in plain) / num_steps
             call_ms = max(0.0, verify_ms[0] - step_ms)
             verify_ms = [ms - call_ms for ms in verify_ms]
-        costs = Costs(tuple(verify_ms), prefill_ms)
+        costs = Costs(tuple(verify_ms), prefill_ms, read_ms=self._read_ms(repeats))
         return replace(costs, cycle_ms=self._cycle_ms(media, question, costs, repeats))
+
+    def _read_ms(self, repeats: int) -> float:
+        """What it takes to read a number from a device that has nothing else to do."""
+        number = torch.zeros(1, device=self._device)
+        times = interleaved({"read": number.tolist}, self._device, repeats, 1, settle=1)
+        return min(times["read"])
 
     def _cycle_ms(self, media: Media, question: str, costs: Costs, repeats: int) -> float:
         """What the loop itself takes a cycle where it is made here and plain steps are not."""
@@ -267,6 +275,10 @@ class Engine:
             self._laps.lap(REST)
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
                 seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
+                found = self._unread_cycle(speculator, seen, depth, policy, result)
+                if found is not None:
+                    unseen = [found]
+                    continue
                 asked = speculator.propose(tokens, seen, depth)
                 drafting_ms = self._laps.lap(DRAFTING)
                 draft, unseen = policy.select(self._useful(asked, tokens)), []
@@ -284,6 +296,41 @@ class Engine:
             if drafting_ms:
                 policy.learn(draft, path, drafting_ms, verifying_ms)
             unseen.append(states)
+
+    def _unread_cycle(
+        self,
+        speculator: Speculator,
+        seen: Float[Tensor, "m Dv"],
+        depth: int,
+        policy: Policy,
+        result: Decoded,
+    ) -> Float[Tensor, "n Dv"] | None:
+        """A cycle whose drafts stay on the device until all of them are verified: it waits for
+        the device once. None: they are not of that kind, or reading them first is worth a wait."""
+        unread = getattr(speculator, "unread", None)
+        if unread is None or not self._reads_late or policy.reads_first(depth):
+            return None
+        tokens, begun = result.token_ids, Mark(self._device)
+        drafted: Tensor | None = unread(tokens, seen, depth)
+        if drafted is None:
+            return None
+        made = Mark(self._device)
+        ids = torch.cat([self.verifier.on_device(tokens[-1:]), drafted[0].long()])
+        scored = self.verifier.read(ids, self._cache)
+        numbers = torch.cat([drafted.flatten(), scored.best().double()]).tolist()
+        drafting_ms = made.ms_since(begun)
+        chosen = [int(number) for number in (*numbers[:depth], *numbers[2 * depth :])]
+        whole = Draft(chosen[:depth], confidence=numbers[depth : 2 * depth])
+        draft = self._useful(whole, tokens)
+        path, token = verify_greedy(draft, chosen[depth : depth + len(draft) + 1])
+        self._cache.keep(depth + 1, [0, *(node + 1 for node in path)])
+        said = self._said(draft, path, token)
+        tokens.extend(said)
+        result.cycle_drafted.append(len(draft))
+        result.cycle_accepted.append(len(path))
+        spent_ms = self._laps.lap(PASSES, {DRAFTING: drafting_ms})
+        policy.learn(draft, path, drafting_ms, spent_ms - drafting_ms)
+        return scored.states[: len(said)]
 
     def _lap_passes(self) -> float:
         """What went by since the last lap went into passes; what they chose with, where known."""
@@ -467,7 +514,6 @@ class Engine:
 
     def _judge(self, draft: Draft, scored: Scored) -> tuple[list[int], int]:
         """``scored``: the root, every drafted token, and perhaps some that nobody asks."""
-        # The one moment of a cycle at which the host waits for the device.
         if self._sampling is None:
             return verify_greedy(draft, scored.choose()[: len(draft) + 1])
         p = self._sampling.probabilities(scored.logits()[: len(draft) + 1])

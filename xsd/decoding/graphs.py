@@ -177,9 +177,20 @@ class CapturedHead(HeadDrafter):
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         if not self._is_captured:
             return super().propose(tokens, states, gamma)
-        start = len(tokens) - len(states)
-        ids, confidence = self._captured.draft(tokens[start:], states, start, gamma).tolist()
+        ids, confidence = self._drafted(tokens, states, gamma).tolist()
         return Draft([int(token) for token in ids], confidence=confidence)
+
+    def unread(
+        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> Float[Tensor, "2 gamma"] | None:
+        """Drafts and how probable each is, left on the device; None: they are made step by step."""
+        return self._drafted(tokens, states, gamma) if self._is_captured else None
+
+    def _drafted(
+        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> Float[Tensor, "2 gamma"]:
+        start = len(tokens) - len(states)
+        return self._captured.draft(tokens[start:], states, start, gamma)
 
 
 def head_drafter(

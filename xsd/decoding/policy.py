@@ -54,6 +54,8 @@ class Costs:
     """Plain decoding's, clock start to first token."""
     cycle_ms: float = 0.0
     """What a cycle takes beside drafting and its pass, where it is one of many calls."""
+    read_ms: float = 0.0
+    """What it takes to read a number from a device."""
 
     def verify(self, num_rows: int) -> float:
         return self.verify_ms[min(num_rows, len(self.verify_ms)) - 1]
@@ -134,6 +136,11 @@ class Policy:
     def depth(self, limit: int) -> int:
         """Drafts to ask for in this cycle, 0 for none."""
         return limit
+
+    def reads_first(self, size: int) -> bool:
+        """Whether so many drafts are to be read before they are verified, though the device then
+        waits: who looks at them may verify fewer."""
+        return False
 
     def rest(self) -> int:
         """How many cycles after one without drafts go without them too."""
@@ -235,6 +242,9 @@ class Adaptive(Policy):
 
     def depth(self, limit: int) -> int:
         return limit if rules.may_draft(self.rule) else 0
+
+    def reads_first(self, size: int) -> bool:
+        return self.costs.verify(size + 1) - self.costs.step > self.costs.read_ms
 
     def rest(self) -> int:
         # The cycle that begins when none is left may draft again.

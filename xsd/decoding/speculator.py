@@ -28,7 +28,7 @@ from xsd.decoding.draft import (
     adapt_free,
     free_tokens,
 )
-from xsd.decoding.graphs import head_drafter
+from xsd.decoding.graphs import CapturedHead, head_drafter
 from xsd.decoding.strategies import adapter_names, goes_on, needs_drafter
 from xsd.errors import XsdError
 from xsd.pairs.base import Decoder, Media
@@ -181,6 +181,15 @@ class LocalSpeculator:
             return Draft([])
         self._begin_head(self.head)
         return self.head.propose(tokens, states, gamma)
+
+    def unread(
+        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> Float[Tensor, "2 gamma"] | None:
+        """``propose`` of a captured head: ids and how probable each is, left on the device."""
+        if not isinstance(self.head, CapturedHead):
+            return None
+        self._begin_head(self.head)
+        return self.head.unread(tokens, states, gamma)
 
     @torch.inference_mode()
     def _go_on(self, tokens: Sequence[int], gamma: int) -> Draft:

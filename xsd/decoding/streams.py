@@ -94,6 +94,14 @@ class StreamSpeculator:
         self._end()
         return self._local.propose(tokens, states, gamma)
 
+    def unread(
+        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> Float[Tensor, "2 gamma"] | None:
+        if self._goes_on:
+            return None
+        self._end()
+        return self._local.unread(tokens, states, gamma)
+
     def finish(self) -> list[Span]:
         self._end()
         return [*self._local.finish(), *self._spans]

@@ -48,9 +48,14 @@ class Scored:
 
     states: Float[Tensor, "R D"]
     """After the final norm."""
-    choose: Callable[[], list[int]]
-    """The likeliest ids; waits for a GPU."""
+    best: Callable[[], Int[Tensor, " R"]]
+    """The likeliest ids, where they are found."""
     logits: Callable[[], Float[Tensor, "R V"]]
+
+    def choose(self) -> list[int]:
+        """The likeliest ids; waits for a GPU."""
+        ids: list[int] = self.best().tolist()
+        return ids
 
 
 @runtime_checkable
@@ -166,7 +171,7 @@ class Decoder(ABC):
         return self.score(self.forward(self.embed(rows), cache)[0])
 
     def score(self, states: Float[Tensor, "R D"]) -> Scored:
-        return Scored(states, partial(self.choose, states), partial(self.logits, states))
+        return Scored(states, partial(self.chooser.best, states), partial(self.logits, states))
 
     def on_device(self, ids: Sequence[int] | Int[Tensor, " R"]) -> Int[Tensor, " R"]:
         return ids if isinstance(ids, Tensor) else to_device(ids, self.stack.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xsd import kernels
@@ -34,10 +34,15 @@ class Chooser:
         self.num_ids = int(lm_head.out_features)
 
     def __call__(self, hidden: Float[Tensor, "*rows D"]) -> list[int]:
+        ids: list[int] = self.best(hidden).tolist()
+        return ids
+
+    def best(self, hidden: Float[Tensor, "*rows D"]) -> Int[Tensor, " rows"]:
+        """The same, where it is found: nothing waits for a GPU."""
         if self.panels is None:
-            ids: list[int] = self._lm_head(hidden).argmax(-1).flatten().tolist()
+            ids: Tensor = self._lm_head(hidden).argmax(-1).flatten()
             return ids
         states = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         chosen = np.empty(len(states), np.int64)
         kernels.choose(states.numpy(), self.panels, self.num_ids, chosen)
-        return chosen.tolist()
+        return torch.from_numpy(chosen)

@@ -59,7 +59,9 @@ class LlamaDecoder(Decoder):
             if panels is not None:
                 table = self.embedding.numpy()
                 states, chosen = compiled.read(ids, table, panels, self.vocab_size, cache)
-                return Scored(states, chosen.tolist, partial(self.logits, states))
+                return Scored(
+                    states, partial(torch.from_numpy, chosen), partial(self.logits, states)
+                )
         if graphs is None or not graphs.takes(len(ids), cache):
             return super().read(ids, cache)
         return self._replay(graphs, self.on_device(ids), cache)
@@ -71,7 +73,7 @@ class LlamaDecoder(Decoder):
         found = graphs.replay(kind, ids, cache, self._begin, self._finish)
         cache.length += len(ids)
         states, logits, best = (rows[: len(ids)] for rows in found)
-        return Scored(states.clone(), best.tolist, lambda: logits)
+        return Scored(states.clone(), lambda: best, lambda: logits)
 
     def use_cores(self, num_cores: int) -> None:
         """Compiled passes share out their layers and images; PyTorch's threads, which wait for

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection
@@ -177,11 +179,20 @@ def _arrived(reports: Connection) -> Iterator[PretrainReport]:
 def _train_drafter(
     config: PretrainConfig, corpus: Corpus, path: Path, reports: Connection, states: Path | None
 ) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     models = TinyModels.new(config)
     for report in pretrain_one("drafter", config, corpus, models, states):
         reports.send(report)
     with atomic_path(path) as temporary:
         save_model(models.drafter.cpu(), str(temporary))
+
+
+def _end_with_parent() -> None:
+    """Left alone by a command that was killed, it would write the state of the next one's."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def pretrain_one(
