@@ -133,6 +133,16 @@ class TestCommand:
         assert " of " in drafted[3] and drafted[3].endswith("lossless yes")
         assert "verifier calls" in plain[3] and "lossless" not in plain[3]
 
+    def test_a_tree_too_wide_for_the_head(
+        self, scenes: Path, head: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tree = words(scenes, "--strategy", "E1_tree", "--adapter", head)
+        assert main([*tree, "--tree_width", "40"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "16 levels of 40 nodes behind 12 tokens exceed the head's max_positions=512" in line
+        assert line.endswith("tree_width may be 1 to 31")
+        assert main([*tree, "--tree_width", "31"]) == 0
+
     def test_one_row_shape(
         self, scenes: Path, head: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
