@@ -5,6 +5,9 @@
 
 Everything that is compared is measured in turn within one process. No number here depends on
 how good a drafter is: drafts hold at given rates (control ``synthetic``).
+
+formula prints two differences: with what a cycle costs beside its pass, fitted at rates of 0 and 1,
+they prove that counts alone make the speedups between; without, how much the passes explain.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from benchmarks import formula, parts
 from xsd.adapters import checkpoint
 from xsd.adapters.catalog import build
 from xsd.adapters.config import AdapterConfig
-from xsd.clock import interleaved
+from xsd.clock import Stopwatch, interleaved
 from xsd.decoding.config import DecodingConfig
 from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Engine
@@ -41,9 +44,10 @@ from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.peer import Peer
 from xsd.scenes.questions import QUESTIONS
-from xsd.types import Strategy
+from xsd.types import Span, Strategy
 
 ROWS = range(1, 65)
+MEASUREMENTS = ("passes", "breakdown", "overhead", "peer", "contention", "formula")
 MAX_COPY_BYTES = 1 << 30
 UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NotImplementedError)
 """What transformers raises where two models cannot assist each other."""
@@ -85,16 +89,22 @@ class Bench:
         """V(r), steps and prefills, of the first clip, in the middle of an answer."""
         media, _ = self.asked[0]
         pixels = {role: decoder.pixels(media) for role, decoder in self.halves.items()}
-        tasks: dict[str, Callable[[], object]] = {}
+        # By device: a stopwatch waits for one.
+        tasks: dict[torch.device, dict[str, Callable[[], object]]] = {}
         for role, decoder in self.halves.items():
-            tasks[f"{role} pixels"] = lambda d=decoder: d.pixels(media)
-            tasks[f"{role} vision"] = lambda d=decoder, r=role: d.visual_tokens(pixels[r])
-            tasks[f"{role} prefill"] = self.prefill(role)
-        tasks["drafter step"] = self.verify("drafter", 1)
-        tasks |= {f"V({rows})": self.verify("verifier", rows) for rows in ROWS}
+            own = tasks.setdefault(decoder.stack.device, {})
+            own[f"{role} pixels"] = lambda d=decoder: d.pixels(media)
+            own[f"{role} vision"] = lambda d=decoder, r=role: d.visual_tokens(pixels[r])
+            own[f"{role} prefill"] = self.prefill(role)
+        tasks[self.drafter.stack.device]["drafter step"] = self.verify("drafter", 1)
+        own = tasks[self.device]
+        own |= {f"V({rows})": self.verify("verifier", rows) for rows in ROWS}
         for gamma in (1, 4):
-            tasks[f"head chain of {gamma}"] = self.head_chain(gamma)
-        return interleaved(tasks, self.device, self.options.repeats, settle=1)
+            own[f"head chain of {gamma}"] = self.head_chain(gamma)
+        times: Times = {}
+        for device, own in tasks.items():
+            times |= interleaved(own, device, self.options.repeats, settle=1)
+        return times
 
     def prefill(self, role: str) -> Callable[[], object]:
         decoder, rows, cache = self.halves[role], self.prompts[role], self.caches[role]
@@ -199,27 +209,24 @@ class Bench:
     # ------------------------------------------------------------ both at once
 
     def contention(self) -> dict[str, float]:
-        """kappa: each side's prefill while the other works, over its prefill alone."""
+        """kappa: each side's prefill while the other works, over its prefill alone: the same
+        drafting party, and the same calls of the engine, with and without the other side."""
         strategy = Strategy("drafter+VL", gap="drafter", gap_mode="free")
-        local = self.party(strategy, None)
-        # The same calls of the engine, with nobody who drafts.
         nobody = self.party(Strategy("template+VL", gap="template", gap_mode="free"), None)
         alone: Times = {"verifier": [], "drafter": []}
         both: Times = {"verifier": [], "drafter": []}
         with self.beside(strategy) as party:
             for _ in range(self.options.repeats // 3 + 2):
                 for asked in self.asked:
+                    # Behind an answer of the verifier each, so that all find the same caches.
                     alone["verifier"].append(self.engine.speculate(*asked, nobody, 0).prefill_ms)
-                    # In one process and thread the drafter runs first, by itself.
-                    for party_, times in ((local, alone), (party, both)):
-                        decoded = self.engine.speculate(*asked, party_, 0)
-                        (span,) = (
-                            s
-                            for s in decoded.timeline
-                            if (s.lane, s.what) == ("drafter", "prefill")
-                        )
-                        times["drafter"].append(span.end_ms - span.start_ms)
+                    party.start(*asked, Stopwatch(self.device))
+                    # At once, so that it ends where its prefill does.
+                    alone["drafter"].append(drafter_prefill_ms(party.finish()))
+                    alone["verifier"].append(self.engine.speculate(*asked, nobody, 0).prefill_ms)
+                    decoded = self.engine.speculate(*asked, party, 0)
                     both["verifier"].append(decoded.prefill_ms)
+                    both["drafter"].append(drafter_prefill_ms(decoded.timeline))
         return {
             role: statistics.median(both[role]) / statistics.median(alone[role]) for role in alone
         }
@@ -228,7 +235,7 @@ class Bench:
     def beside(self, strategy: Strategy) -> Iterator[Speculator]:
         """A party whose drafter works beside the verifier: in a process, or on a stream."""
         if self.device.type == "cuda":
-            yield StreamSpeculator(self.party(strategy, None), self.device)
+            yield StreamSpeculator(self.party(strategy, None), self.drafter.stack.device)
             return
         decoding = DecodingConfig(max_new_tokens=self.options.max_new_tokens)
         image_bytes = max(sum(i.nbytes for i in media.event_images) for media, _ in self.asked)
@@ -289,6 +296,11 @@ class Bench:
             "num_operators": sum(event.count for event in events) / repeats,
             "share": max(0.0, 1 - busy_ms / step_ms),
         }
+
+
+def drafter_prefill_ms(timeline: Sequence[Span]) -> float:
+    (span,) = (span for span in timeline if (span.lane, span.what) == ("drafter", "prefill"))
+    return span.end_ms - span.start_ms
 
 
 def clips(count: int, noise: bool) -> list[Media]:
@@ -394,19 +406,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of this process, on a CPU")
     parser.add_argument("--noise", action="store_true", help="noise in place of rendered scenes")
     parser.add_argument("--adapter", type=Path, help="folder of an E1; else random weights")
-    parser.add_argument("--only", default="passes,breakdown,peer,contention,formula,overhead")
+    parser.add_argument("--only", default=",".join(MEASUREMENTS), help="some of the default")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
+    chosen = [name.strip() for name in options.only.split(",")]
+    if unknown := [name for name in chosen if name not in MEASUREMENTS]:
+        raise XsdError(f"--only {options.only}: {unknown[0]!r} is none of {','.join(MEASUREMENTS)}")
     torch.set_num_threads(options.threads)
     names = {field.name for field in dataclasses.fields(PairConfig)}
     config = PairConfig(**{k: v for k, v in vars(options).items() if k in names})
     pair = load_pair(config)
     options.noise = options.noise or pair.verifier.width > 1024
-    chosen = options.only.split(",")
     bench = Bench(pair, config, options)
     import transformers
 
@@ -441,6 +455,7 @@ def main(argv: Sequence[str]) -> int:
     if "formula" in chosen:
         numbers["formula"] = formula.measure(bench, options.formula_repeats)
         numbers["formula_worst"] = formula.show(numbers["formula"])
+        numbers["formula_worst_alone"] = formula.worst(numbers["formula"]["points"], "alone")
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0

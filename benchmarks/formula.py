@@ -1,7 +1,7 @@
 """Measured decode speedup against the formula of speculative decoding, with measured costs.
 
 Drafts hold at given rates (control ``synthetic``), so acceptance is known and no drafter matters.
-For every rate and gamma two numbers stand side by side:
+For every rate and gamma three numbers stand side by side:
 
 - *measured*: time of plain decoding over time of decoding with drafts, summed over the samples;
 - *formula*: the same ratio from counts and costs alone. Of a sample with N tokens after the first,
@@ -10,7 +10,12 @@ For every rate and gamma two numbers stand side by side:
       S = N t / (b + sum_i (V(n_i + 1) + c) + m t),
 
   which is ``speedup.Costs.decode_speedup``, and b and c, where all cycles have gamma drafts. The
-  counts are those that occurred.
+  counts are those that occurred;
+- *alone*: the same without b and c, from nothing but t and V, each measured by itself.
+
+b and c are what is left over at rates of 0 and 1, so they take up any error that is the same in
+every cycle: *formula* proves that between those rates the counts alone make the speedup, *alone*
+how much of it passes and steps explain with nothing fitted.
 
 What goes in is measured on other answers and passes than those that are compared, in the same
 rounds, so that a machine that slows down slows all alike:
@@ -69,8 +74,8 @@ class Bench(Protocol):
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """``points``: measured and formula of every rate and gamma, pooled over the samples; ``costs``:
-    t, V(gamma + 1), b and c of every gamma, means of the samples.
+    """``points``: measured, formula and alone of every rate and gamma, pooled over the samples;
+    ``costs``: t, V(gamma + 1), b and c of every gamma, means of the samples.
 
     A sample's drafts are the same in every repeat; its times and costs are medians over repeats.
     """
@@ -87,6 +92,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, list[dict[str, float]]]:
                 "tau": total["said"] / total["calls"],
                 "measured": total["plain_ms"] / total["spent_ms"],
                 "formula": total["steps_ms"] / total["cycles_ms"],
+                "alone": total["steps_ms"] / total["passes_ms"],
             }
         )
     costs = [
@@ -173,6 +179,7 @@ class _Sample:
                 "plain_ms": statistics.median(self.plain_ms),
                 "spent_ms": statistics.median(answer.decode_ms for answer in answers),
                 "steps_ms": self.num_said * self.costs.step_ms,
+                "passes_ms": passes_ms,
                 "cycles_ms": start_ms + passes_ms + len(drafted) * cycle_ms,
                 "said": self.num_said,
                 "calls": len(drafted) + num_steps,
@@ -180,24 +187,47 @@ class _Sample:
         return found
 
 
+def apart(points: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    """How far every measured speedup is from that of a column."""
+    return [row["measured"] / row[name] - 1 for row in points]
+
+
+def worst(points: Sequence[Mapping[str, float]], name: str) -> float:
+    return max(map(abs, apart(points, name)))
+
+
 def show(found: Mapping[str, Sequence[Mapping[str, float]]]) -> float:
-    """Print both tables; the largest difference of a speedup from the formula's."""
+    """Print all tables; the largest difference of a speedup from the formula's."""
     points = found["points"]
     print("\nDecode speedup, measured / by the formula with measured costs and real counts")
-    print("  alpha  " + "".join(f"gamma {gamma:<10}" for gamma in GAMMAS))
-    for alpha in ALPHAS:
-        cells = [row for row in points if row["alpha"] == alpha]
-        line = "".join(f"{row['measured']:.2f}/{row['formula']:.2f}".ljust(16) for row in cells)
-        print(f"  {alpha:<7}{line}")
+    _show_points(points, lambda row: f"{row['measured']:.2f}/{row['formula']:.2f}")
     for name, text in (("pass_ms", "V"), ("start_ms", "b"), ("cycle_ms", "c")):
         line = "".join(f"{row[name]:.3f} ms".ljust(16) for row in found["costs"])
         print(f"  {text:<7}{line}")
     step_ms = found["costs"][0]["step_ms"]
     print(f"  t {step_ms:.3f} ms; V: a pass of gamma + 1 rows; beside passes: b once, c a cycle")
-    apart = [row["measured"] / row["formula"] - 1 for row in points]
-    worst = max(map(abs, apart))
-    print(
-        f"  differences {min(apart):+.1%} to {max(apart):+.1%}; "
-        f"bar: within {BAR:.0%}: {'yes' if worst <= BAR else 'NO'}"
+    low, high = _range(points, "formula")
+    bar = "yes" if worst(points, "formula") <= BAR else "NO"
+    print(f"  differences {low:+.1%} to {high:+.1%}; bar: within {BAR:.0%}: {bar}")
+    print("The same from t and V alone, nothing fitted to what is left over (no b, no c)")
+    _show_points(
+        points,
+        lambda row: f"{row['alone']:.2f} ({row['measured'] / row['alone'] - 1:+.1%})",
     )
-    return worst
+    low, high = _range(points, "alone")
+    print(f"  differences {low:+.1%} to {high:+.1%}: what cycles take that t and V do not show")
+    return worst(points, "formula")
+
+
+def _show_points(
+    points: Sequence[Mapping[str, float]], cell: Callable[[Mapping[str, float]], str]
+) -> None:
+    print("  alpha  " + "".join(f"gamma {gamma:<10}" for gamma in GAMMAS))
+    for alpha in ALPHAS:
+        line = "".join(cell(row).ljust(16) for row in points if row["alpha"] == alpha)
+        print(f"  {alpha:<7}{line}")
+
+
+def _range(points: Sequence[Mapping[str, float]], name: str) -> tuple[float, float]:
+    found = apart(points, name)
+    return min(found), max(found)

@@ -109,6 +109,7 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "speedup_comparison": lambda: clock.speedup_comparison(TRACES),
     "timing_breakdown": lambda: clock.timing_breakdown(TRACES),
     "accept_rate_comparison": lambda: clock.accept_rate_comparison(TRACES),
+    "accept_rate_by_depth": lambda: clock.accept_rate_by_depth(TRACES * 10),
     "prefill_hiding": lambda: timeline.prefill_hiding(EXAMPLE),
     "prefill_hiding_bare": lambda: timeline.prefill_hiding(
         replace(EXAMPLE, event_images=(), frames=())
@@ -158,6 +159,38 @@ class TestFrames:
         row = frame.iloc[0]
         assert row["accept_rate"] == pytest.approx(4 / 7)
         assert (row["gap"], row["decode"], row["verifier"]) == (2, 2, 2)
+
+    def test_acceptance_by_depth_counts_what_was_verified(self) -> None:
+        cycles = {"cycle_drafted": (3, 2, 3), "cycle_accepted": (3, 0, 1)}
+        gap = {"gap_drafted": 3, "gap_accepted": 2}
+        frame = clock.depth_frame(
+            [
+                trace("vl_baseline", "a", 9.0),
+                trace("X1+E3", "a", 9.0, **cycles, **gap),
+                # The first of five was refused: nobody looked at the others.
+                trace("X1+E3", "b", 9.0, gap_drafted=5),
+                # A tree of three tokens, of which no more than two follow each other.
+                trace("E1_tree", "a", 9.0, cycle_drafted=(3, 3), cycle_accepted=(2, 0)),
+            ]
+        )
+        found = {
+            key: list(zip(rows["depth"], rows["accepted"], rows["verified"], strict=True))
+            for key, rows in frame.groupby(["strategy", "phase"])
+        }
+        assert found == {
+            ("X1+E3", "gap"): [(1, 1, 2), (2, 1, 1), (3, 0, 1)],
+            ("X1+E3", "decode"): [(1, 2, 3), (2, 1, 3), (3, 1, 2)],
+            ("E1_tree", "decode"): [(1, 1, 2), (2, 1, 2)],
+        }
+
+    def test_lines_of_acceptance_by_depth(self) -> None:
+        made = clock.accept_rate_by_depth(TRACES * 10)
+        lines = [(line.yaxis, *line.x, *line.y) for line in made.data]
+        # The gap's first, what is behind it, and four drafts a cycle of which two held.
+        assert lines == [("y", 1, 1), ("y", 2, 3, 1, 0), ("y2", 1, 2, 3, 4, 1, 1, 0, 0)]
+        assert [a.text for a in made.layout.annotations].count("X1+E3") == 2
+        bare = clock.accept_rate_by_depth(TRACES[:2])
+        assert not bare.data and "no config had 20" in bare.layout.annotations[-1].text
 
     def test_histogram(self) -> None:
         frame = offline.histogram_frame(COUNTS.target)

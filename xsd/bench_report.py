@@ -41,7 +41,7 @@ def write(
     config: Any,
     strict_rows: int | None = None,
 ) -> None:
-    """Per-sample JSON, the table, four plots; and all of it into the run.
+    """Per-sample JSON, the table, five plots; and all of it into the run.
 
     ``strict_rows``: of every pass of decoding, if they had one shape.
     """
@@ -71,6 +71,7 @@ def write(
         f"speedup_comparison_{stamp}": clock.speedup_comparison(traces),
         f"timing_breakdown_{stamp}": clock.timing_breakdown(traces),
         f"accept_rate_comparison_{stamp}": clock.accept_rate_comparison(traces),
+        f"accept_rate_by_depth_{stamp}": clock.accept_rate_by_depth(traces),
     }
     # A batch's time is no sample's, so there is no one sample's timeline to show.
     shown = example(traces, items, pair) if config.batch_size == 1 else None

@@ -93,6 +93,23 @@ def test_the_formula_is_exact_where_costs_are_what_it_takes_them_for(
     assert "bar: within 10%: yes" in capsys.readouterr().out
 
 
+def test_without_what_is_fitted_a_constant_error_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """b and c take it up; passes and steps measured alone do not."""
+    found = formula.measure(bench_on(Machine()), repeats=1)
+    num_said = len(ANSWER) - 1
+    for point in found["points"]:
+        calls = 2 * num_said / point["tau"]  # of both answers
+        beside_ms = 2 * START_MS + calls * CYCLE_MS
+        spent_ms = 2 * num_said * STEP_MS / point["measured"]
+        # The last of an answer's calls may be a plain step, which has no c.
+        assert point["measured"] < point["alone"]
+        told_ms = spent_ms - 2 * num_said * STEP_MS / point["alone"]
+        assert beside_ms - 2 * CYCLE_MS - 1e-9 <= told_ms <= beside_ms + 1e-9
+    assert formula.show(found) < 1e-9 < formula.BAR < formula.worst(found["points"], "alone")
+    out = capsys.readouterr().out
+    assert "nothing fitted" in out and out.count("differences") == 2
+
+
 def test_a_cost_that_it_does_not_know_shows_as_a_difference(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

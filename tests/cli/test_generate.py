@@ -18,6 +18,7 @@ from xsd.cli import main
 from xsd.cli.marked import MarkedText, Watched
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
+from xsd.decoding.policy import Policy
 from xsd.pairs.base import Media
 from xsd.pairs.tiny import WIDTH
 from xsd.types import Span
@@ -81,16 +82,23 @@ class Party:
 
 
 def test_drafts_that_held_are_marked_and_nothing_else() -> None:
+    """Each as soon as the next drafts are asked for; those that were not verified never."""
     out, text = written()
-    watched = Watched(Party(), text)
-    watched.gap_drafts()
+    watched = Watched(Party(), Policy(), text, 20)
     state = torch.zeros(1, 4)
-    watched.propose([0, 1], state, 1)  # one of the gap's two held
-    watched.propose([0, 1, 2, 4], state, 1)  # one of the head's two
-    watched.propose([0, 1, 2, 4, 3], state, 1)  # none
-    watched.show([0, 1, 2, 4, 3, 2, 3, 5])  # both
-    watched.show([0, 1, 2, 4, 3, 2, 3, 5, 5])  # a plain step
-    assert out.getvalue() == "{a} red [car] left turns [car turns].."
+
+    def cycle(tokens: list[int], verified: int, path: list[int]) -> str:
+        draft = watched.propose(tokens, state, 1)
+        watched.policy.learn(draft.cut(verified), path, 1.0, 1.0)
+        return out.getvalue()
+
+    watched.gap_drafts()
+    assert cycle([0, 1], 3, [1]) == "{a} red"  # one of the gap's two held
+    assert cycle([0, 1, 2, 4], 3, []) == "{a} red [car] left"
+    assert cycle([0, 1, 2, 4, 3], 3, [1, 2]) == "{a} red [car] left turns"
+    assert cycle([0, 1, 2, 4, 3, 2, 3, 5], 1, []) == "{a} red [car] left turns [car turns]."
+    watched.show([0, 1, 2, 4, 3, 2, 3, 5, 2])  # as was drafted, but nobody verified it
+    assert out.getvalue() == "{a} red [car] left turns [car turns]. car"
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +132,16 @@ class TestCommand:
         assert plain[2] and drafted[2].replace("[", "").replace("]", "") == plain[2]
         assert " of " in drafted[3] and drafted[3].endswith("lossless yes")
         assert "verifier calls" in plain[3] and "lossless" not in plain[3]
+
+    def test_a_tree_too_wide_for_the_head(
+        self, scenes: Path, head: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tree = words(scenes, "--strategy", "E1_tree", "--adapter", head)
+        assert main([*tree, "--tree_width", "40"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "16 levels of 40 nodes behind 12 tokens exceed the head's max_positions=512" in line
+        assert line.endswith("tree_width may be 1 to 31")
+        assert main([*tree, "--tree_width", "31"]) == 0
 
     def test_one_row_shape(
         self, scenes: Path, head: Path, capsys: pytest.CaptureFixture[str]

@@ -16,6 +16,7 @@ FIGURES = (
     "speedup_comparison",
     "timing_breakdown",
     "accept_rate_comparison",
+    "accept_rate_by_depth",
     "prefill_hiding",
 )
 

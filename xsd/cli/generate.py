@@ -105,11 +105,11 @@ def _show(bench: Bench, item: BenchItem, strategy: Strategy, config: Config) -> 
         strategy, bench.pair.drafter, VerifierTables.of(verifier), {}, {},
         max_new_tokens=config.max_new_tokens, max_prompt=0, max_gap_drafts=0,
     )  # fmt: skip
-    watched = Watched(party, text)
+    watched = Watched(party, bench.policies[strategy.name], text, config.max_new_tokens)
     # Asked for one draft at least: that is when it shows what was said.
     gamma = max(1, strategy.gamma)
-    policy = bench.policies[strategy.name]
-    decoded = bench.engine.speculate(item.media, item.sample.question, watched, gamma, policy)
+    question = item.sample.question
+    decoded = bench.engine.speculate(item.media, question, watched, gamma, watched.policy)
     watched.show(decoded.token_ids)
     text.close()
 

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xsd.clock import Stopwatch
-from xsd.decoding.accept import Draft
+from xsd.decoding.accept import Draft, accepted_prefix_length
+from xsd.decoding.policy import Policy
 from xsd.decoding.speculator import Speculator
 from xsd.pairs.base import Media
 from xsd.types import Span
@@ -74,13 +75,21 @@ class MarkedText:
 
 
 class Watched:
-    """A drafting party that shows, when it is asked for drafts, what became of the last ones."""
+    """A drafting party that shows, when it is asked for drafts, what became of the last ones.
 
-    def __init__(self, party: Speculator, text: MarkedText) -> None:
+    The engine must go by ``policy``: that is where it tells what it verified and accepted.
+    """
+
+    def __init__(
+        self, party: Speculator, policy: Policy, text: MarkedText, max_new_tokens: int
+    ) -> None:
         self._party = party
         self._text = text
-        self._num_shown = 0
-        self._draft = Draft([])
+        self._max_gap = max_new_tokens - 1
+        self._gap: list[int] = []
+        """Of the gap's drafts those that may be verified."""
+        self._num_shown = self._num_held = 0
+        self.policy: Policy = _Told(policy, self)
         self.wants_projected = party.wants_projected
         self.wants_prefilled = party.wants_prefilled
 
@@ -94,13 +103,22 @@ class Watched:
         self._party.on_prefilled(visual)
 
     def gap_drafts(self) -> Draft:
-        self._draft = self._party.gap_drafts()
-        return self._draft
+        draft = self._party.gap_drafts()
+        # The verifier's own token ends an answer that is as long as it may be.
+        self._gap = draft.tokens[: self._max_gap]
+        return draft
+
+    def gap_cut(self, size: int) -> None:
+        """So many of the gap's further drafts are verified."""
+        self._gap = self._gap[: 1 + size]
+
+    def held(self, num_drafts: int) -> None:
+        """So many drafts of a cycle were verified and accepted."""
+        self._num_held = num_drafts
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
         self.show(tokens)
-        self._draft = draft = self._party.propose(tokens, states, gamma)
-        return draft
+        return self._party.propose(tokens, states, gamma)
 
     def finish(self) -> list[Span]:
         return self._party.finish()
@@ -109,19 +127,42 @@ class Watched:
         """Write what is new in ``tokens``, the answer so far."""
         new = tokens[self._num_shown :]
         mark: Mark = "head" if self._num_shown else "gap"
-        num_held = _num_held(self._draft, new)
-        self._text.add(new[:num_held], mark)
-        self._text.add(new[num_held:], None)
-        self._num_shown = len(tokens)
-        self._draft = Draft([])
+        if not self._num_shown:
+            # These were chosen, not drawn: one that was refused is never what was said instead.
+            self._num_held = accepted_prefix_length(self._gap, new)
+        self._text.add(new[: self._num_held], mark)
+        self._text.add(new[self._num_held :], None)
+        self._num_shown, self._num_held = len(tokens), 0
 
 
-def _num_held(draft: Draft, said: Sequence[int]) -> int:
-    """Tokens of ``said`` that follow a path of ``draft`` from its root."""
-    node = -1
-    for number, token in enumerate(said):
-        held = next((child for child in draft.children(node) if draft.tokens[child] == token), None)
-        if held is None:
-            return number
-        node = held
-    return len(said)
+class _Told(Policy):
+    """A policy that tells on what became of drafts; it decides as the one it stands for."""
+
+    def __init__(self, policy: Policy, watched: Watched) -> None:
+        self._policy, self._watched = policy, watched
+
+    def gap_size(self, draft: Draft) -> int:
+        size = self._policy.gap_size(draft)
+        self._watched.gap_cut(min(size, len(draft)))
+        return size
+
+    def learn_gap(self, draft: Draft, held: int) -> None:
+        self._policy.learn_gap(draft, held)
+
+    def depth(self, limit: int) -> int:
+        return self._policy.depth(limit)
+
+    def rest(self) -> int:
+        return self._policy.rest()
+
+    def rested(self, num_cycles: int) -> None:
+        self._policy.rested(num_cycles)
+
+    def select(self, draft: Draft) -> Draft:
+        return self._policy.select(draft)
+
+    def learn(
+        self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
+    ) -> None:
+        self._watched.held(len(path))
+        self._policy.learn(draft, path, drafting_ms, verifying_ms)

@@ -30,6 +30,7 @@ from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.config import MAX_GAMMA
 from xsd.decoding.policy import Policy
+from xsd.errors import XsdError
 from xsd.pairs.base import Decoder, Media
 from xsd.pairs.cache import KVCache
 from xsd.pairs.choose import Chooser
@@ -355,10 +356,22 @@ class HeadDrafter:
         """Start a sample; ``visual`` and ``reader`` only where the level's row asks for them."""
         visual = None if visual is None else _for(self.head, visual[None])
         if self._kept is None:
+            self._check_tree()
             self._kept = self.head.new_cache(1, self.max_length, visual)
         else:
             self._kept.begin_sample(visual)
         self._reader = reader
+
+    def _check_tree(self) -> None:
+        """Raise XsdError where a narrower tree would fit the head's learned positions."""
+        width, num_positions = self.options.tree_width, self.head.config.max_positions
+        num_said = self.max_length - MAX_GAMMA * max(1, width)
+        fits = (num_positions - num_said) // MAX_GAMMA
+        if width > fits >= 1:
+            raise XsdError(
+                f"tree_width={width}: {MAX_GAMMA} levels of {width} nodes behind {num_said} tokens "
+                f"exceed the head's max_positions={num_positions}; tree_width may be 1 to {fits}"
+            )
 
     @torch.inference_mode()
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from xsd.decoding.config import AGAIN, BASELINE
 from xsd.decoding.decoded import DRAFTING, LM_HEAD, PASSES, PIXELS, PREFILL, REST, VISION
+from xsd.decoding.strategies import parse
 from xsd.plots.style import (
     BLUE,
     DARK,
@@ -17,11 +19,13 @@ from xsd.plots.style import (
     INK,
     KIND_COLOURS,
     KIND_NAMES,
+    LEVEL_COLOURS,
     ORANGE,
     PURPLE,
     SKY,
     TIMES,
     VERMILLION,
+    end_labels,
     figure,
     kind,
     label,
@@ -43,6 +47,8 @@ _PART_COLOURS = {
     LM_HEAD: SKY,
     REST: GREY,
 }
+_MIN_NUM = 20
+"""A rate of fewer drafts than this is noise, and not drawn."""
 _ON_BAR = dict.fromkeys(_PART_COLOURS.values(), "white") | {ORANGE: DARK, SKY: DARK}
 
 
@@ -247,3 +253,119 @@ def accept_rate_comparison(traces: Sequence[Trace]) -> go.Figure:
     made.update_xaxes(title="tokens", rangemode="tozero", col=2)
     made.update_layout(barmode="stack", margin_t=120, legend={"y": -0.12, "yanchor": "top"})
     return made
+
+
+def depth_frame(traces: Sequence[Trace]) -> pd.DataFrame:
+    """Columns strategy, phase (gap or decode), depth, accepted, verified: drafts by their depth.
+
+    Cycles of decode: those with so many drafts or more are held against those that accepted so
+    many. Of a tree only its size is recorded, so its drafts count down to the deepest that held.
+    In the gap the prefill checks the first draft; where that one is refused nothing behind it is
+    verified.
+    """
+    counts: dict[tuple[str, str, int], list[int]] = {}
+    deepest: dict[str, int] = {}
+    for trace in traces:
+        name, held = trace.strategy, trace.gap_accepted
+        cycles = [("gap", trace.gap_drafted if held else min(1, trace.gap_drafted), held)]
+        for drafted, accepted in zip(trace.cycle_drafted, trace.cycle_accepted, strict=False):
+            cycles.append(("decode", drafted, accepted))
+            deepest[name] = max(accepted, deepest.get(name, 1))
+        for phase, drafted, accepted in cycles:
+            for depth in range(1, drafted + 1):
+                found = counts.setdefault((name, phase, depth), [0, 0])
+                found[0] += depth <= accepted
+                found[1] += 1
+    rows = [
+        (*key, *found)
+        for key, found in counts.items()
+        if not (key[1] == "decode" and parse(key[0], 1).tree and key[2] > deepest[key[0]])
+    ]
+    columns = ["strategy", "phase", "depth", "accepted", "verified"]
+    return pd.DataFrame(rows, columns=columns).sort_values(columns[:3], kind="stable")
+
+
+def accept_rate_by_depth(traces: Sequence[Trace]) -> go.Figure:
+    """A line a config, in the gap and in decode: how deep drafts hold."""
+    frame = depth_frame(traces)
+    frame = frame[frame["verified"] >= _MIN_NUM]
+    titles = {
+        "gap": "drafts in the prefill gap: the first, then those behind one that held",
+        "decode": "drafts of a cycle in decode",
+    }
+    phases = [phase for phase in titles if phase in set(frame["phase"])]
+    made = panels(
+        "Accept rate by position",
+        "share accepted of the drafts that were verified at this depth; a policy verifies deeper "
+        "where it is sure",
+        [titles[phase] for phase in phases],
+        rows=max(1, len(phases)),
+        columns=1,
+        height=170 + 330 * max(1, len(phases)),
+        vertical_spacing=0.15,
+    )
+    where = {"gap": "position in the answer", "decode": "position behind the last token said"}
+    made.update_yaxes(tickformat=".0%", range=[0, 1.04])
+    for row, phase in enumerate(phases, start=1):
+        part = frame[frame["phase"] == phase]
+        part = part.assign(rate=part["accepted"] / part["verified"])
+        for name, points in part.groupby("strategy", sort=False):
+            _add_depths(made, str(name), points, phase, row)
+        ends = part.groupby("strategy", sort=False).tail(1)
+        end_labels(
+            made, ends["strategy"], ends["depth"], ends["rate"], row=row, column=1,
+            colour=partial(_draft_colour, phase),
+        )  # fmt: skip
+        reach = [0.8, part["depth"].max() + 0.2]
+        made.update_xaxes(title=where[phase], dtick=1, range=reach, row=row, col=1)
+    if not phases:
+        made.update_xaxes(title=where["decode"], showticklabels=False, showgrid=False)
+        made.add_annotation(
+            text=f"no config had {_MIN_NUM} drafts verified",
+            showarrow=False,
+            font={"size": 14},
+            xref="paper",
+            yref="paper",
+            x=0.5,
+            y=0.5,
+        )
+    made.update_layout(showlegend=False, margin_r=120)
+    return made
+
+
+def _add_depths(made: go.Figure, name: str, points: pd.DataFrame, phase: str, row: int) -> None:
+    # The gap's first draft is judged alone: no line leads from it to those of a pass.
+    parts = [points[points["depth"] == 1], points[points["depth"] > 1]]
+    for part in parts if phase == "gap" else [points]:
+        made.add_scatter(
+            x=part["depth"],
+            y=part["rate"],
+            mode="lines+markers",
+            name=name,
+            line=_draft_line(name, phase),
+            marker={"size": 6},
+            customdata=part[["accepted", "verified"]],
+            hovertemplate=name + " at %{x}: %{y:.1%} (%{customdata[0]} of %{customdata[1]})"
+            "<extra></extra>",
+            cliponaxis=False,
+            row=row,
+            col=1,
+        )
+
+
+def _draft_colour(phase: str, strategy: str) -> str:
+    return _draft_line(strategy, phase)["color"]
+
+
+def _draft_line(strategy: str, phase: str) -> dict[str, str]:
+    """Colour of the level that drafts, grey where none does; dashes for its variants."""
+    found = parse(strategy, 1)
+    level = found.gap if phase == "gap" else found.head
+    dash = "solid"
+    if found.shuffled_events:
+        dash = "longdash"
+    elif found.gap_mode == "free" or found.tree:
+        dash = "dash"
+    elif found.gap and found.head:
+        dash = "dot"
+    return {"color": LEVEL_COLOURS.get(str(level), GREY), "dash": dash}

@@ -7,7 +7,7 @@ readers, a little lighter where the original is too dark for a dark page.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal
 
 import plotly.graph_objects as go
@@ -158,8 +158,11 @@ def end_labels(
     *,
     row: int,
     column: int,
+    colour: Callable[[str], str] | None = None,
 ) -> None:
-    """Write levels' names right of their points, moved apart vertically where they would touch.
+    """Write names right of their points, moved apart vertically where they would touch.
+
+    ``colour``: of a name; None: they are levels.
 
     The panel's height is read from the figure; its scale from the points of its traces.
     """
@@ -180,7 +183,8 @@ def end_labels(
         limit = places[index] - gap
     for (name, x, y), place in zip(points, places, strict=True):
         shift = (place - y) / gap * 15
-        label(target, x, y, name, level_colour(name), row=row, column=column, yshift=shift)
+        ink = (colour or level_colour)(name)
+        label(target, x, y, name, ink, row=row, column=column, yshift=shift)
 
 
 def _values(target: go.Figure, axis: str) -> Iterator[float]:
