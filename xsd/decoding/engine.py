@@ -240,7 +240,10 @@ class Engine:
         laps.lap(REST)
         result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
         if speculator is not None:
+            # The next question would wait for who still drafts, so this answer's clock runs on.
             result.timeline.extend(speculator.finish())
+            result.total_ms = watch.ms()
+            laps.lap(DRAFTING)
             # By now the verifier has said what all drafts should have been, verified or not.
             drafts = self._gap.cut(len(tokens))
             policy.learn_gap(drafts, accepted_prefix_length(drafts.tokens, tokens))
