@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -208,6 +209,24 @@ class Engine:
         return work
 
     def _decode(
+        self,
+        media: Media,
+        question: str,
+        speculator: Speculator | None,
+        gamma: int,
+        policy: Policy,
+    ) -> Decoded:
+        try:
+            return self._answer(media, question, speculator, gamma, policy)
+        except BaseException:
+            # The next answer finds all as if there had been none, and nobody still drafting.
+            self._cache.tree, self._cache.whole = None, False
+            if speculator is not None:
+                with suppress(Exception):  # the first error tells what went wrong
+                    speculator.finish()
+            raise
+
+    def _answer(
         self,
         media: Media,
         question: str,
