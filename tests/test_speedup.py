@@ -176,6 +176,32 @@ class TestMeasured:
         ]
         assert not row([*plain, *rows], "E1")["lossless"]
 
+    def test_a_difference_counts_though_the_sample_failed_in_another_repeat(self) -> None:
+        plain = [trace("vl_baseline", key, 100.0, repeat=r) for key in "ab" for r in (0, 1)]
+        same = [trace("E1", "a", 50.0, repeat=r) for r in (0, 1)]
+        got = row([*plain, *same, trace("E1", "b", 50.0, first_difference=1)], "E1")
+        assert (got["num_samples"], got["num_failed"], got["num_different"]) == (1, 1, 1)
+        assert not got["lossless"] and got["lossless"] is not None
+        near = trace("E1", "b", 50.0, first_difference=1, near_tie=True)
+        got = row([*plain, *same, near], "E1")
+        assert got["lossless"] and (got["num_different"], got["num_near_ties"]) == (1, 1)
+
+    def test_of_no_sample_nothing_is_known_but_that_it_differed(self) -> None:
+        plain = [trace("vl_baseline", "a", 100.0, repeat=r) for r in (0, 1)]
+        got = row([*plain, trace("E1", "a", 50.0)], "E1")
+        assert got["lossless"] is None and (got["num_samples"], got["num_failed"]) == (0, 1)
+        assert all(math.isnan(float(str(got[name]))) for name in ("speedup", "total_ms", "tau"))
+        got = row([*plain, trace("E1", "a", 50.0, first_difference=1)], "E1")
+        assert got["lossless"] is not None and not got["lossless"]
+        # One that failed every time has no trace.
+        frame = measured(plain, strategies=["vl_baseline", "E2"])
+        assert list(frame["strategy"]) == ["vl_baseline", "E2"]
+        assert frame["lossless"].tolist() == [True, None] and list(frame["num_failed"]) == [0, 1]
+        # Where plain decoding has no sample left, nobody has.
+        frame = measured([plain[0], *(trace("E1", "b", 50.0, repeat=r) for r in (0, 1))])
+        assert frame["lossless"].tolist() == [None, None]
+        assert breakdown([plain[0], trace("E1", "b", 50.0, repeat=1)]).empty
+
     def test_without_baseline(self) -> None:
         with pytest.raises(XsdError, match="vl_baseline"):
             measured([trace("E1", "a", 50.0)])
@@ -235,6 +261,22 @@ class TestBreakdown:
         assert sum(found.values()) == 200
         assert found["drafting"] == 95 and found["language prefill"] == 30
         assert found["rest"] == pytest.approx(25)
+
+    def test_it_is_of_the_samples_that_the_measured_row_is_of(self) -> None:
+        plain = [
+            trace("vl_baseline", key, ms, repeat=r)
+            for key, ms in (("a", 100.0), ("b", 900.0), ("c", 300.0))
+            for r in (0, 1)
+        ][:-1]
+        fast = [
+            trace("E1", key, ms, repeat=r)
+            for key, ms in (("a", 50.0), ("c", 70.0), ("b", 500.0))
+            for r in (0, 1)
+        ][:-1]
+        for name in ("vl_baseline", "E1"):
+            found = self.parts([*plain, *fast], name)
+            assert sum(found.values()) == row([*plain, *fast], name)["total_ms"]
+        assert sum(self.parts([*plain, *fast], "E1").values()) == 50
 
     def test_of_a_batch_its_first_sample_speaks(self) -> None:
         both = [trace("vl_baseline", s, t, batch="a") for s, t in (("a", 100.0), ("b", 100.0))]

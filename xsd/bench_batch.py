@@ -9,6 +9,7 @@ what batching itself is worth.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -143,7 +144,8 @@ class BatchBench:
         return self.engine.plain(item.media, item.sample.question)
 
     def batch(self, batch: Batch, repeat: int) -> Iterator[Trace | Failure]:
-        """One by one, then every strategy; a batch fails as a whole."""
+        """One by one, then every strategy, in an order as ``bench.Bench.sample`` draws it; a batch
+        fails as a whole."""
         try:
             alone = [self._alone(item) for item in batch]
         except UNFIT as error:
@@ -151,16 +153,21 @@ class BatchBench:
             return
         for known, plain in zip(self._known, alone, strict=False):
             known.answer = plain.token_ids
-        for strategy in self.strategies:
+        order = list(self.strategies)
+        random.Random(f"{batch[0].sample.key} {repeat}").shuffle(order)
+        found: dict[str, list[Trace | Failure]] = {}
+        for strategy in order:
             try:
                 decoded = self.decode(batch, strategy)
             except UNFIT as error:
-                yield from _failures(batch, strategy, error)
-                if strategy is self.strategies[0]:
-                    return
-                continue
-            for item, answer, plain in zip(batch, decoded, alone, strict=True):
-                yield self._trace(batch, item, strategy, repeat, answer, plain)
+                found[strategy.name] = list(_failures(batch, strategy, error))
+            else:
+                found[strategy.name] = [
+                    self._trace(batch, item, strategy, repeat, answer, plain)
+                    for item, answer, plain in zip(batch, decoded, alone, strict=True)
+                ]
+        for strategy in self.strategies:
+            yield from found[strategy.name]
 
     def _trace(
         self,

@@ -34,7 +34,8 @@ class BenchConfig(DecodingConfig):
     """The questions of a batch are about one clip, which is read once; false: about any, and every
     prompt is read whole."""
     max_failures: float = 0.02
-    """Share of failed decodings at which the stage fails."""
+    """Share of its samples that a config may lose, because it or plain decoding failed there in
+    any repeat; where one loses more, the stage fails."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

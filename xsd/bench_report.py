@@ -50,7 +50,9 @@ def write(
     folder = config.output_dir / run.work_name
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     num_attempted = len(items)
-    summary = speedup.measured(traces, num_attempted=num_attempted)
+    # Of a config that failed on every sample there is no trace, but a row.
+    names = [record.strategy for record in records]
+    summary = speedup.measured(traces, num_attempted=num_attempted, strategies=names)
     text = table(summary, traces, items, is_drawn=config.temperature > 0, strict_rows=strict_rows)
     print(text)
     write_json(
@@ -86,9 +88,8 @@ def write(
     run.table("breakdown", speedup.breakdown(traces))
     run.table("traces", traces_frame(traces))
     run.log(metrics(summary))
-    run.tag(
-        {"lossless": str(bool(summary["lossless"].all())).lower(), "num_failures": len(failures)}
-    )
+    num_failures = len({failure.sample_key for failure in failures})
+    run.tag({"lossless": _lossless(summary), "num_failures": num_failures})
     if strict_rows is not None:
         run.tag({"strict_rows": strict_rows})
 
@@ -108,18 +109,20 @@ def traces_frame(traces: Sequence[Trace]) -> pd.DataFrame:
 def example(traces: Sequence[Trace], items: Sequence[BenchItem], pair: ModelPair) -> Example | None:
     """The sample in which the gap's drafts (else a head's) held the longest."""
     learned = {*GAP_LEVELS, *HEAD_LEVELS}
+    plain_traces = {(t.sample_key, t.repeat): t for t in traces if t.strategy == BASELINE}
     drafted = [
         trace
         for trace in traces
-        if trace.lossless and learned & {*re.split(r"[+_:]", trace.strategy.split("@")[0])}
+        if trace.lossless
+        and (trace.sample_key, trace.repeat) in plain_traces
+        and learned & {*re.split(r"[+_:]", trace.strategy.split("@")[0])}
     ]
     if not drafted:
         return None
     fast = max(
         drafted, key=lambda t: (bool(t.gap_accepted), t.gap_accepted + sum(t.cycle_accepted))
     )
-    same = (fast.sample_key, fast.repeat, BASELINE)
-    plain = next(t for t in traces if (t.sample_key, t.repeat, t.strategy) == same)
+    plain = plain_traces[fast.sample_key, fast.repeat]
     media = next(item.media for item in items if item.sample.key == fast.sample_key)
     texts = pieces([fast], pair)
     return Example(
@@ -144,7 +147,8 @@ def metrics(summary: pd.DataFrame) -> dict[str, float]:
     kept = ("speedup", "decode_speedup", "speedup_alone", "tokens_per_s", "ratio_mean",
             "ratio_p5", "ratio_p95", "time_p95", "share_slower", "share_drafting",
             "prefill_ms", "decode_ms", "total_ms", "tokens_accepted",
-             "tau", "num_free", "num_different", "num_near_ties")  # fmt: skip
+             "tau", "num_free", "num_samples", "num_failed", "num_different",
+             "num_near_ties")  # fmt: skip
     found: dict[str, float] = {}
     for _, row in summary.iterrows():
         name = metric_name(str(row["strategy"]))
@@ -167,10 +171,11 @@ def table(
     ``is_drawn``: tokens were sampled, so that no two answers need be equal. ``strict_rows``: of
     every pass of decoding, if they had one shape.
     """
+    has_failed = bool(summary["num_failed"].any())
     header: tuple[str, ...] = (
-        "Config", "Prefill", "Decode", "Total", "Accept", "Accepted", "Tau", "Speedup",
-        "Modelled", "Per sample (mean ± sd)", "Time p95", "Slower", "Drafting", "Free Tokens",
-        "Lossless",
+        "Config", *(("Samples",) if has_failed else ()), "Prefill", "Decode", "Total", "Accept",
+        "Accepted", "Tau", "Speedup", "Modelled", "Per sample (mean ± sd)", "Time p95", "Slower",
+        "Drafting", "Free Tokens", "Lossless",
     )  # fmt: skip
     size = max(trace.batch_size for trace in traces)
     if size > 1:
@@ -178,21 +183,24 @@ def table(
     rows = [
         (
             row["strategy"],
-            f"{row['prefill_ms']:.1f} ms",
-            f"{row['decode_ms']:.1f} ms",
-            f"{row['total_ms']:.1f} ms",
+            *((f"{row['num_samples']} of {len(items)}",) if has_failed else ()),
+            *(_or_dash(row[name], "{:.1f} ms") for name in ("prefill_ms", "decode_ms", "total_ms")),
             _or_dash(row["accept_rate"], "{:.1%}"),
-            f"{row['tokens_accepted']:.1f}",
+            _or_dash(row["tokens_accepted"], "{:.1f}"),
             _or_dash(row["tau"], "{:.2f}"),
-            f"{row['speedup']:.2f}x",
+            _or_dash(row["speedup"], "{:.2f}x"),
             _or_dash(row["modelled_speedup"], "{:.2f}x"),
-            f"{row['ratio_mean']:.2f} ± {row['ratio_std']:.2f}",
-            f"{row['time_p95']:.2f}",
-            f"{row['share_slower']:.0%}",
-            f"{row['share_drafting']:.0%}",
-            f"{row['num_free']:.1f}" if row["num_free"] else "-",
-            "in distribution" if is_drawn else _verdict(row),
-            *((f"{row['tokens_per_s']:.0f}", f"{row['speedup_alone']:.2f}x") if size > 1 else ()),
+            _or_dash(row["ratio_mean"], f"{{:.2f}} ± {row['ratio_std']:.2f}"),
+            _or_dash(row["time_p95"], "{:.2f}"),
+            _or_dash(row["share_slower"], "{:.0%}"),
+            _or_dash(row["share_drafting"], "{:.0%}"),
+            f"{row['num_free']:.1f}" if row["num_free"] > 0 else "-",
+            "in distribution" if is_drawn and row["num_samples"] else _verdict(row),
+            *(
+                _or_dash(row[name], form)
+                for name, form in (("tokens_per_s", "{:.0f}"), ("speedup_alone", "{:.2f}x"))
+                if size > 1
+            ),
         )
         for _, row in summary.iterrows()
     ]
@@ -206,6 +214,11 @@ def table(
         f"the policy let any draft be verified.{clock.noise(summary)} The second table has means, "
         "not medians, so its parts add up."
     )
+    if has_failed:
+        note += (
+            " Samples: on which neither the config nor plain decoding failed in any repeat; a "
+            "row, in either table, is of these alone, on both sides of its ratios."
+        )
     if strict_rows is not None:
         note += (
             f" Strict: every pass of decoding, plain or not, has {strict_rows} rows, so a speedup "
@@ -241,16 +254,28 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _headline(summary: pd.DataFrame) -> str:
     """What a reader of the run wants to know first."""
     drafted = summary[summary["strategy"] != BASELINE]
-    kept = f"{int(drafted['lossless'].sum())} of {len(drafted)} configs keep every answer"
+    num_lossless = sum(map(bool, drafted["lossless"]))
+    kept = f"{num_lossless} of {len(drafted)} configs keep every answer"
     learned = drafted[drafted["strategy"].map(lambda name: kind(str(name)) != "control")]
+    learned = learned[learned["num_samples"] > 0]
     if learned.empty:
         return f"benchmark: {kept}."
     best = max(learned.to_dict("records"), key=lambda row: float(row["speedup"]))
     return f"benchmark: {best['strategy']} is {best['speedup']:.2f}x plain decoding; {kept}."
 
 
+def _lossless(summary: pd.DataFrame) -> str:
+    """Of all configs together; one that no sample is left of could be either."""
+    told = summary["lossless"].dropna()
+    if not told.all():
+        return "false"
+    return "true" if len(told) == len(summary) else "unknown"
+
+
 def _verdict(row: pd.Series[Any]) -> str:
     """Whether nothing changed that rounding does not excuse."""
+    if row["lossless"] is None:
+        return "-"
     ties = int(row["num_near_ties"])
     if not row["lossless"]:
         return f"NO ({int(row['num_different']) - ties} differ)"

@@ -5,7 +5,8 @@ speculative time. What is *measured* comes from traces alone, what is *modelled*
 and counts alone, and no number is ever both.
 
 Measured. Both sides of a ratio are the same samples in the same repeats; a sample that one side
-lacks in any repeat (it failed there) leaves both sides and is counted. Repeats become a median per
+lacks in any repeat (it failed there) leaves both sides and is counted; what was said of it in other
+repeats still tells whether answers stayed the same. Repeats become a median per
 sample first. The headline is the pooled ratio, sum over sum: it is what a user waits for, whereas
 the mean of per-sample ratios weighs a short answer as much as a long one. Of samples that were
 decoded together only their batch has a time: sums, means and ratios are then over batches, counts
@@ -90,12 +91,17 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
 
 
 def measured(
-    traces: Iterable[Trace], baseline: str = BASELINE, *, num_attempted: int | None = None
+    traces: Iterable[Trace],
+    baseline: str = BASELINE,
+    *,
+    num_attempted: int | None = None,
+    strategies: Iterable[str] | None = None,
 ) -> pd.DataFrame:
-    """One row a strategy, in the order of their first traces.
+    """One row a strategy.
 
     Args:
         num_attempted: samples that the benchmark took up; None: those with any trace.
+        strategies: their names, in order; None: those with any trace, in the order of the first.
 
     Columns: strategy, num_samples, num_failed, batch_size (the largest), prefill_ms, decode_ms,
     total_ms (means), tokens_per_s, speedup_alone (pooled, over plain decoding one by one; NaN
@@ -104,27 +110,47 @@ def measured(
     tau (tokens a verifier call of decode), num_free, speedup and decode_speedup (pooled),
     ratio_mean, ratio_std, ratio_p5, ratio_p95, time_p95 (95th percentile of a sample's time over
     plain decoding's), share_slower, share_drafting (of answers in which any draft was verified: a
-    policy may leave it off), modelled_speedup (see above), lossless, num_different,
-    num_near_ties. What a strategy does not have (drafts, decode calls) is NaN.
+    policy may leave it off), modelled_speedup (see above), lossless (None: no sample is left that
+    could tell), num_different (samples in any repeat, those that failed in another one too),
+    num_near_ties. What a strategy does not have (drafts, decode calls, samples) is NaN.
     """
     kept = list(traces)
     rows = per_sample(kept, baseline)
     num_samples = num_attempted or len({trace.sample_key for trace in kept})
-    names = dict.fromkeys(trace.strategy for trace in kept)
+    names = dict.fromkeys(strategies or (trace.strategy for trace in kept))
+    excused = _differences(kept)
     return pd.DataFrame(
-        [_summary(name, rows[rows["strategy"] == name], num_samples) for name in names]
+        [
+            _summary(name, rows[rows["strategy"] == name], num_samples, excused.get(name, []))
+            for name in names
+        ]
     )
 
 
-def breakdown(traces: Iterable[Trace]) -> pd.DataFrame:
+def _differences(traces: Iterable[Trace]) -> dict[str, list[bool]]:
+    """By strategy: of every sample that differs in any repeat, whether all that do are excused."""
+    found: dict[str, dict[str, bool]] = {}
+    for trace in traces:
+        if trace.first_difference is not None:
+            excused = found.setdefault(trace.strategy, {})
+            excused[trace.sample_key] = excused.get(trace.sample_key, True) and trace.near_tie
+    return {strategy: list(excused.values()) for strategy, excused in found.items()}
+
+
+def breakdown(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFrame:
     """Where the time of an answer goes: strategy, part, ms, in the order of their first traces.
 
-    Means over samples and repeats of the traces' parts, so that the parts of a strategy add up to
-    its mean total (elsewhere a sample's time is a median). Traces without parts (batches) have
-    prefill and decode; what is left of a total is its rest.
+    Means over repeats and the same samples as in ``measured``, of the traces' parts, so that the
+    parts of a strategy add up to its mean total (elsewhere a sample's time is a median). Traces
+    without parts (batches) have prefill and decode; what is left of a total is its rest.
     """
+    traces = list(traces)
+    both = per_sample(traces, baseline)
+    kept = set(zip(both["strategy"], both["sample_key"], strict=True))
     rows: list[dict[str, object]] = []
     for trace in traces:
+        if (trace.strategy, trace.sample_key) not in kept:
+            continue
         # What a batch took is told by each of its samples.
         if trace.batch not in ("", trace.sample_key):
             continue
@@ -179,20 +205,22 @@ def _row(trace: Trace) -> dict[str, object]:
     }
 
 
-def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, object]:
+def _summary(
+    strategy: str, rows: pd.DataFrame, num_samples: int, excused: Sequence[bool]
+) -> dict[str, object]:
+    """``excused``: of every sample that differs (``_differences``)."""
     batches = rows.drop_duplicates("batch")
     total = rows[_COUNTS].sum()
-    mean = total / max(1, len(rows))
+    mean = rows[_COUNTS].mean()
     times = batches[[*_TIMES, "modelled_ms", *_BASELINE_TIMES]].sum(skipna=False)
     ratio = batches["ratio"]
-    num_excused = int((rows["differs"] & rows["excused"]).sum())
-    num_different = int(rows["differs"].sum())
+    lossless = all(excused) if len(rows) or not all(excused) else None
     return {
         "strategy": strategy,
         "num_samples": len(rows),
         "num_failed": num_samples - len(rows),
         "batch_size": int(rows["batch_size"].max()) if len(rows) else 0,
-        **{name: times[name] / max(1, len(batches)) for name in _TIMES},
+        **{name: _ratio(times[name], len(batches)) for name in _TIMES},
         "tokens_per_s": 1e3 * _ratio(total["num_tokens"], times["total_ms"]),
         "num_tokens": mean["num_tokens"],
         "tokens_accepted": mean["accepted"],
@@ -211,9 +239,9 @@ def _summary(strategy: str, rows: pd.DataFrame, num_samples: int) -> dict[str, o
         "time_p95": (1 / ratio).quantile(0.95),
         "share_slower": (ratio < 1).mean(),
         "share_drafting": mean["has_drafts"],
-        "lossless": num_different == num_excused,
-        "num_different": num_different,
-        "num_near_ties": num_excused,
+        "lossless": lossless,
+        "num_different": len(excused),
+        "num_near_ties": sum(excused),
     }
 
 

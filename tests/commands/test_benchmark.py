@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from tests.commands.conftest import World, drawn, tags, xsd
+from xsd import bench
+from xsd.decoding.decoded import Decoded
 from xsd.files import read_json
 from xsd.tracking import products
+from xsd.types import Strategy
 
 FIGURES = (
     "speedup_comparison",
@@ -59,6 +62,42 @@ def test_trainings_are_found_in_a_folder_and_all_files_are_left(
     # Eight drafts in the gap: one is the prefill's, and the token said before the rest is a row.
     assert tags(strict)["strict_rows"] == "8" and tags(strict)["lossless"] == "true"
     assert "every pass of decoding, plain or not, has 8 rows" in tags(strict)["mlflow.note.content"]
+
+
+def test_samples_that_failed_are_told_of_where_they_are_allowed(
+    world: World,
+    runs: Callable[..., list[Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode = bench.Bench.decode
+
+    def broken(party: bench.Bench, item: bench.BenchItem, strategy: Strategy) -> Decoded:
+        is_first = item is party.items[0]
+        if strategy.name == "drafter+VL" or (strategy.name == "oracle" and is_first):
+            raise RuntimeError("out of memory")
+        return decode(party, item, strategy)
+
+    monkeypatch.setattr(bench.Bench, "decode", broken)
+    given = ["--dataset_dir", world.scenes, "--data", world.data, "--output_dir", "out"]
+    small = ["--max_samples", 3, "--max_questions", 3, "--max_new_tokens", 8, "--repeats", 2]
+    words = [*world.pair_flags, *given, *small, "--warmup", 0, "--overlap", "inline"]
+    words += ["--configs", "oracle,ngram,drafter+VL"]
+    xsd("benchmark", *words, expect=2)
+    error = capsys.readouterr().err
+    assert "drafter+VL lost 3 of 3 samples, more than --max_failures 0.02 allows" in error
+    assert "RuntimeError: out of memory" in error
+    xsd("benchmark", *words, "--max_failures", 1)
+    run = runs("benchmark")[0]
+    assert tags(run)["lossless"] == "unknown" and tags(run)["num_failures"] == "3"
+    found = {
+        name: run.data.metrics[f"measured.{name}.num_failed"]
+        for name in ("vl_baseline", "oracle", "ngram", "drafter_VL")
+    }
+    assert list(found.values()) == [0, 1, 0, 3]
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.endswith(" |") and " of 3 " in line]
+    assert [row[1] for row in rows] == ["3 of 3", "2 of 3", "3 of 3", "0 of 3"]
 
 
 def test_batches_of_questions_about_one_clip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -184,6 +185,22 @@ def test_every_config_is_lossless(
     drafted = [r for r in records if isinstance(r, Trace) and r.strategy == name]
     assert all(trace.gap_drafted or trace.cycle_drafted for trace in drafted)
     assert all(trace.parts[DRAFTING] > 0 for trace in drafted)
+
+
+def test_who_still_drafts_at_the_end_is_waited_for_within_the_answers_time(
+    engine: Engine, items: list[BenchItem]
+) -> None:
+    class Slow(Scripted):
+        def finish(self) -> list[Span]:
+            time.sleep(0.05)
+            return []
+
+    asked = items[0].media, items[0].sample.question
+    answer = engine.plain(*asked).token_ids
+    found = engine.speculate(*asked, Slow(answer, 0, 0), 3)
+    [said] = [span for span in found.timeline if span.what == "decode"]
+    assert found.total_ms >= said.end_ms + 50 and found.parts[DRAFTING] >= 50
+    assert sum(found.parts.values()) == pytest.approx(found.total_ms, abs=5)
 
 
 def test_the_drafter_process_gives_the_same_answers(

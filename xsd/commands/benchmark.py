@@ -85,7 +85,7 @@ def perform(config: Config) -> Product:
                 repeats=config.repeats, warmup=config.warmup, answers=known,
             )  # fmt: skip
         total = len(items) * len(strategies) * config.repeats
-        found = bench.check_failures(_shown(records, total), total, config.max_failures)
+        found = bench.check_failures(_shown(records, total), len(items), config.max_failures)
         bench_report.write(run, found, items, pair, config, strict_rows(strategies, config))
 
     return stage.perform(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -226,6 +227,24 @@ class Engine:
         gamma: int,
         policy: Policy,
     ) -> Decoded:
+        try:
+            return self._answer(media, question, speculator, gamma, policy)
+        except BaseException:
+            # The next answer finds all as if there had been none, and nobody still drafting.
+            self._cache.tree, self._cache.whole = None, False
+            if speculator is not None:
+                with suppress(Exception):  # the first error tells what went wrong
+                    speculator.finish()
+            raise
+
+    def _answer(
+        self,
+        media: Media,
+        question: str,
+        speculator: Speculator | None,
+        gamma: int,
+        policy: Policy,
+    ) -> Decoded:
         watch = Stopwatch(self._device)
         self._laps = laps = Laps()
         self._generator.manual_seed(self._seed if self._draws is None else self._draws)
@@ -251,7 +270,10 @@ class Engine:
         laps.lap(REST)
         result.timeline.append(Span("verifier", "decode", result.prefill_ms, result.total_ms))
         if speculator is not None:
+            # The next question would wait for who still drafts, so this answer's clock runs on.
             result.timeline.extend(speculator.finish())
+            result.total_ms = watch.ms()
+            laps.lap(DRAFTING)
             # By now the verifier has said what all drafts should have been, verified or not.
             drafts = self._gap.cut(len(tokens))
             policy.learn_gap(drafts, accepted_prefix_length(drafts.tokens, tokens))

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from xsd.types import Span, Strategy
 
 _STOP, _NUM_DRAFTS, _PROJECTED, _HANDED_OVER, _FINISH, _FAILED = range(6)
 _BEGAN_NS, _READY_NS, _DRAFTED_NS = range(3)
+_GONE = "the drafter process ended unexpectedly; see its output above"
 
 
 class _Shared:
@@ -135,25 +136,42 @@ class DrafterProcess:
         self._process = context.Process(target=_work, args=given, daemon=True, name="xsd-drafter")
         self._process.start()
         theirs.close()
-        self.receive()
+        self._owes_message = True
+        self._receive()
         self.reader = DrafterReader(drafter, memory)
         """Goes on from where the worker has come to."""
 
-    def receive(self) -> Any:
-        """The worker's next message.
+    def begin(self, strategy: Strategy, shapes: list[tuple[int, ...]], question: str) -> None:
+        """Give the worker a sample, whose images lie in shared memory.
+
+        Raises:
+            XsdError: it is gone.
+        """
+        try:
+            self.connection.send((strategy, shapes, question))
+        except OSError as error:
+            raise XsdError(_GONE) from error
+        self._owes_message = True
+
+    def end(self) -> None:
+        """Wait until the worker is through with its sample, if it has one.
 
         Raises:
             XsdError: it failed or died; with its reason where it could give one.
         """
+        self.shared.words["flags"][[_STOP, _FINISH]] = 1
+        if self._owes_message:
+            self._receive()
+
+    def _receive(self) -> None:
+        # Whatever comes now is all that comes: another message is the next sample's.
+        self._owes_message = False
         try:
-            status, value = self.connection.recv()
-        except EOFError as error:
-            raise XsdError(
-                "the drafter process ended unexpectedly; see its output above"
-            ) from error
-        if status != "ok":
-            raise XsdError(f"the drafter process failed: {value}")
-        return value
+            reason = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise XsdError(_GONE) from error
+        if reason is not None:
+            raise XsdError(f"the drafter process failed: {reason}")
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Watch a flag; notice when nobody is there to set it."""
@@ -164,7 +182,7 @@ class DrafterProcess:
             if spins % 64 == 0:
                 os.sched_yield()
                 if flags[_FAILED]:
-                    self.receive()
+                    self._receive()
                 if spins % 65536 == 0 and not self._process.is_alive():
                     raise XsdError("the drafter process died; see its output above")
 
@@ -208,7 +226,7 @@ class ProcessSpeculator:
         self._prefilled: Tensor | None = None
         self._head_began = False
         shapes = self._process.shared.put_images(media.event_images)
-        self._process.connection.send((self.strategy, shapes, question))
+        self._process.begin(self.strategy, shapes, question)
 
     def on_projected(self, visual: Float[Tensor, "K Dv"]) -> None:
         self._process.shared.visual[: len(visual)] = visual
@@ -260,8 +278,7 @@ class ProcessSpeculator:
             self._head_began = True
 
     def finish(self) -> list[Span]:
-        self._views["flags"][_STOP] = self._views["flags"][_FINISH] = 1
-        self._process.receive()
+        self._process.end()
         began, ready, drafted = (
             (int(t) - self._watch.origin_ns) / 1e6 for t in self._views["clock_ns"]
         )
@@ -292,13 +309,16 @@ def _work(
     shared: _Shared,
     connection: Connection,
 ) -> None:
-    """The process: load once, then a sample a message, until the pipe closes."""
+    """The process: load once, then a sample a message, until the pipe closes.
+
+    It answers each with one message: None, or why it failed.
+    """
     torch.set_num_threads(setup.num_threads)
     try:
         worker = _Worker(setup, tables, memory, shared)
-        connection.send(("ok", None))
+        connection.send(None)
     except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
+        connection.send(f"{type(error).__name__}: {error}")
         raise
     while True:
         try:
@@ -307,11 +327,13 @@ def _work(
             return
         try:
             worker.sample(strategy, shared.get_images(shapes), question)
-            connection.send(("ok", None))
-        except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+            reason = None
+        except Exception as error:  # noqa: BLE001 - raised by whoever waits for the sample
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+            # Before the message: once that is there, the flags are the next sample's.
             shared.words["flags"][_FAILED] = 1
-            raise
+        connection.send(reason)
 
 
 class _Worker:

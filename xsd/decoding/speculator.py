@@ -58,7 +58,8 @@ class Speculator(Protocol):
         """Draft what follows ``tokens``; ``states`` are the verifier's of its last m."""
 
     def finish(self) -> list[Span]:
-        """The answer is complete; what the drafter did, and when."""
+        """The answer is complete, or has failed (here perhaps, or in ``start``); what the drafter
+        did, and when. Nothing is done for the sample from here on."""
 
 
 class LocalSpeculator:

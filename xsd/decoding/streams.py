@@ -42,7 +42,6 @@ class StreamSpeculator:
         self._board = Board.of_threads(local.max_new_tokens)
 
     def start(self, media: Media, question: str, watch: Stopwatch) -> None:
-        self._join()
         self._stop, self._seen = Event(), Event()
         self._board.begin()
         self._visual: Tensor | None = None
