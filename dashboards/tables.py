@@ -135,6 +135,8 @@ def headline(measured: pd.DataFrame, evaluated: pd.DataFrame) -> dict[str, str]:
 
 
 def _verdict(row: pd.Series[Any]) -> str:
+    if row["lossless"] is None:
+        return "-"
     if not row["lossless"]:
         return f"no: {row['num_different'] - row['num_near_ties']:.0f} differ"
     return f"yes, {row['num_near_ties']:.0f} near ties" if row["num_near_ties"] > 0 else "yes"

@@ -89,7 +89,7 @@ def test_drafts_that_held_are_marked_and_nothing_else() -> None:
 
     def cycle(tokens: list[int], verified: int, path: list[int]) -> str:
         draft = watched.propose(tokens, state, 1)
-        watched.policy.learn(draft.cut(verified), path, 1.0, 1.0)
+        watched.policy.learn(draft.cut(verified), path)
         return out.getvalue()
 
     watched.gap_drafts()

@@ -325,11 +325,12 @@ def test_a_cycle_waits_once_for_the_device(
         max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0,
     )  # fmt: skip
     asked = items[0].media, items[0].sample.question
-    for _ in range(3):  # captures are made
-        answer = engine.speculate(*asked, party, 4)
     waits = []
     for max_new in (MAX_NEW // 2, MAX_NEW):
         engine.max_new_tokens = max_new
+        for _ in range(3):  # captures are made
+            answer = engine.speculate(*asked, party, 4)
+        assert not answer.made_captures
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:

@@ -12,7 +12,7 @@ from xsd.adapters import checkpoint
 from xsd.decoding.accept import Draft
 from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
-from xsd.decoding.policy import Adaptive, Costs, Policy, joint_chances, row_sizes
+from xsd.decoding.policy import Adaptive, Costs, Policy, Way, joint_chances, row_sizes
 from xsd.kernels import rule as rules
 from xsd.pairs.base import ModelPair
 
@@ -40,7 +40,8 @@ def live(policy: Policy, costs: Costs, rate: float, sure: float, cycles: int = 4
         while len(path) < len(draft) and chance.random() < rate:
             path.append(len(path))
         if drafting_ms:
-            policy.learn(draft, path, 3 * drafting_ms, 3 * costs.verify(len(draft) + 1))
+            policy.time(draft, 3 * drafting_ms, 3 * costs.verify(len(draft) + 1))
+            policy.learn(draft, path)
         spent += drafting_ms + costs.verify(len(draft) + 1)
         said += len(path) + 1
     return spent / (said * costs.step)
@@ -95,7 +96,8 @@ def grow(policy: Policy, costs: Costs, first: float, branches: bool, cycles: int
             else:
                 break
         # The first level costs what every other does, and the clock says so.
-        policy.learn(draft, path, 0.1 * depth, costs.verify(len(draft) + 1))
+        policy.time(draft, 0.1 * depth, costs.verify(len(draft) + 1))
+        policy.learn(draft, path)
         spent += 0.1 * depth + costs.verify(len(draft) + 1)
         said += len(path) + 1
     return spent / said
@@ -174,15 +176,18 @@ def test_what_drafting_costs_is_learnt_warm() -> None:
     draft = Draft([1], confidence=[0.9])
     for _ in range(30):
         policy.way(["all"])
-        policy.learn(draft, [0], 50.0, 20.0)
-        policy.learn(draft, [0], 0.1, CHEAP.verify(2))
+        policy.time(draft, 50.0, 20.0)
+        policy.learn(draft, [0])
+        policy.time(draft, 0.1, CHEAP.verify(2))
+        policy.learn(draft, [0])
     assert policy.drafting_ms == pytest.approx((0.1, 0.1), rel=0.25)
 
 
 def test_confidence_is_set_right() -> None:
     policy = Adaptive(CHEAP)
     for _ in range(50):
-        policy.learn(Draft([1], confidence=[0.95]), [], 0.1, 1.0)
+        policy.time(Draft([1], confidence=[0.95]), 0.1, 1.0)
+        policy.learn(Draft([1], confidence=[0.95]), [])
     assert policy.chance(0.95) < 0.1
     assert policy.chance(0.35) == pytest.approx(0.35)
 
@@ -253,7 +258,8 @@ def test_whoever_drafts_in_vain_rests_for_whole_answers() -> None:
     for _ in range(3000):
         if policy.depth(4):
             cycles += 1
-            policy.learn(Draft([1], confidence=[0.9]), [], 1.0, 1.05)
+            policy.time(Draft([1], confidence=[0.9]), 1.0, 1.05)
+            policy.learn(Draft([1], confidence=[0.9]), [])
     assert cycles < 60
     assert policy.way(["plain", "all"]) == "plain" or policy.rule[3][rules.LEFT] < 32
     policy.rule[3][rules.LEFT] = 100.0
@@ -272,3 +278,23 @@ def test_passes_get_the_rows_that_cost_least() -> None:
     # What may be noise is none of our business, nor is what always rises.
     assert row_sizes((10.0, 10.2, 9.9, 10.4)) == (1, 2, 3, 4)
     assert row_sizes((1.0, 2.0, 3.0)) == (1, 2, 3)
+
+
+def test_a_cycle_that_nobody_timed_says_nothing_of_what_drafting_costs() -> None:
+    """As one in which a capture was made, which takes a thousand times as long as its replay."""
+    policy = Adaptive(CHEAP)
+    for _ in range(5):
+        policy.learn(Draft([1], confidence=[0.95]), [0])
+    assert policy.drafting_ms == (0.0, 0.0) and policy.depth(4) == 4
+
+
+def test_an_answer_that_made_captures_is_not_held_against_its_way() -> None:
+    policy = Adaptive(CHEAP, is_timed=True)
+    ways: list[Way] = ["plain", "all"]
+    slow, fast, plain = (Decoded([0] * 61, total_ms=ms) for ms in (500.0, 40.0, 70.0))
+    slow.made_captures = True
+    for number in range(20):
+        way = policy.way(ways)
+        drafted = slow if number < 6 else fast
+        policy.learn_answer(way, plain if way == "plain" else drafted)
+    assert policy.way(ways) == "all"

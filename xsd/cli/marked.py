@@ -161,8 +161,9 @@ class _Told(Policy):
     def select(self, draft: Draft) -> Draft:
         return self._policy.select(draft)
 
-    def learn(
-        self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
-    ) -> None:
+    def learn(self, draft: Draft, path: Sequence[int]) -> None:
         self._watched.held(len(path))
-        self._policy.learn(draft, path, drafting_ms, verifying_ms)
+        self._policy.learn(draft, path)
+
+    def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
+        self._policy.time(draft, drafting_ms, verifying_ms)

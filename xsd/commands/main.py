@@ -222,6 +222,7 @@ def _config_table(product: Product) -> str:
             "yes" if row["lossless"] else "NO",
         )
         for row in read_json(path)["summary"]
+        if row.get("num_samples", 1)
     ]
     return _aligned(rows)
 

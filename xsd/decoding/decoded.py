@@ -30,6 +30,8 @@ class Decoded:
     cycle_drafted: list[int] = field(default_factory=list)
     cycle_accepted: list[int] = field(default_factory=list)
     timeline: list[Span] = field(default_factory=list)
+    made_captures: bool = False
+    """Whether it took longer for what need not be done again."""
 
     @property
     def decode_ms(self) -> float:

@@ -44,6 +44,7 @@ from xsd.decoding.speculator import Speculator
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Prompt, Scored
 from xsd.pairs.cache import TreeRows
+from xsd.pairs.capture import Made
 from xsd.pairs.device import to_device
 from xsd.types import Span
 
@@ -245,7 +246,7 @@ class Engine:
         gamma: int,
         policy: Policy,
     ) -> Decoded:
-        watch = Stopwatch(self._device)
+        watch, num_captures = Stopwatch(self._device), Made.count
         self._laps = laps = Laps()
         self._generator.manual_seed(self._seed if self._draws is None else self._draws)
         result = Decoded(parts=laps.ms)
@@ -277,6 +278,7 @@ class Engine:
             # By now the verifier has said what all drafts should have been, verified or not.
             drafts = self._gap.cut(len(tokens))
             policy.learn_gap(drafts, accepted_prefix_length(drafts.tokens, tokens))
+        result.made_captures = Made.count > num_captures
         return result
 
     def _cycles(
@@ -292,7 +294,7 @@ class Engine:
         while not self._finished(tokens):
             # The verifier's own token ends the answer: one draft less than there is room.
             depth = min(gamma, self.max_new_tokens - len(tokens) - 1)
-            draft = NO_DRAFT
+            draft, num_captures = NO_DRAFT, Made.count
             drafting_ms = 0.0
             self._laps.lap(REST)
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
@@ -316,7 +318,9 @@ class Engine:
                 policy.rested(len(states) - 1)
             verifying_ms = self._lap_passes()
             if drafting_ms:
-                policy.learn(draft, path, drafting_ms, verifying_ms)
+                if Made.count == num_captures:
+                    policy.time(draft, drafting_ms, verifying_ms)
+                policy.learn(draft, path)
             unseen.append(states)
 
     def _unread_cycle(
@@ -332,7 +336,7 @@ class Engine:
         unread = getattr(speculator, "unread", None)
         if unread is None or not self._reads_late or policy.reads_first(depth):
             return None
-        tokens, begun = result.token_ids, Mark(self._device)
+        tokens, begun, num_captures = result.token_ids, Mark(self._device), Made.count
         drafted: Tensor | None = unread(tokens, seen, depth)
         if drafted is None:
             return None
@@ -351,7 +355,9 @@ class Engine:
         result.cycle_drafted.append(len(draft))
         result.cycle_accepted.append(len(path))
         spent_ms = self._laps.lap(PASSES, {DRAFTING: drafting_ms})
-        policy.learn(draft, path, drafting_ms, spent_ms - drafting_ms)
+        if Made.count == num_captures:
+            policy.time(draft, drafting_ms, spent_ms - drafting_ms)
+        policy.learn(draft, path)
         return scored.states[: len(said)]
 
     def _lap_passes(self) -> float:

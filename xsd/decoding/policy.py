@@ -166,10 +166,12 @@ class Policy:
         """What of it to verify."""
         return draft
 
-    def learn(
-        self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
-    ) -> None:
+    def learn(self, draft: Draft, path: Sequence[int]) -> None:
         """What became of a cycle: ``path`` held (see ``accept``); ``draft`` was verified."""
+
+    def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
+        """What it took, before ``learn`` is told of it; not of a cycle in which something was done
+        that need not be done again."""
 
 
 class Adaptive(Policy):
@@ -220,7 +222,7 @@ class Adaptive(Policy):
         num_tokens = len(answer.token_ids)
         if way == "plain":
             self.rested(num_tokens - 1)
-        if not self._is_timed or num_tokens < 2:
+        if not self._is_timed or num_tokens < 2 or answer.made_captures:
             return
         tried = self._ways.setdefault(way, _Tried())
         tried.times.append(answer.total_ms / self.costs.plain_ms(num_tokens))
@@ -273,20 +275,18 @@ class Adaptive(Policy):
             return draft
         return draft.cut(self._best_size(joint_chances(self._told(draft), self)))
 
-    def learn(
-        self, draft: Draft, path: Sequence[int], drafting_ms: float, verifying_ms: float
-    ) -> None:
-        num_levels = max(1, draft.depth)
+    def learn(self, draft: Draft, path: Sequence[int]) -> None:
+        told = _as_arrays(self._told(draft))
+        rules.learn(self.rule, *told, np.array(path, np.int64), max(1, draft.depth))
+
+    def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
+        # Follows what drafting costs by now, and how busy the machine is, as medians: one that
+        # was busy for a moment is no slower for that.
         if self._is_cold:
             self._is_cold = False
-        else:
-            self._follow(drafting_ms / num_levels, verifying_ms, len(draft) + 1)
-        told = _as_arrays(self._told(draft))
-        rules.learn(self.rule, *told, np.array(path, np.int64), num_levels)
-
-    def _follow(self, level_ms: float, pass_ms: float, num_rows: int) -> None:
-        """What drafting costs by now, and how busy the machine is: the medians, for one that was
-        busy for a moment is no slower for that."""
+            return
+        level_ms, pass_ms = drafting_ms / max(1, draft.depth), verifying_ms
+        num_rows = len(draft) + 1
         self._load *= 1.05 if pass_ms > self._load * self.costs.verify(num_rows) else 0.95
         pace = self.rule[3]
         known_ms = float(pace[rules.LEVEL_MS]) or level_ms / self._load

@@ -11,6 +11,12 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+class Made:
+    """How many captures this process has made: who times work leaves out what made one."""
+
+    count = 0
+
+
 class Lane:
     """Where captures that never run at once are made: they share their scratch memory."""
 
@@ -27,6 +33,7 @@ class Capture(Generic[T]):
 
     def __init__(self, work: Callable[[], T], lane: Lane) -> None:
         """``work`` runs once here, so that what its first run allocates and compiles exists."""
+        Made.count += 1
         self._graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(lane.device)
         lane.stream.wait_stream(current)

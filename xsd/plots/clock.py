@@ -80,7 +80,8 @@ def speedup_comparison(traces: Sequence[Trace]) -> go.Figure:
         dots = points[points["kind"] == group]
         _add_spread(made, dots, rows, group)
     for row in table.itertuples():
-        verdict = "" if row.lossless else "  <b>not lossless</b>"
+        # None: no sample was decoded that could tell.
+        verdict = "  <b>not lossless</b>" if row.lossless is False else ""
         # A policy that leaves its drafts off makes a config plain decoding, not a free one.
         share = f"{row.share_drafting:.0%}"
         rests = "" if share == "100%" or row.strategy == AGAIN else f"  drafting {share}"
