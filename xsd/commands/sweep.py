@@ -285,19 +285,12 @@ def _trial_folder(folder: Path, number: int) -> Path:
 
 def _measured(run: str) -> dict[str, float] | None:
     """What the finished run of a trial measured; None: it did not finish."""
-    from mlflow.exceptions import MlflowException
+    from xsd.tracking import query
 
-    from xsd.tracking import store
-
-    try:
-        found = store.client().get_run(run.removeprefix("runs:/"))
-    except MlflowException:
+    metrics, mark = query.finished_metrics(run), "measured."
+    if metrics is None:
         return None
-    if found.info.status != "FINISHED":
-        return None
-    metrics = found.data.metrics.items()
-    mark = "measured."
-    return {name.removeprefix(mark): x for name, x in metrics if name.startswith(mark)}
+    return {name.removeprefix(mark): x for name, x in metrics.items() if name.startswith(mark)}
 
 
 def _searchable() -> list[str]:

@@ -76,6 +76,17 @@ def history(run_ids: Iterable[str], metrics: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run_id", "metric", "step", "value"])
 
 
+def finished_metrics(uri: str) -> dict[str, float] | None:
+    """The last value of each metric of a run, ``runs:/<id>``; None: it did not finish, or is gone."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = store.client().get_run(uri.removeprefix("runs:/"))
+    except MlflowException:
+        return None
+    return dict(run.data.metrics) if run.info.status == "FINISHED" else None
+
+
 def table(run_id: str, name: str) -> pd.DataFrame:
     """A table that ``Run.table`` kept.
 
