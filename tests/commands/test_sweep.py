@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from tests.commands.conftest import World, drawn, tags, xsd
 from xsd.adapters import checkpoint
+from xsd.commands import sweep
+from xsd.config import parse
 from xsd.tracking import products, query, store
 
 SPACE = """
@@ -185,6 +188,30 @@ def test_killed_at_random_moments_it_gives_what_an_unbroken_one_does(
         # Whoever trained which epoch.
         curve = _curve(store.client().get_run(uri.removeprefix("runs:/")))
         assert len(curve) == 25
+
+
+def test_a_trial_whose_run_ended_is_told_not_trained_again(
+    words: list[Any], runs: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between the end of its run and the study's being told."""
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "tell", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            flags = [str(word) for word in (*words[1:], "--num_trials", 1)]
+            sweep.run(parse(sweep.Config, flags, prog="xsd sweep"))
+    condition = "tags.stage = 'trial' AND attributes.status = 'FINISHED'"
+    [ended] = store.client().search_runs(store.experiment_ids(), condition)
+    xsd(*words, "--num_trials", 1)
+    assert len(store.client().search_runs(store.experiment_ids(), condition)) == 1
+    [parent] = [run for run in runs("sweep") if run.info.status == "FINISHED"]
+    [trial] = query.table(parent.info.run_id, "trials").to_dict("records")
+    assert (trial["state"], trial["run"]) == ("complete", f"runs:/{ended.info.run_id}")
+    best = max(point.value for point in _curve(ended))
+    assert trial["accept_length"] == pytest.approx(best, abs=1e-6)
 
 
 @pytest.mark.parametrize(

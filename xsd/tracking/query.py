@@ -77,7 +77,7 @@ def history(run_ids: Iterable[str], metrics: Sequence[str]) -> pd.DataFrame:
 
 
 def finished_metrics(uri: str) -> dict[str, float] | None:
-    """The last value of each metric of a run, ``runs:/<id>``; None: it did not finish, or is gone."""
+    """The last value of each metric of a run, ``runs:/<id>``; None: not finished, or gone."""
     from mlflow.exceptions import MlflowException
 
     try:
