@@ -10,8 +10,9 @@ PIXELS, VISION, PREFILL = "pixels", "vision", "language prefill"
 DRAFTING, PASSES, LM_HEAD, REST = "drafting", "verifier passes", "LM head", "rest"
 PARTS = (PIXELS, VISION, PREFILL, DRAFTING, PASSES, LM_HEAD, REST)
 """Image processor; vision tower and projector; the prompt's way through the language model; waiting
-for drafts, in the gap and in decode; passes of decode, plain steps too; choosing tokens after the
-prefill and in compiled passes (others choose within their pass); all else."""
+for drafts, in the gap, in decode, and at the end for who still drafts; passes of decode, plain
+steps too; choosing tokens after the prefill and in compiled passes (others choose within their
+pass); all else."""
 
 
 @dataclass
