@@ -298,3 +298,12 @@ def test_an_answer_that_made_captures_is_not_held_against_its_way() -> None:
         drafted = slow if number < 6 else fast
         policy.learn_answer(way, plain if way == "plain" else drafted)
     assert policy.way(ways) == "all"
+
+
+def test_passes_that_take_less_than_was_measured_make_drafting_no_dearer() -> None:
+    """As those that are begun while a GPU still drafts."""
+    policy = Adaptive(CHEAP)
+    for _ in range(200):
+        policy.time(Draft([1, 2], confidence=[0.9, 0.9]), 0.2, 0.1)
+        policy.learn(Draft([1, 2], confidence=[0.9, 0.9]), [0])
+    assert policy.drafting_ms[1] == pytest.approx(0.1, rel=0.15)

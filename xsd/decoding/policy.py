@@ -287,7 +287,10 @@ class Adaptive(Policy):
             return
         level_ms, pass_ms = drafting_ms / max(1, draft.depth), verifying_ms
         num_rows = len(draft) + 1
-        self._load *= 1.05 if pass_ms > self._load * self.costs.verify(num_rows) else 0.95
+        step = 1.05 if pass_ms > self._load * self.costs.verify(num_rows) else 0.95
+        # The costs are those of a machine with nothing else to do. A pass that takes less was begun
+        # while the device still drafted, which makes drafting no dearer.
+        self._load = max(1.0, step * self._load)
         pace = self.rule[3]
         known_ms = float(pace[rules.LEVEL_MS]) or level_ms / self._load
         pace[rules.LEVEL_MS] = known_ms * (1.05 if level_ms > self._load * known_ms else 0.95)
