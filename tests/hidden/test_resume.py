@@ -145,6 +145,18 @@ def _extract_in_child(pair: ModelPair, scenes: list[Scene], folder: Path) -> Non
     os._exit(0)
 
 
+def test_what_a_killed_process_left_half_written_goes(
+    work: Work, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Our own temporary files, and those that safetensors makes within."""
+    for name in (".chunk_000000.safetensors.7.tmp.safetensors", ".tmpapa25G"):
+        path = tmp_path / "chunks" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    work.go_on(tmp_path)
+    assert files(tmp_path) == whole
+
+
 @pytest.mark.slow
 def test_sigkill_at_random_moments(
     pair: ModelPair, scenes: list[Scene], whole: dict[str, bytes], tmp_path: Path

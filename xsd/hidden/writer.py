@@ -81,7 +81,8 @@ class HiddenWriter:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder / ".lock", timeout=0):
-                for leftover in folder.rglob(".*.tmp*"):
+                # Of ours, and of the library's own writing within.
+                for leftover in (*folder.rglob(".*.tmp*"), *folder.rglob(".tmp*")):
                     leftover.unlink()
                 writer = cls(folder, _begin(folder, header), plan)
                 try:
