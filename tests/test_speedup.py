@@ -63,6 +63,31 @@ class TestMeasured:
         assert fast["share_slower"] == 0
         assert fast["total_ms"] == 175
 
+    def test_plain_decoding_is_that_beside_the_strategy(self) -> None:
+        """A machine that was slower in one repeat and for one strategy is not the strategy's."""
+        times = [(0, 50.0, 100.0), (1, 200.0, 400.0), (2, 90.0, 150.0)]
+        traces = [
+            *(trace("vl_baseline", "a", 100.0, repeat=repeat) for repeat in range(3)),
+            *(
+                trace(
+                    "E1",
+                    "a",
+                    ms,
+                    repeat=repeat,
+                    beside={"prefill_ms": 40.0, "decode_ms": plain - 40.0, "total_ms": plain},
+                )
+                for repeat, ms, plain in times
+            ),
+        ]
+        fast = row(traces, "E1")
+        assert fast["ratio_mean"] == pytest.approx(2.0)  # the median of 2, 2 and 1.67
+        assert fast["time_p95"] == pytest.approx(0.5)
+        assert fast["speedup"] == pytest.approx(150 / 90)  # a median over a median
+        assert fast["decode_speedup"] == pytest.approx(110 / 50)
+        assert fast["total_ms"] == pytest.approx(90.0)
+        plain = row(traces, "vl_baseline")
+        assert plain["speedup"] == plain["ratio_mean"] == 1.0
+
     def test_baseline_is_one_and_first(self) -> None:
         frame = measured([*PLAIN, trace("E1", "a", 90.0), trace("E1", "b", 310.0)])
         assert list(frame["strategy"]) == ["vl_baseline", "E1"]

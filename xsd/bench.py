@@ -20,6 +20,7 @@ import torch
 from xsd.adapters import checkpoint
 from xsd.adapters.base import Adapter
 from xsd.bench_config import BenchConfig
+from xsd.bench_turns import UNFIT, Turn, beside_plain
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Sampling
 from xsd.decoding.config import BASELINE, DecodingConfig
@@ -67,10 +68,6 @@ class BenchItem:
     """Decoding the files: outside the clock, the same for all strategies."""
     other_events: Media
     """The same frames with another scene's events (control ``shuffled_events``)."""
-
-
-UNFIT = (RuntimeError, ValueError, OSError, XsdError)
-"""What one sample may raise while the next may well succeed: it counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -293,32 +290,25 @@ class Bench:
         return decoded
 
     def sample(self, item: BenchItem, repeat: int) -> Iterator[Trace | Failure]:
-        """Every strategy on one item, held to what plain decoding said before the clock ran.
-
-        They take turns, the baseline too, in an order drawn anew for every item and repeat: what
-        a strategy leaves behind (caches, a clock that heat has slowed) is then not always the same
-        one's loss, and nobody is always the one who meets an item's media cold.
-        """
+        """Every strategy on one item, held to what plain decoding said before the clock ran, and
+        timed beside plain decoding (``beside_plain``)."""
         try:
             plain = self.decode(item, self.strategies[0]).token_ids
+            seed = f"{item.sample.key} {repeat}"
+            turns = list(beside_plain(self.strategies, lambda s: [self.decode(item, s)], seed))
         except UNFIT as error:
             yield _failure(item, self.strategies[0], error)
             return
-        order = list(self.strategies)
-        random.Random(f"{item.sample.key} {repeat}").shuffle(order)
-        found: dict[str, Trace | Failure] = {}
-        for strategy in order:
-            try:
-                decoded = self.decode(item, strategy)
-            except UNFIT as error:
-                found[strategy.name] = _failure(item, strategy, error)
+        for turn in turns:
+            if isinstance(turn.decoded, Exception):
+                yield _failure(item, turn.strategy, turn.decoded)
             else:
-                found[strategy.name] = self._trace(item, strategy, repeat, decoded, plain)
-        yield from (found[s.name] for s in self.strategies)
+                yield self._trace(item, turn, repeat, turn.decoded[0], plain)
 
     def _trace(
-        self, item: BenchItem, strategy: Strategy, repeat: int, decoded: Decoded, plain: list[int]
+        self, item: BenchItem, turn: Turn, repeat: int, decoded: Decoded, plain: list[int]
     ) -> Trace:
+        strategy = turn.strategy
         # What is drawn agrees in distribution, not token by token.
         is_drawn = self._sampling is not None
         differs = None if is_drawn else first_difference(decoded.token_ids, plain)
@@ -350,6 +340,7 @@ class Bench:
             ),
             timeline=tuple(decoded.timeline),
             parts=dict(decoded.parts),
+            beside=turn.beside,
             modelled_ms=self._modelled_ms(strategy, decoded),
         )
 

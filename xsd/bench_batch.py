@@ -9,12 +9,10 @@ what batching itself is worth.
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xsd.bench import (
-    UNFIT,
     BenchItem,
     Failure,
     draws_of,
@@ -26,6 +24,7 @@ from xsd.bench import (
     sampling_of,
 )
 from xsd.bench_config import BenchConfig
+from xsd.bench_turns import UNFIT, Turn, beside_plain
 from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, SeparateRows
 from xsd.decoding.controls import Known, NGramHead, OracleHead
 from xsd.decoding.decoded import Decoded
@@ -144,36 +143,29 @@ class BatchBench:
         return self.engine.plain(item.media, item.sample.question)
 
     def batch(self, batch: Batch, repeat: int) -> Iterator[Trace | Failure]:
-        """One by one, then every strategy, in an order as ``bench.Bench.sample`` draws it; a batch
-        fails as a whole."""
+        """One by one, then every strategy beside plain decoding of the same batch; a batch fails as
+        a whole."""
         try:
             alone = [self._alone(item) for item in batch]
+            for known, plain in zip(self._known, alone, strict=False):
+                known.answer = plain.token_ids
+            seed = f"{batch[0].sample.key} {repeat}"
+            turns = list(beside_plain(self.strategies, lambda s: self.decode(batch, s), seed))
         except UNFIT as error:
             yield from _failures(batch, self.strategies[0], error)
             return
-        for known, plain in zip(self._known, alone, strict=False):
-            known.answer = plain.token_ids
-        order = list(self.strategies)
-        random.Random(f"{batch[0].sample.key} {repeat}").shuffle(order)
-        found: dict[str, list[Trace | Failure]] = {}
-        for strategy in order:
-            try:
-                decoded = self.decode(batch, strategy)
-            except UNFIT as error:
-                found[strategy.name] = list(_failures(batch, strategy, error))
-            else:
-                found[strategy.name] = [
-                    self._trace(batch, item, strategy, repeat, answer, plain)
-                    for item, answer, plain in zip(batch, decoded, alone, strict=True)
-                ]
-        for strategy in self.strategies:
-            yield from found[strategy.name]
+        for turn in turns:
+            if isinstance(turn.decoded, Exception):
+                yield from _failures(batch, turn.strategy, turn.decoded)
+                continue
+            for item, answer, plain in zip(batch, turn.decoded, alone, strict=True):
+                yield self._trace(batch, item, turn, repeat, answer, plain)
 
     def _trace(
         self,
         batch: Batch,
         item: BenchItem,
-        strategy: Strategy,
+        turn: Turn,
         repeat: int,
         decoded: Decoded,
         plain: Decoded,
@@ -186,7 +178,7 @@ class BatchBench:
         sizes = {len(batch) * (1 + drafted) for drafted in (0, *decoded.cycle_drafted)}
         return Trace(
             sample_key=item.sample.key,
-            strategy=strategy.name,
+            strategy=turn.strategy.name,
             repeat=repeat,
             question=item.sample.question,
             token_ids=tuple(decoded.token_ids),
@@ -208,6 +200,7 @@ class BatchBench:
             batch=batch[0].sample.key,
             batch_size=len(batch),
             alone_ms=plain.total_ms,
+            beside=turn.beside,
         )
 
 

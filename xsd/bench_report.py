@@ -100,6 +100,7 @@ def traces_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     for trace in traces:
         row = asdict(trace)
         del row["timeline"], row["parts"], row["batch"], row["batch_size"], row["alone_ms"]
+        row["beside_ms"] = row.pop("beside").get("total_ms")
         for name in ("token_ids", "cycle_drafted", "cycle_accepted"):
             row[name] = " ".join(str(number) for number in row[name])
         rows.append(row)

@@ -4,13 +4,14 @@ Pure: no clock, no models, no files. Times are in milliseconds and a speedup is 
 speculative time. What is *measured* comes from traces alone, what is *modelled* from ``Costs``
 and counts alone, and no number is ever both.
 
-Measured. Both sides of a ratio are the same samples in the same repeats; a sample that one side
-lacks in any repeat (it failed there) leaves both sides and is counted; what was said of it in other
-repeats still tells whether answers stayed the same. Repeats become a median per
-sample first. The headline is the pooled ratio, sum over sum: it is what a user waits for, whereas
-the mean of per-sample ratios weighs a short answer as much as a long one. Of samples that were
-decoded together only their batch has a time: sums, means and ratios are then over batches, counts
-over samples.
+Measured. Both sides of a ratio are the same samples in the same repeats, and plain decoding's time
+is that of its runs right before and after (``Trace.beside``). A sample that one side lacks in any
+repeat (it failed there) leaves both sides and is counted; what was said of it in other repeats
+still tells whether answers stayed the same. Repeats become a median per sample first: of times
+where samples are pooled, of ratios where they are compared. The headline is the pooled ratio, sum
+over sum: it is what a user waits for, whereas the mean of per-sample ratios weighs a short answer
+as much as a long one. Of samples that were decoded together only their batch has a time: sums,
+means and ratios are then over batches, counts over samples.
 
 Modelled. Beside every measured speedup stands the one that costs measured before the benchmark and
 the trace's own counts give (``Trace.modelled_ms``): where they differ, something takes time that
@@ -59,12 +60,12 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
     """One row a strategy and sample that it shares with ``baseline``.
 
     Columns: strategy, sample_key, batch (its first sample's key; the same for all in it) and
-    batch_size, times (of the batch; median over repeats), modelled_ms, ``baseline_`` times,
-    alone_ms (plain decoding of this sample alone; NaN where it was not decoded in a batch), ratio
-    (> 1: faster than plain decoding), counts (mean over repeats; ``accepted`` adds gap and decode,
-    ``num_early`` tokens stood before decode began, ``num_calls`` verifier calls said the others,
-    ``has_drafts``: any were verified at all),
-    differs and excused (by a near tie).
+    batch_size, times (of the batch; median over repeats), modelled_ms, ``baseline_`` times (of the
+    runs beside it), alone_ms (plain decoding of this sample alone; NaN where it was not decoded in
+    a batch), ratio (> 1: faster than plain decoding; median over repeats), counts (mean over
+    repeats; ``accepted`` adds gap and decode, ``num_early`` tokens stood before decode began,
+    ``num_calls`` verifier calls said the others, ``has_drafts``: any were verified at all), differs
+    and excused (by a near tie).
 
     Raises:
         XsdError: no traces of ``baseline``.
@@ -75,19 +76,20 @@ def per_sample(traces: Iterable[Trace], baseline: str = BASELINE) -> pd.DataFram
         raise XsdError(f"no traces of {baseline!r}; add it to the configs, every ratio needs it")
     keys = ["sample_key", "repeat"]
     plain = frame.loc[frame["strategy"] == baseline, [*keys, *times]]
-    both = frame.merge(
-        plain.rename(columns=dict(zip(times, _BASELINE_TIMES, strict=True))), on=keys
-    )
+    # What ran beside a trace is in it; the baseline's trace stands in for where nothing did.
+    own = plain.rename(columns=dict(zip(times, _BASELINE_TIMES, strict=True)))
+    both = frame.merge(own, on=keys, suffixes=("_beside", ""))
+    for name in _BASELINE_TIMES:
+        both[name] = both[f"{name}_beside"].fillna(both[name])
+    both["ratio"] = both["baseline_total_ms"] / both["total_ms"]
     one = both.groupby(["strategy", "sample_key"])["repeat"]
     both = both[one.transform("nunique") == frame["repeat"].nunique()]
-    how: dict[str, str] = dict.fromkeys((*times, *_BASELINE_TIMES), "median")
+    how: dict[str, str] = dict.fromkeys((*times, *_BASELINE_TIMES, "ratio"), "median")
     how |= dict.fromkeys(_COUNTS, "mean")
     how |= {"batch": "first", "batch_size": "first", "alone_ms": "median"}
     # A sample is excused only if every repeat that differs is.
     how |= {"differs": "max", "excused": "min"}
-    rows = both.groupby(["strategy", "sample_key"], sort=False).agg(how).reset_index()
-    rows["ratio"] = rows["baseline_total_ms"] / rows["total_ms"]
-    return rows
+    return both.groupby(["strategy", "sample_key"], sort=False).agg(how).reset_index()
 
 
 def measured(
@@ -192,6 +194,7 @@ def _row(trace: Trace) -> dict[str, object]:
         "decode_ms": trace.decode_ms,
         "modelled_ms": math.nan if trace.modelled_ms is None else trace.modelled_ms,
         "total_ms": trace.total_ms,
+        **{name: trace.beside.get(name[len("baseline_") :], math.nan) for name in _BASELINE_TIMES},
         "num_tokens": len(trace.token_ids),
         "num_free": trace.num_free,
         "drafted": trace.gap_drafted + sum(trace.cycle_drafted),

@@ -141,6 +141,9 @@ class Trace:
     batch_size: int = 1
     alone_ms: float | None = None
     """Plain decoding of this sample alone, measured beside its batch."""
+    beside: Mapping[str, float] = field(default_factory=dict)
+    """Plain decoding of the same sample (or batch) right before and right after, on average:
+    ``prefill_ms``, ``decode_ms`` and ``total_ms``. Empty: only the baseline's own trace tells."""
     modelled_ms: float | None = None
     """What costs that were measured before the benchmark, and this trace's counts, give for the
     whole answer: no reading of its clock. None: the costs are not known."""

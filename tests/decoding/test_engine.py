@@ -22,7 +22,7 @@ from xsd.decoding.config import (
     GAP_LEVELS,
     DecodingConfig,
 )
-from xsd.decoding.decoded import DRAFTING, PARTS, PASSES, PREFILL, Decoded
+from xsd.decoding.decoded import DRAFTING, PARTS, PASSES, PREFILL
 from xsd.decoding.engine import Engine
 from xsd.decoding.policy import Costs
 from xsd.decoding.strategies import parse
@@ -30,7 +30,7 @@ from xsd.errors import XsdError
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.generate import generate
-from xsd.types import Span, Strategy, Trace
+from xsd.types import Span, Trace
 
 MAX_NEW = 30
 
@@ -260,32 +260,6 @@ def test_plain_decoding_against_itself_is_a_config_like_any_other(
     for record in records:
         assert isinstance(record, Trace) and record.lossless
         assert not record.cycle_drafted and not record.parts.get(DRAFTING)
-
-
-def test_no_strategy_always_goes_first(
-    pair: ModelPair, items: list[BenchItem], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first to answer is the one who meets an item's media cold."""
-    order: list[str] = []
-    decode = bench.Bench.decode
-
-    def noted(self: bench.Bench, item: BenchItem, strategy: Strategy) -> Decoded:
-        order.append(strategy.name)
-        return decode(self, item, strategy)
-
-    monkeypatch.setattr(bench.Bench, "decode", noted)
-    names = [BASELINE, AGAIN, "ngram"]
-    answers = [(item.sample.question, (5, 6, 7)) for item in items]
-    list(
-        bench.run(
-            pair, PairConfig(device="cpu"), items, [parse(n, 2) for n in names], {}, {},
-            DecodingConfig(max_new_tokens=4), repeats=8, warmup=0, timed=False, answers=answers,
-        )
-    )  # fmt: skip
-    rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
-    # Before the clock plain decoding says what the others are held to.
-    assert all(one[0] == BASELINE and sorted(one[1:]) == sorted(names) for one in rounds)
-    assert {one[1] for one in rounds} == {one[3] for one in rounds} == set(names)
 
 
 def test_shuffled_events_change_the_drafts_but_not_the_answer(
