@@ -45,6 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "bf16": {"mixed_precision": "bf16"},
     "fp32-compiled": {"mixed_precision": "no", "compile": True},
     "bf16-compiled": {"mixed_precision": "bf16", "compile": True},
+    "bf16-unkept": {"mixed_precision": "bf16", "keep": False},
 }
 
 
@@ -167,17 +168,19 @@ class Bench:
             seed=seed,
             device=self.device,
         )
+        how = dict(how)
+        # Kept as ``train`` keeps it unless said: that is part of the price of a step.
+        keep = how.pop("keep", True)
         config = replace(self.config, seed=seed, **how)
         metric = adapter.row.selection_metric
         with tempfile.TemporaryDirectory() as folder:
-            # Kept as ``train`` keeps it: that is part of the price of a step.
             reports = fit(
                 adapter,
                 batches,
                 config,
                 lambda _: {metric: 0.0},
                 lm_head=self.lm_head,
-                state=Path(folder) / "state.safetensors",
+                state=Path(folder) / "state.safetensors" if keep else None,
                 times=times,
             )
             yield from (adapter for _ in reports)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ from xsd.files import sha256_json
 from xsd.learning.batches import TrainBatch
 from xsd.learning.config import FitConfig
 from xsd.learning.cpu import CpuOps
+from xsd.learning.keeper import Keeper, wait_for_keeper
 from xsd.learning.latest import Latest, settle
 from xsd.learning.losses import adapter_loss
 from xsd.learning.state import FitState, load_state, save_state, tensors_of
@@ -85,28 +87,29 @@ def fit(
         training.num_batches = len(batches)
     if times is not None:
         training.part = times.part
-    while not training.is_over:
-        started = time.perf_counter()
-        epoch = training.progress.epoch
-        loss = training.run_epoch(batches)
-        rate = training.learning_rate(training.progress.step - 1)
-        adapter.eval()
-        metrics = dict(scorer(adapter))
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise _diverged(f"validation {name}", value, f"epoch {epoch}")
-        is_best = training.judge(metrics)
-        yield EpochReport(
-            epoch=epoch,
-            step=training.progress.step,
-            learning_rate=rate,
-            train={"loss": loss},
-            val=metrics,
-            is_best=is_best,
-            seconds=time.perf_counter() - started,
-        )
-        training.keep_epoch()
-    training.end()
+    with closing(training):
+        while not training.is_over:
+            started = time.perf_counter()
+            epoch = training.progress.epoch
+            loss = training.run_epoch(batches)
+            rate = training.learning_rate(training.progress.step - 1)
+            adapter.eval()
+            metrics = dict(scorer(adapter))
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise _diverged(f"validation {name}", value, f"epoch {epoch}")
+            is_best = training.judge(metrics)
+            yield EpochReport(
+                epoch=epoch,
+                step=training.progress.step,
+                learning_rate=rate,
+                train={"loss": loss},
+                val=metrics,
+                is_best=is_best,
+                seconds=time.perf_counter() - started,
+            )
+            training.keep_epoch()
+        training.end()
 
 
 def learning_rate(config: FitConfig, epoch: float, step: int) -> float:
@@ -159,6 +162,7 @@ class _Training:
         self._accelerator = _accelerator(self.device, config)
         if state is not None:
             if self._accelerator.is_main_process:
+                wait_for_keeper(state)
                 settle(state, self._key)
             self._accelerator.wait_for_everyone()
             if state.exists():
@@ -172,8 +176,12 @@ class _Training:
         self._saved, self._took = time.monotonic(), 0.0
         self._keeps = state is not None and self._accelerator.is_main_process
         self._latest: Latest | None = None
-        if state is not None and self._keeps and self._is_prompt and Latest.is_possible():
-            self._latest = Latest(state, self._key)
+        self._keeper: Keeper | None = None
+        if state is not None and self._keeps:
+            if self._is_prompt and Latest.is_possible():
+                self._latest = Latest(state, self._key)
+            elif self.device.type == "cuda" and Keeper.is_possible():
+                self._keeper = Keeper(state, self._key, self.device)
         self.part: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
     @property
@@ -189,10 +197,15 @@ class _Training:
         epoch, done = self.progress.epoch, self.progress.num_batches
         self.adapter.train()
         losses: list[Tensor] = []
+        if self._keeper is not None:
+            self._keeper.begin(self.progress)
         on_gpu = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=on_gpu):
             for batch in self._timed(batches(epoch, done)):
                 losses.append(self._step(batch, self.progress.step + len(losses)))
+                if self._keeper is not None:
+                    self._keeper.count(losses[-1])
+                    self._keep_on_gpu()
                 if self._is_prompt or len(losses) == _LOOK:
                     self._take_in(losses)
                     self._keep()
@@ -225,7 +238,8 @@ class _Training:
         with self.part("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_norm)
             self.optimizer.step()
-        taken: Tensor = loss.detach()
+        # Every share counts; what reads the sum makes nobody wait.
+        taken: Tensor = accelerator.reduce(loss.detach().double(), "sum")
         return taken
 
     def _timed(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
@@ -241,7 +255,7 @@ class _Training:
         if not losses:
             return
         progress = self.progress
-        values = self._accelerator.reduce(torch.stack(losses).double(), "sum").tolist()
+        values = torch.stack(losses).tolist()
         for number, value in enumerate(values):
             if not math.isfinite(value):
                 where = f"epoch {progress.epoch}, step {progress.step + number}"
@@ -273,12 +287,33 @@ class _Training:
 
     def keep_epoch(self) -> None:
         """The caller has taken the epoch in."""
-        self._keep(after_epoch=self._latest is None)
+        if self._keeper is not None:
+            self._keeper.begin(self.progress)
+            self._keep_on_gpu()
+        self._keep(after_epoch=self._latest is None and self._keeper is None)
 
     def end(self) -> None:
         """Leave the state on disk, and nothing beside it."""
         if self.state is not None and self._latest is not None:
             settle(self.state, self._key)
+        if self._keeper is not None:
+            self._save()
+            self._keeper.forget()
+
+    def close(self) -> None:
+        """What was not ended may go on later."""
+        if self._keeper is not None:
+            self._keeper.leave()
+
+    def _keep_on_gpu(self) -> None:
+        assert self._keeper is not None
+        try:
+            with self.part("state"):
+                self._keeper.put(self._tensors)
+        except XsdError as error:
+            warnings.warn(f"{error}; if it is killed, some seconds are lost", stacklevel=2)
+            self._keeper.forget()
+            self._keeper = None
 
     def _keep(self, *, after_epoch: bool = False) -> None:
         """Keep the state; after an epoch it need not wait for its seconds, but for its share."""

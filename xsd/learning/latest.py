@@ -9,7 +9,7 @@ is the state on disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,16 +63,25 @@ class Latest:
 def settle(state: Path, key: str) -> None:
     """Write the latest state that a killed process left to ``state``, unless that is as new; the
     files of ``Latest`` go."""
-    found = [read for path in _paths(state) if (read := _read(path, key)) is not None]
-    if found:
-        progress, tensors = max(found, key=lambda read: _age(read[0]))
-        on_disk: FitState | None = None
-        if state.exists():
-            on_disk = FitState(**read_state(state, key)[0])
-        if on_disk is None or _age(on_disk) < _age(progress):
-            write_state(state, asdict(progress), tensors, key)
+    write_if_newer(
+        state, key, [read for path in _paths(state) if (read := _read(path, key)) is not None]
+    )
     for path in _paths(state):
         path.unlink(missing_ok=True)
+
+
+def write_if_newer(
+    state: Path, key: str, found: Sequence[tuple[FitState, Mapping[str, Tensor]]]
+) -> None:
+    """Write the newest of what was found to ``state``, unless that is as new."""
+    if not found:
+        return
+    progress, tensors = max(found, key=lambda read: _age(read[0]))
+    on_disk: FitState | None = None
+    if state.exists():
+        on_disk = FitState(**read_state(state, key)[0])
+    if on_disk is None or _age(on_disk) < _age(progress):
+        write_state(state, asdict(progress), tensors, key)
 
 
 def _age(progress: FitState) -> tuple[int, int]:

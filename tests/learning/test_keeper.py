@@ -1,0 +1,220 @@
+"""A second process has what a killed training had copied after its latest step."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.adapters.conftest import make_adapter
+from tests.killing import kill_until_done
+from tests.learning.test_fit import LM_HEAD, batches
+from xsd.adapters.base import Adapter
+from xsd.errors import XsdError
+from xsd.learning import keeper as keeper_module
+from xsd.learning.batches import TrainBatch
+from xsd.learning.config import FitConfig
+from xsd.learning.fit import fit
+from xsd.learning.keeper import Keeper, _progress, _record, wait_for_keeper
+from xsd.learning.state import FitState, read_state
+
+pytestmark = pytest.mark.skipif(not Keeper.is_possible(), reason="it needs Linux")
+
+CPU = torch.device("cpu")
+BEFORE = FitState(epoch=2, step=40, best=0.5, epochs_since_best=1, num_batches=3, loss_sum=7.0)
+
+
+def keep(folder: Path, num_steps: int) -> Keeper:
+    """Steps that add 1 to everything, each noted in a file when its state was kept."""
+    keeper = Keeper(folder / "state", "key", CPU)
+    tensors = {"a": torch.zeros(300, 7), "b": torch.zeros(())}
+    keeper.begin(BEFORE)
+    for number in range(num_steps):
+        for x in tensors.values():
+            x += 1
+        keeper.count(torch.tensor(number + 1.0))
+        keeper.put(tensors)
+        with (folder / "noted").open("ab") as file:
+            file.write(b".")
+    return keeper
+
+
+def kept(folder: Path) -> tuple[FitState, dict[str, Tensor]]:
+    wait_for_keeper(folder / "state")
+    progress, tensors = read_state(folder / "state", "key")
+    return FitState(**progress), tensors
+
+
+def check(folder: Path) -> int:
+    """Of how many steps the state is, all of it."""
+    progress, tensors = kept(folder)
+    num_steps = progress.step - BEFORE.step
+    loss_sum = BEFORE.loss_sum + num_steps * (num_steps + 1) / 2
+    assert progress == FitState(
+        epoch=2, step=progress.step, best=0.5, epochs_since_best=1,
+        num_batches=BEFORE.num_batches + num_steps, loss_sum=loss_sum,
+    )  # fmt: skip
+    assert all(bool((x == num_steps).all()) for x in tensors.values())
+    return num_steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_sigkill_loses_no_step_that_was_kept(tmp_path: Path, seed: int) -> None:
+    command = f"from {__name__} import *; keep(Path({str(tmp_path)!r}), 10**9)"
+    # Killed with its whole group, as a shell does it.
+    training = subprocess.Popen([sys.executable, "-c", command], start_new_session=True)
+    noted = tmp_path / "noted"
+    until = time.monotonic() + 60
+    while not noted.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0.0, 0.3))
+    os.killpg(training.pid, signal.SIGKILL)
+    training.wait()
+    num_noted = noted.stat().st_size
+    assert num_noted <= check(tmp_path) <= num_noted + 1
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_one_keeper_serves_one_training_after_the_other(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        keep(tmp_path / name, 5).leave()
+        assert check(tmp_path / name) == 5
+    (tmp_path / "c").mkdir()
+    keep(tmp_path / "c", 5).forget()
+    wait_for_keeper(tmp_path / "c" / "state")
+    assert not (tmp_path / "c" / "state").exists()
+
+
+def test_a_state_on_disk_that_is_newer_stays(tmp_path: Path) -> None:
+    keep(tmp_path, 5).leave()
+    assert check(tmp_path) == 5
+    keep(tmp_path, 3).leave()
+    assert check(tmp_path) == 5
+
+
+def test_what_is_not_whole_or_has_diverged_is_no_state() -> None:
+    record = _record(BEFORE)
+    assert _progress(record) == BEFORE
+    assert _progress(_record(FitState())) == FitState()
+    assert _progress([0.0, *record[1:]]) is None
+    assert _progress([*record[:-1], float("nan")]) is None
+
+
+def test_no_room_is_told(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path / "state", "key", CPU)
+    keeper.begin(FitState())
+    with pytest.raises(XsdError, match="no copies of the training's state are kept"):
+        keeper.put({"a": torch.zeros(1).expand(10**14)})
+    keeper.forget()
+    keep(tmp_path, 2).leave()
+    assert check(tmp_path) == 2, "the same process serves on"
+
+
+def test_trainings_beside_each_other_have_one_each(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    keepers = [keep(tmp_path / name, 3) for name in ("a", "b")]
+    for keeper, name in zip(keepers, ("a", "b"), strict=True):
+        keeper.leave()
+        assert check(tmp_path / name) == 3
+
+
+def test_who_still_holds_a_state_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = keep(tmp_path, 1)
+    monkeypatch.setattr(keeper_module, "_PATIENCE", 0.1)
+    with pytest.raises(XsdError, match="another training has held it"):
+        wait_for_keeper(tmp_path / "state")
+    keeper.forget()
+
+
+# ---------------------------------------------------------------- a training on a GPU
+
+LONG = FitConfig(num_epochs=400, unroll_steps=2, early_stopping=0, mixed_precision="no")
+
+
+def train(folder: Path) -> None:
+    """One training on the GPU, which notes every step that has ended and every batch it begins."""
+    cuda = torch.device("cuda")
+
+    def noted(epoch: int, skip: int) -> Iterator[TrainBatch]:
+        for number, batch in enumerate(batches(epoch, skip), skip):
+            with (folder / "begun").open("ab") as file:
+                file.write(b".")
+            yield batch.to(cuda)
+            torch.cuda.synchronize()
+            (folder / "ended").write_text(str(2 * epoch + number + 1))
+
+    def scorer(adapter: Adapter) -> dict[str, float]:
+        total = sum(x.abs().sum().item() for x in adapter.parameters())
+        return {adapter.row.selection_metric: total}
+
+    begun = _size(folder / "begun")
+    wait_for_keeper(folder / "state")
+    ended = folder / "ended"
+    if begun and ended.exists():
+        found = read_state_step(folder / "state")
+        assert int(ended.read_text()) <= found <= begun, "a step that had ended was lost"
+        assert begun - _size(folder / "lost") - found <= 1, "more than the batch in hand"
+        with (folder / "lost").open("ab") as file:
+            file.write(b"." * (begun - _size(folder / "lost") - found))
+    adapter = make_adapter("L4").to(cuda)
+    lm_head = LM_HEAD.to(cuda)
+    for _ in fit(adapter, noted, LONG, scorer, lm_head=lm_head, state=folder / "state"):
+        pass
+    torch.save(adapter.state_dict(), folder / "weights.pt")
+    torch.cuda.synchronize()
+    os._exit(0)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def read_state_step(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return int(json.loads(file.metadata()["progress"])["step"])
+
+
+def main(folder: Path, seed: int) -> None:
+    """Forks, so it runs in a process that has not met the GPU yet."""
+    (folder / "whole").mkdir()
+    (folder / "killed").mkdir()
+    draw = random.Random(seed)
+    never = random.Random()
+    never.uniform = lambda a, b: 100.0  # type: ignore[method-assign]
+    assert kill_until_done(train, folder / "whole", draw=never) == 0
+    # Time for the GPU's start, then anywhere in the steps.
+    late = random.Random()
+    late.uniform = lambda a, b: draw.uniform(6.0, 7.0 + b)  # type: ignore[method-assign]
+    deaths = kill_until_done(train, folder / "killed", draw=late)
+    whole, killed = (torch.load(folder / name / "weights.pt") for name in ("whole", "killed"))
+    apart = max((x - killed[name]).abs().max().item() for name, x in whole.items())
+    told = {"deaths": deaths, "apart": apart, "lost": _size(folder / "killed" / "lost")}
+    print(json.dumps({**told, "begun": _size(folder / "killed" / "begun")}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a GPU")
+def test_a_killed_training_on_a_gpu_loses_the_batch_in_hand(tmp_path: Path) -> None:
+    command = f"from {__name__} import *; main(Path({str(tmp_path)!r}), 0)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    print(told)
+    assert told["deaths"] >= 2 and told["lost"] <= told["deaths"]
+    assert told["begun"] == 800 + told["lost"]
+    assert told["apart"] < 1e-3
