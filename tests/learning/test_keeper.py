@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,7 @@ def train(folder: Path) -> None:
         for number, batch in enumerate(batches(epoch, skip), skip):
             with (folder / "begun").open("ab") as file:
                 file.write(b".")
-            yield batch.to(cuda)
+            yield replace(batch, streams=batch.streams.to(cuda))
             torch.cuda.synchronize()
             (folder / "ended").write_text(str(2 * epoch + number + 1))
 
