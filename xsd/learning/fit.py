@@ -237,6 +237,8 @@ class _Training:
             accelerator.backward(loss * accelerator.num_processes)
         with self.part("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.max_norm)
+            if self._keeper is not None:
+                self._keeper.hold()
             self.optimizer.step()
         # Every share counts; what reads the sum makes nobody wait.
         taken: Tensor = accelerator.reduce(loss.detach().double(), "sum")

@@ -58,6 +58,8 @@ class Keeper:
         self._record = self._delta = torch.empty(0)
         self._copies: list[dict[str, Tensor]] = []
         self._turn = 0
+        # Beside the next step's products, which leave the memory's bandwidth to it.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @staticmethod
     def is_possible() -> bool:
@@ -66,6 +68,7 @@ class Keeper:
 
     def begin(self, progress: FitState) -> None:
         """What the host knows at this point; from here on only the device counts."""
+        self.hold()
         self._record = torch.tensor(_record(progress), dtype=torch.float64, device=self._device)
         one = FitState(step=1, num_batches=1)
         self._delta = torch.tensor(_record(one), dtype=torch.float64, device=self._device)
@@ -77,15 +80,23 @@ class Keeper:
         self._record[-1] += loss
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy; the same tensors every time. The host waits for nothing."""
+        """Begin to copy; the same tensors every time. The host waits for nothing."""
         if not self._copies:
             self._copies = self._open({**tensors, _PROGRESS: self._record})
         copy = self._copies[self._turn]
-        # What is being written over is no state, until all of it is there.
-        copy[_PROGRESS].zero_()
-        torch._foreach_copy_([copy[name] for name in tensors], list(tensors.values()))
-        copy[_PROGRESS].copy_(self._record)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            # What is being written over is no state, until all of it is there.
+            copy[_PROGRESS].zero_()
+            torch._foreach_copy_([copy[name] for name in tensors], list(tensors.values()))
+            copy[_PROGRESS].copy_(self._record)
         self._turn = 1 - self._turn
+
+    def hold(self) -> None:
+        """To be called before the tensors change: what follows on the device waits for the copy."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def forget(self) -> None:
         """The state on disk is as new."""
@@ -93,16 +104,16 @@ class Keeper:
 
     def leave(self) -> None:
         """Training stops here, and may go on later."""
-        if self._device.type == "cuda":
-            # Whatever the device has met, what it had kept before is whole.
-            with suppress(RuntimeError):
-                torch.cuda.synchronize(self._device)
         self._close(_LEAVE)
 
     def _close(self, message: str) -> None:
         if self._process is None:
             return
         if self._copies:
+            if self._stream is not None:
+                # Whatever the device has met, what was kept before is whole.
+                with suppress(RuntimeError):
+                    self._stream.synchronize()
             self._copies = []
             self._process.send(message)
         _idle(os.getpid()).append(self._process)
