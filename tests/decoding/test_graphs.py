@@ -122,8 +122,44 @@ def test_captured_coupled_drafting_is_the_adapters_own(
             assert parties[0].tokens == parties[1].tokens
             assert parties[0].confidence == pytest.approx(parties[1].confidence, abs=1e-4)
     if device.type == "cpu":
-        # The prompt alone, one token, two, three; again for nothing.
-        assert Replayed.made <= 5
+        # One for how many tokens are new and how many are drafted; again for nothing.
+        assert Replayed.made == 6
+
+
+@pytest.mark.parametrize("level", ["L4", "X1"])
+@torch.inference_mode()
+def test_coupled_drafts_that_are_left_on_the_device_are_those_that_are_read(
+    level: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    read, left = coupled_parties(level, on(device, pair), device, items, adapters)
+    assert isinstance(left, coupled_graphs.CapturedCoupled)
+    said: list[int] = []
+    for num_held, count in ((0, 3), (2, 4), (0, 2), (4, 4)):
+        for party in (read, left):
+            party.follow(said)
+        unread = left.unread(len(said), count)
+        assert unread is not None and unread.tree is None
+        found, choices = unread.read_with(torch.arange(count + 1, device=device))
+        assert choices == list(range(count + 1))
+        read.extend(len(said) + count - len(read.tokens))
+        # Where the one is at an end, the other has drafted on.
+        own = read.tokens[len(said) : len(said) + count]
+        assert found.tokens[: len(own)] == own and len(found) == count
+        assert found.confidence is not None
+        sure = read.confidence[len(said) : len(said) + count]
+        assert found.confidence[: len(own)] == pytest.approx(sure, abs=1e-4)
+        said = [*said, *found.tokens[:num_held], 300 + num_held]
+    # What has been read already, as in the gap, need not be drafted again.
+    for party in (read, left):
+        party.follow(said)
+        party.extend(2)
+    known = left.tokens[len(said) :]
+    assert len(known) == 2 and left.unread(len(said), 2) is None
+    unread = left.unread(len(said), 5)
+    assert unread is not None
+    read.extend(3)
+    assert unread.read().tokens == read.tokens[len(said) :] and left.tokens[len(said) :] == known
 
 
 def coupled_parties(

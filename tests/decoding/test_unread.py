@@ -20,12 +20,14 @@ from xsd import bench
 from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.decoding import graphs
+from xsd.decoding.coupled_graphs import CapturedCoupled
 from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.engine import Engine, tree_rows
 from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import parse
+from xsd.decoding.streams import StreamSpeculator
 from xsd.decoding.tree_graphs import CapturedTreeHead, likeliest
 from xsd.decoding.unread import Unread
 from xsd.pairs.base import Decoder, ModelPair
@@ -165,6 +167,35 @@ def counted(engine: Engine, party: Speculator, item: BenchItem) -> tuple[list[in
     return answer.cycle_drafted, answer.cycle_accepted
 
 
+@pytest.mark.parametrize("name", ["X1+drafter", "L4+drafter"])
+def test_a_drafter_that_goes_on_unread_decodes_as_one_whose_drafts_are_read(
+    name: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    there = on(device, pair)
+    engine = unfused(there.verifier, bench.longest_prompt(pair, items))
+    captured, read = (going_on(name, there, items, adapters) for _ in range(2))
+    if device.type == "cpu":
+        assert captured.reader is not None and captured.gap_adapter is not None
+        given = captured.reader, captured.gap_adapter, captured.tables, MAX_NEW
+        captured.coupled = CapturedCoupled(*given)
+    assert isinstance(captured.coupled, CapturedCoupled)
+    read.unread = lambda *_: None  # type: ignore[method-assign]
+    for item in items:
+        assert counted(engine, captured, item) == counted(engine, read, item)
+
+
+def going_on(
+    name: str, there: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> LocalSpeculator:
+    level, longest = name.partition("+")[0], bench.longest_prompt(there, items)
+    adapter = checkpoint.load(adapters[level])[0].to(there.drafter.stack.device).eval()
+    return LocalSpeculator(
+        parse(name, 3), there.drafter, VerifierTables.of(there.verifier), {level: adapter}, {},
+        max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=4,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("num_kept", [1, 4, 9, 40])
 def test_what_is_kept_of_a_tree_is_a_tree(num_kept: int) -> None:
     draw = random.Random(num_kept)
@@ -247,7 +278,7 @@ def waits(
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", ["E1_decode", "E1_tree", "E3_tree"])
+@pytest.mark.parametrize("name", ["E1_decode", "E1_tree", "E3_tree", "X1+drafter", "L4+drafter"])
 @pytest.mark.parametrize("is_adaptive", [False, True])
 def test_a_cycle_waits_once_for_the_device(
     name: str, is_adaptive: bool, items: list[BenchItem], adapters: dict[str, Path],
@@ -272,7 +303,7 @@ def test_moving_what_is_kept_of_a_tree_waits_for_nothing(
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", ["E1_decode", "E1_tree"])
+@pytest.mark.parametrize("name", ["E1_decode", "E1_tree", "X1+drafter"])
 def test_a_draft_that_is_read_first_is_a_wait_more(
     name: str, items: list[BenchItem], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,12 +314,24 @@ def test_a_draft_that_is_read_first_is_a_wait_more(
     assert long > short and abs(many - few - 2 * (long - short)) <= 1
 
 
+@needs_gpu
+def test_the_drafters_thread_keeps_the_verifiers_from_no_device(
+    items: list[BenchItem], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, local = on_gpu("X1+drafter", items, adapters, Policy())
+    party = StreamSpeculator(local, torch.device("cuda"))
+    (few, short), (many, long) = waits(engine, party, items[0], Policy(), monkeypatch)
+    assert long > short and many - few == long - short
+
+
 def on_gpu(
     name: str, items: list[BenchItem], adapters: dict[str, Path], policy: Policy
 ) -> tuple[Engine, LocalSpeculator]:
     there = load_pair(PairConfig(device="cuda"))
     longest = bench.longest_prompt(there, items)
     engine = Engine(there.verifier, MAX_NEW, longest)
+    if "+" in name:
+        return engine, going_on(name, there, items, adapters)
     level, _, kind = name.partition("_")
     head = checkpoint.load(adapters[level])[0].to("cuda").eval()
     tables = VerifierTables.of(there.verifier)

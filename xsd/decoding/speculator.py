@@ -188,6 +188,10 @@ class LocalSpeculator:
         self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
     ) -> Unread | None:
         """``propose`` that leaves the draft on the device; None: it is not made in one go."""
+        if goes_on(self.strategy):
+            assert self.coupled is not None, "only a coupled gap goes on"
+            self.coupled.follow(tokens)
+            return self.coupled.unread(len(tokens), gamma)
         if not isinstance(self.head, HeadDrafter):
             return None
         self._begin_head(self.head)
