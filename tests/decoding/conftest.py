@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from xsd.adapters import checkpoint
 from xsd.adapters.catalog import LEVELS, build
 from xsd.adapters.config import AdapterConfig
 from xsd.bench import BenchItem
+from xsd.decoding import coupled_graphs, graphs, tree_graphs
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
@@ -64,3 +68,38 @@ def adapters(pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> dict[
         paths[name] = folder / name.replace(":", "_")
         checkpoint.save(adapter, paths[name])
     return paths
+
+
+class Replayed:
+    """A capture where there is no GPU: the work is run again, into the tensors of the first run."""
+
+    made = 0
+
+    def __init__(self, work: Callable[[], Any], lane: object) -> None:
+        Replayed.made += 1
+        self._work, self.result = work, work()
+
+    def replay(self) -> Any:
+        found = tree_leaves(self._work())
+        for kept, new in zip(tree_leaves(self.result), found, strict=True):
+            kept.copy_(new)
+        return self.result
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where what is captured lies; on a CPU it is run again instead."""
+    if request.param == "cpu":
+        Replayed.made = 0
+        for module in (graphs, tree_graphs, coupled_graphs):
+            monkeypatch.setattr(module, "Capture", Replayed)
+        for module in (graphs, coupled_graphs):
+            monkeypatch.setattr(module, "Lane", lambda device: None)
+    return torch.device(request.param)
+
+
+def on(device: torch.device, pair: ModelPair) -> ModelPair:
+    return pair if device.type == "cpu" else load_pair(PairConfig(device="cuda"))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import random
-import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.decoding.conftest import Replayed, needs_gpu, on
 from xsd import bench
 from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
-from xsd.decoding import coupled_graphs, graphs
+from xsd.decoding import coupled_graphs, graphs, tree_graphs
 from xsd.decoding.ahead import CoupledDrafter
 from xsd.decoding.draft import (
     DrafterReader,
@@ -26,41 +23,11 @@ from xsd.decoding.draft import (
 )
 from xsd.decoding.engine import Engine
 from xsd.decoding.policy import Adaptive, Costs, Policy
-from xsd.decoding.rote import Rote
-from xsd.decoding.speculator import LocalSpeculator
-from xsd.decoding.strategies import parse
-from xsd.pairs.base import Decoder, ModelPair
+from xsd.pairs.base import ModelPair
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 
 MAX_NEW = 30
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-class Replayed:
-    """A capture where there is no GPU: the work is run again, into the tensor of the first run."""
-
-    made = 0
-
-    def __init__(self, work: Callable[[], Any], lane: object) -> None:
-        Replayed.made += 1
-        self._work, self.result = work, work()
-
-    def replay(self) -> Tensor:
-        return self.result.copy_(self._work())
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    if request.param == "cpu":
-        Replayed.made = 0
-        monkeypatch.setattr(graphs, "Capture", Replayed)
-        monkeypatch.setattr(graphs, "Lane", lambda device: None)
-    return torch.device(request.param)
-
-
-def on(device: torch.device, pair: ModelPair) -> ModelPair:
-    return pair if device.type == "cpu" else load_pair(PairConfig(device="cuda"))
 
 
 @pytest.mark.parametrize("level", ["B1", "E1", "E3", "text"])
@@ -134,23 +101,14 @@ def test_a_drafter_that_reads_along_in_the_capture_gives_the_heads_own_chains(
 @torch.inference_mode()
 def test_captured_coupled_drafting_is_the_adapters_own(
     level: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
-    adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+    adapters: dict[str, Path],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(coupled_graphs, "Capture", graphs.Capture)
-    monkeypatch.setattr(coupled_graphs, "Lane", graphs.Lane)
     there = on(device, pair)
-    adapter = checkpoint.load(adapters[level])[0].to(device).eval()
-    tables = VerifierTables.of(there.verifier)
-    longest = bench.longest_prompt(pair, items)
-    parties: list[CoupledDrafter] = []
-    for kind in (CoupledDrafter, coupled_graphs.CapturedCoupled):
-        reader = DrafterReader(there.drafter, ReaderMemory.new(there.drafter, MAX_NEW, longest))
-        parties.append(kind(reader, adapter, tables, MAX_NEW))
+    parties = coupled_parties(level, there, device, items, adapters)
     for number, item in enumerate(items[:2]):
         visual = torch.randn(9, there.verifier.width).to(device)
         for party in parties:
-            party._reader.begin(item.media, item.sample.question)
-            party.begin(visual if adapter.memory == "visual" else None)
+            begin_coupled(party, item, visual)
             if number:
                 # Something was said before anything was drafted.
                 party.follow([300, 301])
@@ -164,8 +122,66 @@ def test_captured_coupled_drafting_is_the_adapters_own(
             assert parties[0].tokens == parties[1].tokens
             assert parties[0].confidence == pytest.approx(parties[1].confidence, abs=1e-4)
     if device.type == "cpu":
-        # The prompt alone, one token, two, three; again for nothing.
-        assert Replayed.made <= 5
+        # One for how many tokens are new and how many are drafted; again for nothing.
+        assert Replayed.made == 6
+
+
+@pytest.mark.parametrize("level", ["L4", "X1"])
+@torch.inference_mode()
+def test_coupled_drafts_that_are_left_on_the_device_are_those_that_are_read(
+    level: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    read, left = coupled_parties(level, on(device, pair), device, items, adapters)
+    assert isinstance(left, coupled_graphs.CapturedCoupled)
+    said: list[int] = []
+    for num_held, count in ((0, 3), (2, 4), (0, 2), (4, 4)):
+        for party in (read, left):
+            party.follow(said)
+        unread = left.unread(len(said), count)
+        assert unread is not None and unread.tree is None
+        found, choices = unread.read_with(torch.arange(count + 1, device=device))
+        assert choices == list(range(count + 1))
+        read.extend(len(said) + count - len(read.tokens))
+        # Where the one is at an end, the other has drafted on.
+        own = read.tokens[len(said) : len(said) + count]
+        assert found.tokens[: len(own)] == own and len(found) == count
+        assert found.confidence is not None
+        sure = read.confidence[len(said) : len(said) + count]
+        assert found.confidence[: len(own)] == pytest.approx(sure, abs=1e-4)
+        said = [*said, *found.tokens[:num_held], 300 + num_held]
+    # What has been read already, as in the gap, need not be drafted again.
+    for party in (read, left):
+        party.follow(said)
+        party.extend(2)
+    known = left.tokens[len(said) :]
+    assert len(known) == 2 and left.unread(len(said), 2) is None
+    unread = left.unread(len(said), 5)
+    assert unread is not None
+    read.extend(3)
+    assert unread.read().tokens == read.tokens[len(said) :] and left.tokens[len(said) :] == known
+
+
+def coupled_parties(
+    level: str, there: ModelPair, device: torch.device, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> list[CoupledDrafter]:  # fmt: skip
+    """Step by step, and captured, with a drafter each; a sample has begun."""
+    adapter = checkpoint.load(adapters[level])[0].to(device).eval()
+    tables, longest = VerifierTables.of(there.verifier), bench.longest_prompt(there, items)
+    parties: list[CoupledDrafter] = []
+    for kind in (CoupledDrafter, coupled_graphs.CapturedCoupled):
+        reader = DrafterReader(there.drafter, ReaderMemory.new(there.drafter, MAX_NEW, longest))
+        parties.append(kind(reader, adapter, tables, MAX_NEW))
+    visual = torch.randn(9, there.verifier.width).to(device)
+    for party in parties:
+        begin_coupled(party, items[0], visual)
+    return parties
+
+
+def begin_coupled(party: CoupledDrafter, item: BenchItem, visual: Tensor) -> None:
+    party._reader.begin(item.media, item.sample.question)
+    party.begin(visual if party._adapter.memory == "visual" else None)
 
 
 @pytest.mark.parametrize("level", ["E1", "E3"])
@@ -173,11 +189,8 @@ def test_captured_coupled_drafting_is_the_adapters_own(
 @pytest.mark.parametrize("is_adaptive", [False, True])
 def test_captured_trees_are_the_heads_own(
     level: str, width: int, is_adaptive: bool, device: torch.device, pair: ModelPair,
-    adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+    adapters: dict[str, Path],
 ) -> None:  # fmt: skip
-    from xsd.decoding import tree_graphs
-
-    monkeypatch.setattr(tree_graphs, "Capture", graphs.Capture)
     verifier = on(device, pair).verifier
     head = checkpoint.load(adapters[level])[0].to(device).eval()
     tables = VerifierTables.of(verifier)
@@ -186,6 +199,7 @@ def test_captured_trees_are_the_heads_own(
     if is_adaptive:
         policy = Adaptive(Costs((1.0,) * 24, 1.0))
         policy.learn_drafting(0.0, 0.0)
+        seen = torch.Generator().manual_seed(1)
     plain = HeadDrafter(head, tables, MAX_NEW, options, policy)
     captured = graphs.head_drafter(head, tables, MAX_NEW, options, policy)
     if device.type == "cpu":
@@ -200,12 +214,17 @@ def test_captured_trees_are_the_heads_own(
         for fresh, gamma in ((19, 4), (4, 4), (1, 4), (4, 1)):
             tokens += torch.randint(3, 200, (fresh,), generator=draw).tolist()
             states = torch.randn(fresh, verifier.width, generator=draw).to(device)
+            if is_adaptive:
+                # Something else is known of every confidence by now.
+                tried, held, *_ = policy.rule
+                held[:] = torch.randint(9, (len(held),), generator=seen).numpy()
+                tried[:] = held + torch.randint(9, (len(held),), generator=seen).numpy()
             expected = plain.propose(tokens, states, gamma)
             found = captured.propose(tokens, states, gamma)
             # A tree with one branch is a chain, which need not name its parents.
             parents = expected.parents or list(range(-1, len(expected) - 1))
             assert (found.tokens, found.parents) == (expected.tokens, parents)
-            assert (found.confidence is None) == (not is_adaptive)
+            assert found.confidence is not None and found.depth == gamma
             if is_adaptive:
                 assert found.confidence == pytest.approx(expected.confidence, rel=1e-3)
 
@@ -234,111 +253,3 @@ def test_a_gpu_says_what_a_cpu_says(
         asked = item.media, item.sample.question
         here, gpu = (engine.plain(*asked).token_ids for engine in engines)
         assert here == gpu
-
-
-class Scripted(Rote):
-    """Drafts an answer that it knows, each token wrong now and then, and leaves it on the device;
-    behind the answer's end it goes on."""
-
-    def __init__(self, answer: Sequence[int], rate: float, device: torch.device) -> None:
-        self._answer, self._rate, self._device = list(answer), rate, device
-        self._random = random.Random(0)
-
-    def unread(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Tensor:
-        rest = [*self._answer[len(tokens) :], *range(5, 5 + gamma)][:gamma]
-        ids = [t if self._random.random() >= self._rate else (t + 1) % 1024 for t in rest]
-        return torch.tensor([ids, [0.5] * gamma], dtype=torch.double, device=self._device)
-
-
-def unfused(verifier: Decoder, longest: int) -> Engine:
-    """Cycles that are made one by one, as they are on a GPU."""
-    engine = Engine(verifier, MAX_NEW, longest)
-    engine._loop, engine._reads_late = None, True
-    return engine
-
-
-@pytest.mark.parametrize("gamma", [1, 3, 8])
-@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_drafts_that_are_verified_unread_change_no_token(
-    rate: float, gamma: int, device: torch.device, pair: ModelPair, items: list[BenchItem]
-) -> None:
-    verifier = on(device, pair).verifier
-    engine = unfused(verifier, bench.longest_prompt(pair, items))
-    for item in items:
-        asked = item.media, item.sample.question
-        plain = engine.plain(*asked).token_ids
-        party = Scripted(plain, rate, device)
-        for policy in (Policy(), Adaptive(Costs((1.0,) * 24, 1.0))):
-            answer = engine.speculate(*asked, party, gamma, policy)
-            assert answer.token_ids == plain
-            accepted, drafted = answer.cycle_accepted, answer.cycle_drafted
-            pairs = list(zip(accepted, drafted, strict=True))
-            assert pairs and all(a <= d <= gamma for a, d in pairs)
-            assert (sum(accepted) > 0) == (rate < 1.0)
-            if rate == 0.0:
-                assert accepted == drafted
-            assert answer.parts["drafting"] > 0.0
-
-
-def test_drafts_are_read_first_where_that_may_save_rows() -> None:
-    assert not Policy().reads_first(8)
-    costs = Costs((1.0, 1.0, 1.0, 1.5), 1.0, read_ms=0.1)
-    assert [Adaptive(costs).reads_first(size) for size in (1, 2, 3)] == [False, False, True]
-
-
-@pytest.mark.parametrize("level", ["B1", "E1", "E2", "E3"])
-def test_a_head_whose_drafts_are_not_read_decodes_as_one_whose_drafts_are(
-    level: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
-    adapters: dict[str, Path],
-) -> None:  # fmt: skip
-    there = on(device, pair)
-    longest = bench.longest_prompt(pair, items)
-    engine, head = unfused(there.verifier, longest), checkpoint.load(adapters[level])[0]
-    head = head.to(device).eval()
-    tables = VerifierTables.of(there.verifier)
-    counts = []
-    for kind in (HeadDrafter, graphs.CapturedHead):
-        party = LocalSpeculator(
-            parse(f"{level}_decode", 0), there.drafter, tables, {level: head}, {},
-            max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0,
-            head=kind(head, tables, MAX_NEW),
-        )  # fmt: skip
-        for item in items:
-            asked = item.media, item.sample.question
-            answer = engine.speculate(*asked, party, 3)
-            assert answer.token_ids == engine.plain(*asked).token_ids
-            counts.append((answer.cycle_drafted, answer.cycle_accepted))
-    assert counts[:3] == counts[3:]
-
-
-@needs_gpu
-def test_a_cycle_waits_once_for_the_device(
-    pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
-) -> None:
-    device = torch.device("cuda")
-    there = load_pair(PairConfig(device="cuda"))
-    longest = bench.longest_prompt(pair, items)
-    engine, head = Engine(there.verifier, MAX_NEW, longest), checkpoint.load(adapters["E1"])[0]
-    tables = VerifierTables.of(there.verifier)
-    party = LocalSpeculator(
-        parse("E1_decode", 0), there.drafter, tables, {"E1": head.to(device).eval()}, {},
-        max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0,
-    )  # fmt: skip
-    asked = items[0].media, items[0].sample.question
-    waits = []
-    for max_new in (MAX_NEW // 2, MAX_NEW):
-        engine.max_new_tokens = max_new
-        for _ in range(3):  # captures are made
-            answer = engine.speculate(*asked, party, 4)
-        assert not answer.made_captures
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                answer = engine.speculate(*asked, party, 4)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        waits.append((len(caught), len(answer.cycle_drafted)))
-    (few, short), (many, long) = waits
-    # A last token, for which alone there is room, is a step without drafts.
-    assert long > short and abs(many - few - (long - short)) <= 1

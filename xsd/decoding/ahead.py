@@ -18,6 +18,7 @@ from xsd.adapters.cache import AdapterCache
 from xsd.adapters.compiled import CompiledCache
 from xsd.adapters.rows import StepInputs
 from xsd.decoding.draft import DrafterReader, VerifierTables, common_prefix
+from xsd.decoding.unread import Unread
 
 _NO_STATES = torch.zeros(0, 0)
 
@@ -87,6 +88,11 @@ class CoupledDrafter:
             self.confidence.append(float(best))
             self._num_rows = end
             count -= 1
+
+    def unread(self, num_said: int, count: int) -> Unread | None:
+        """So many drafts behind what is said, left on the device; None: they are known, or made
+        step by step. What becomes of them, ``follow`` tells."""
+        return None
 
 
 _SAID, _FOLLOWED, _END = range(3)

@@ -1,7 +1,8 @@
-"""Coupled drafting on a GPU: a step of drafter, adapter and LM head is one CUDA graph.
+"""Coupled drafting on a GPU: drafter, adapter and LM head in turn, so many steps in a CUDA graph.
 
-Launched one by one, its kernels would keep the interpreter from the verifier's thread, which
-launches beside it, and a draft would take the host longer than the device.
+Launched one by one, their kernels would keep the interpreter from the verifier's thread, which
+launches beside it, and a draft would take the host longer than the device. What one step expects
+the next one reads on the device.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from xsd.adapters.rows import StepInputs
 from xsd.decoding.ahead import CoupledDrafter
 from xsd.decoding.draft import DrafterReader, VerifierTables
 from xsd.decoding.graphs import MAX_FRESH, Rows
+from xsd.decoding.unread import Unread
 from xsd.pairs.capture import Capture, Lane
 from xsd.pairs.device import to_device
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A captured step and what it reads."""
+class _Steps:
+    """Captured steps and what they read."""
 
     ids: Int[Tensor, " m"]
     replay: Callable[[], Tensor]
@@ -44,7 +46,7 @@ class CapturedCoupled(CoupledDrafter):
         self._rows = Rows(adapter, max_length, like)
         self._start = torch.zeros(1, dtype=torch.long, device=like.device)
         self._lane = Lane(like.device)
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[tuple[int, int], _Steps] = {}
 
     @torch.inference_mode()
     def begin(self, visual: Float[Tensor, "K Dv"] | None) -> None:
@@ -58,54 +60,82 @@ class CapturedCoupled(CoupledDrafter):
 
     @torch.inference_mode()
     def extend(self, count: int) -> None:
-        while count and not self.is_done:
-            if self._num_rows == 0:
-                # The row at position 0 has read the prompt alone.
-                guess = self._guess((), 0)
-                self._num_rows = 1
-            if self.tokens:
-                guess = self._guess(self.tokens[self._num_rows - 1 :], self._num_rows - 1)
-            # Tokens that are here already came with the rows that they need.
-            sure, token = guess.tolist()
-            self.tokens.append(int(token))
-            self.confidence.append(sure)
-            self._num_rows = len(self.tokens)
-            count -= 1
+        count = min(count, self.max_length - len(self.tokens))
+        if count <= 0 or self.is_done:
+            return
+        ids, sure = self._drafted(count).tolist()
+        found = [int(token) for token in ids]
+        ends = (i for i, token in enumerate(found, start=1) if token in self._tables.eos_ids)
+        size = next(ends, count)
+        self.tokens += found[:size]
+        self.confidence += sure[:size]
+        self._num_rows = len(self.tokens)
 
-    def _guess(self, ids: Sequence[int], start: int) -> Float[Tensor, " 2"]:
-        """What follows these tokens, the first of which stands at ``start``; none: the prompt.
+    @torch.inference_mode()
+    def unread(self, num_said: int, count: int) -> Unread | None:
+        start, end = num_said, num_said + count
+        if len(self.tokens) >= end or self.is_done:
+            return None
+        known = [self.tokens[start:], self.confidence[start:]]
+        numbers = self._drafted(end - len(self.tokens))
+        if known[0]:
+            before = to_device(known, numbers.device).double()
+            numbers = torch.cat([before, numbers], dim=1)
+        return Unread(numbers)
 
-        Its probability and its id, which float32 holds exactly: both are read in one go.
-        """
+    def _drafted(self, count: int) -> Float[Tensor, "2 count"]:
+        """What follows all tokens, with its probability, left on the device."""
+        first = min(self._num_rows, len(self.tokens))
+        if self.tokens and first == 0:
+            # The row at position 0 has read the prompt alone.
+            self._follow((), 0, 1)
+            first = 1
+        # One row for what follows; those of drafts that nobody reads are made anew.
+        self._num_rows = len(self.tokens) + 1
+        if not self.tokens:
+            return self._follow((), 0, count)
+        return self._follow(self.tokens[first - 1 :], first - 1, count)
+
+    def _follow(self, ids: Sequence[int], start: int, count: int) -> Float[Tensor, "2 count"]:
+        """What follows these tokens, the first of which stands at ``start``; none: the prompt."""
         self._start.fill_(start)
-        self._reader.check_room(start + len(ids))
+        self._reader.check_room(start + len(ids) + count - 1)
         given = to_device(list(ids), self._start.device).long()
         if len(ids) > MAX_FRESH:
-            return self._step(given)
-        step = self._steps.get(len(ids))
-        if step is None:
+            return self._steps_behind(given, count)
+        steps = self._steps.get((len(ids), count))
+        if steps is None:
             read = given.clone()
-            capture = Capture(lambda: self._step(read), self._lane)
-            step = self._steps[len(ids)] = _Step(read, capture.replay)
+            capture = Capture(lambda: self._steps_behind(read, count), self._lane)
+            steps = self._steps[len(ids), count] = _Steps(read, capture.replay)
         else:
-            step.ids.copy_(given, non_blocking=True)
-        return step.replay()
+            steps.ids.copy_(given, non_blocking=True)
+        return steps.replay()
 
-    def _step(self, ids: Int[Tensor, " m"]) -> Float[Tensor, " 2"]:
-        if not len(ids):
-            return self._adapt(self._first, self._start)
-        at = self._start + torch.arange(len(ids), device=self._start.device)
+    def _steps_behind(self, ids: Int[Tensor, " m"], count: int) -> Float[Tensor, "2 count"]:
+        at = self._start - 1
+        if len(ids):
+            at = self._start + torch.arange(len(ids), device=self._start.device)
+            guesses = [self._step(ids, at)]
+        else:
+            guesses = [self._adapt(self._first, self._start)]
+        for _ in range(count - 1):
+            at = at[-1:] + 1
+            guesses.append(self._step(guesses[-1][0].long(), at))
+        return torch.cat(guesses, dim=1)
+
+    def _step(self, ids: Int[Tensor, " m"], at: Int[Tensor, " m"]) -> Float[Tensor, "2 1"]:
         parts = zip(ids.split(MAX_FRESH), at.split(MAX_FRESH), strict=True)
         states = torch.cat([self._reader.read_at(some, where) for some, where in parts])
         return self._adapt(states, at + 1)
 
-    def _adapt(self, states: Float[Tensor, "m Dd"], at: Int[Tensor, " m"]) -> Float[Tensor, " 2"]:
-        """The token that the last of the rows at ``at`` expects."""
+    def _adapt(self, states: Float[Tensor, "m Dd"], at: Int[Tensor, " m"]) -> Float[Tensor, "2 1"]:
+        """The token that the last of the rows at ``at`` expects, and how probable it is."""
         self._rows.begin(at)
         inputs = StepInputs(states[None].to(self._dtype))
         out: Tensor = self._twin.step_at(inputs, at, self._rows)
-        best, index = self._tables.score(out[:, -1])[0].float().softmax(-1).max(-1)
-        return torch.stack((best, index.float()))
+        best, index = self._tables.score(out[:, -1]).float().softmax(-1).max(-1)
+        return torch.stack([index.double(), best.double()])
 
 
 def coupled_drafter(

@@ -30,6 +30,7 @@ from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.config import MAX_GAMMA
 from xsd.decoding.policy import Policy
+from xsd.decoding.unread import Unread
 from xsd.errors import XsdError
 from xsd.pairs.base import Decoder, Media
 from xsd.pairs.cache import KVCache
@@ -400,6 +401,12 @@ class HeadDrafter:
         if self.options.tree_width:
             return self._grow_tree(len(sequence), out, gamma)
         return self._extend_chain(sequence, out, gamma)
+
+    def unread(
+        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
+    ) -> Unread | None:
+        """``propose`` that leaves the draft on the device; None: drafts are made step by step."""
+        return None
 
     def shape(self, gamma: int) -> Shape:
         """How large a draft of so many levels may be."""

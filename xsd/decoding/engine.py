@@ -41,6 +41,7 @@ from xsd.decoding.loop import CompiledLoop, begun_head
 from xsd.decoding.policy import Costs, Policy, row_sizes
 from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import Speculator
+from xsd.decoding.unread import Unread
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Prompt, Scored
 from xsd.pairs.cache import TreeRows
@@ -299,11 +300,11 @@ class Engine:
             self._laps.lap(REST)
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
                 seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
-                found = self._unread_cycle(speculator, seen, depth, policy, result)
-                if found is not None:
-                    unseen = [found]
+                begun, unread = Mark(self._device), self._unread(speculator, tokens, seen, depth)
+                if unread is not None and not policy.reads_first(len(unread)):
+                    unseen = [self._unread_cycle(unread, begun, num_captures, policy, result)]
                     continue
-                asked = speculator.propose(tokens, seen, depth)
+                asked = speculator.propose(tokens, seen, depth) if unread is None else unread.read()
                 drafting_ms = self._laps.lap(DRAFTING)
                 draft, unseen = policy.select(self._useful(asked, tokens)), []
             self._laps.lap(REST)
@@ -323,42 +324,44 @@ class Engine:
                 policy.learn(draft, path)
             unseen.append(states)
 
-    def _unread_cycle(
-        self,
-        speculator: Speculator,
-        seen: Float[Tensor, "m Dv"],
-        depth: int,
-        policy: Policy,
-        result: Decoded,
-    ) -> Float[Tensor, "n Dv"] | None:
-        """A cycle whose drafts stay on the device until all of them are verified: it waits for
-        the device once. None: they are not of that kind, or reading them first is worth a wait."""
+    def _unread(
+        self, speculator: Speculator, tokens: list[int], seen: Float[Tensor, "m Dv"], depth: int
+    ) -> Unread | None:
+        """A draft that is left on the device; None: nobody drafts like that, or judges so."""
         unread = getattr(speculator, "unread", None)
-        if unread is None or not self._reads_late or policy.reads_first(depth):
+        if unread is None or not self._reads_late:
             return None
-        tokens, begun, num_captures = result.token_ids, Mark(self._device), Made.count
-        drafted: Tensor | None = unread(tokens, seen, depth)
-        if drafted is None:
-            return None
-        made = Mark(self._device)
-        ids = torch.cat([self.verifier.on_device(tokens[-1:]), drafted[0].long()])
+        found: Unread | None = unread(tokens, seen, depth)
+        return found
+
+    def _unread_cycle(
+        self, unread: Unread, begun: Mark, num_captures: int, policy: Policy, result: Decoded
+    ) -> Float[Tensor, "n Dv"]:
+        """Verify all of a draft before anybody has read it: the cycle waits for the device once.
+
+        Args:
+            begun: when the draft was, behind so many captures.
+
+        Returns:
+            The states of the tokens added.
+        """
+        tokens, made = result.token_ids, Mark(self._device)
+        ids = torch.cat([self.verifier.on_device(tokens[-1:]), unread.ids])
+        self._cache.tree = unread.tree
         scored = self.verifier.read(ids, self._cache)
-        numbers = torch.cat([drafted.flatten(), scored.best().double()]).tolist()
+        self._cache.tree = None
+        whole, choices = unread.read_with(scored.best())
         drafting_ms = made.ms_since(begun)
-        chosen = [int(number) for number in (*numbers[:depth], *numbers[2 * depth :])]
-        whole = Draft(chosen[:depth], confidence=numbers[depth : 2 * depth])
         draft = self._useful(whole, tokens)
-        path, token = verify_greedy(draft, chosen[depth : depth + len(draft) + 1])
-        self._cache.keep(depth + 1, [0, *(node + 1 for node in path)])
-        said = self._said(draft, path, token)
-        tokens.extend(said)
+        path, token = verify_greedy(draft, choices[: len(draft) + 1])
+        states = self._keep(tokens, draft, path, token, scored.states)
         result.cycle_drafted.append(len(draft))
         result.cycle_accepted.append(len(path))
         spent_ms = self._laps.lap(PASSES, {DRAFTING: drafting_ms})
         if Made.count == num_captures:
             policy.time(draft, drafting_ms, spent_ms - drafting_ms)
         policy.learn(draft, path)
-        return scored.states[: len(said)]
+        return states
 
     def _lap_passes(self) -> float:
         """What went by since the last lap went into passes; what they chose with, where known."""
@@ -530,15 +533,30 @@ class Engine:
             self._cache.tree = tree_rows([*draft.parents, *spare], self._device)
         scored = self._pass([tokens[-1], *draft.tokens])
         self._cache.tree = None
-        states = scored.states
         path, token = self._judge(draft, scored)
+        # Rows that only fill the strict shape have left the cache.
+        states = scored.states[: len(draft) + 1]
+        return self._keep(tokens, draft, path, token, states), path
+
+    def _keep(
+        self,
+        tokens: list[int],
+        draft: Draft,
+        path: list[int],
+        token: int,
+        states: Float[Tensor, "rows Dv"],
+    ) -> Float[Tensor, "n Dv"]:
+        """Say what holds and the token after it, and forget the pass's other rows; nobody waits.
+
+        Returns the states of the tokens added.
+        """
         kept = [0, *(node + 1 for node in path)]
-        self._cache.keep(len(draft) + 1, kept)
+        self._cache.keep(len(states), kept)
         said = self._said(draft, path, token)
         tokens.extend(said)
         if kept[-1] == len(path):
-            return states[: len(said)], path
-        return states[kept[: len(said)]], path
+            return states[: len(said)]
+        return states[to_device(kept[: len(said)], self._device)]
 
     def _judge(self, draft: Draft, scored: Scored) -> tuple[list[int], int]:
         """``scored``: the root, every drafted token, and perhaps some that nobody asks."""

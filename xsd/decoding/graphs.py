@@ -21,6 +21,7 @@ from xsd.adapters.rows import StepInputs
 from xsd.decoding.accept import Draft
 from xsd.decoding.draft import DrafterReader, HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.policy import Policy
+from xsd.decoding.unread import Unread
 from xsd.pairs.capture import Capture, Lane
 from xsd.pairs.device import to_device
 
@@ -175,22 +176,16 @@ class CapturedHead(HeadDrafter):
             super().begin(question, visual, reader)
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
-        if not self._is_captured:
-            return super().propose(tokens, states, gamma)
-        ids, confidence = self._drafted(tokens, states, gamma).tolist()
-        return Draft([int(token) for token in ids], confidence=confidence)
+        drafted = self.unread(tokens, states, gamma)
+        return super().propose(tokens, states, gamma) if drafted is None else drafted.read()
 
     def unread(
         self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> Float[Tensor, "2 gamma"] | None:
-        """Drafts and how probable each is, left on the device; None: they are made step by step."""
-        return self._drafted(tokens, states, gamma) if self._is_captured else None
-
-    def _drafted(
-        self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> Float[Tensor, "2 gamma"]:
+    ) -> Unread | None:
+        if not self._is_captured:
+            return None
         start = len(tokens) - len(states)
-        return self._captured.draft(tokens[start:], states, start, gamma)
+        return Unread(self._captured.draft(tokens[start:], states, start, gamma))
 
 
 def head_drafter(

@@ -28,8 +28,9 @@ from xsd.decoding.draft import (
     adapt_free,
     free_tokens,
 )
-from xsd.decoding.graphs import CapturedHead, head_drafter
+from xsd.decoding.graphs import head_drafter
 from xsd.decoding.strategies import adapter_names, goes_on, needs_drafter
+from xsd.decoding.unread import Unread
 from xsd.errors import XsdError
 from xsd.pairs.base import Decoder, Media
 from xsd.types import Span, Strategy
@@ -185,9 +186,13 @@ class LocalSpeculator:
 
     def unread(
         self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> Float[Tensor, "2 gamma"] | None:
-        """``propose`` of a captured head: ids and how probable each is, left on the device."""
-        if not isinstance(self.head, CapturedHead):
+    ) -> Unread | None:
+        """``propose`` that leaves the draft on the device; None: it is not made in one go."""
+        if goes_on(self.strategy):
+            assert self.coupled is not None, "only a coupled gap goes on"
+            self.coupled.follow(tokens)
+            return self.coupled.unread(len(tokens), gamma)
+        if not isinstance(self.head, HeadDrafter):
             return None
         self._begin_head(self.head)
         return self.head.unread(tokens, states, gamma)

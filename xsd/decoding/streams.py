@@ -21,6 +21,7 @@ from xsd.decoding.accept import Draft
 from xsd.decoding.ahead import Board
 from xsd.decoding.speculator import LocalSpeculator
 from xsd.decoding.strategies import goes_on
+from xsd.decoding.unread import Unread
 from xsd.pairs.base import Media
 from xsd.types import Span
 
@@ -95,7 +96,7 @@ class StreamSpeculator:
 
     def unread(
         self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> Float[Tensor, "2 gamma"] | None:
+    ) -> Unread | None:
         if self._goes_on:
             return None
         self._end()

@@ -1,15 +1,17 @@
-"""Draft trees on a GPU: a whole tree is grown in one CUDA graph, and read once at its end.
+"""Draft trees on a GPU: a whole tree is one CUDA graph, and nothing of it is read on its way.
 
-Level by level the likeliest nodes branch (EAGLE-2, arXiv:2406.16858), as in ``HeadDrafter``; which
-of all nodes are verified is decided on the host, from what the graph leaves behind. A tree is grown
-to its full depth, as chains are: a device is no sooner done with less.
+Level by level the likeliest nodes branch (EAGLE-2, arXiv:2406.16858), as in ``HeadDrafter``; the
+graph also decides which of all nodes are kept and how the pass over them branches, so that they
+can be verified before anybody has read them. A tree is grown to its full depth, as chains are: a
+device is no sooner done with less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -17,11 +19,18 @@ from torch import Tensor
 from xsd.adapters.base import Adapter
 from xsd.adapters.rows import StepInputs
 from xsd.decoding.accept import Draft
-from xsd.decoding.draft import DrafterReader, HeadDrafter, HeadOptions, VerifierTables, subtree
+from xsd.decoding.config import MAX_TREE_NODES
+from xsd.decoding.draft import DrafterReader, HeadDrafter, HeadOptions, VerifierTables
 from xsd.decoding.graphs import MAX_FRESH, CapturedChains, fits_trees
 from xsd.decoding.policy import Policy
+from xsd.decoding.unread import Unread
+from xsd.kernels import rule as rules
+from xsd.pairs.cache import TreeRows
 from xsd.pairs.capture import Capture
 from xsd.pairs.device import to_device
+
+Kept = tuple[Float[Tensor, "3 n"], Int[Tensor, " n1"], Bool[Tensor, "n1 n1"]]
+"""A tree as it is verified: its numbers, and how the pass over it branches (see ``Unread``)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class _Grown:
 
     ids: Int[Tensor, " m"]
     states: Float[Tensor, "m Dv"]
-    replay: Callable[[], Tensor]
+    replay: Callable[[], Kept]
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,19 @@ class _Level:
 class CapturedTrees(CapturedChains):
     """Greedy trees of a head that reads the verifier's states, tokens, or both."""
 
-    def __init__(self, head: Adapter, tables: VerifierTables, max_length: int, width: int) -> None:
-        """``width``: branches a node, and nodes that branch a level."""
+    def __init__(
+        self,
+        head: Adapter,
+        tables: VerifierTables,
+        max_length: int,
+        options: HeadOptions,
+        policy: Policy,
+    ) -> None:
         super().__init__(head, tables, max_length)
-        self._width = width
+        self._width = options.tree_width
+        self._num_kept = min(options.tree_nodes, MAX_TREE_NODES)
         self._eos = torch.tensor(sorted(tables.eos_ids), device=self.device)
+        self._chances = _Chances(policy, self.device)
         self._trees: dict[tuple[int, int], _Grown] = {}
 
     @torch.inference_mode()
@@ -67,14 +84,14 @@ class CapturedTrees(CapturedChains):
     @torch.inference_mode()
     def grow(
         self, ids: Sequence[int], states: Float[Tensor, "m Dv"], start: int, depth: int
-    ) -> Float[Tensor, "4 nodes"]:
-        """Token, parent (-1: the root), chance behind its parent and with all before it, of every
-        node, parents first; on the device.
+    ) -> Kept:
+        """The likeliest nodes, parents first, on the device; nothing waits for it.
 
-        Nodes that no tree would hold have a negative last chance. Arguments as ``draft``'s.
+        Arguments as ``draft``'s; the next tree of this shape overwrites the result.
         """
         num_rows = len(states)
         self._start.fill_(start)
+        self._chances.follow()
         given = to_device(ids, self.device)
         if num_rows > MAX_FRESH:
             return self._grow(given, states.to(self._dtype), depth)
@@ -88,15 +105,13 @@ class CapturedTrees(CapturedChains):
             tree.states.copy_(states)
         return tree.replay()
 
-    def _grow(
-        self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], depth: int
-    ) -> Float[Tensor, "4 nodes"]:
+    def _grow(self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], depth: int) -> Kept:
         width, device = self._width, self.device
         at = self._start + torch.arange(len(ids), device=device)
         out = self._step(ids, states[None], at)[0, -1:]
         base = at[-1:] + 1
         root = torch.full((1,), -1, device=device)
-        nodes = [self._branch(out, root, torch.ones(1, device=device))]
+        nodes = [self._branch(out, root, torch.ones(1, dtype=torch.double, device=device))]
         num_slots, first = max(1, depth - 1) * width, 0
         level: _Level | None = None
         for grown in range(depth - 1):
@@ -104,16 +119,18 @@ class CapturedTrees(CapturedChains):
             out = self._siblings(level, base, grown)
             first += nodes[-1].shape[1]
             nodes.append(self._branch(out, level.number, level.joint))
-        return torch.cat(nodes, dim=1)
+        return likeliest(torch.cat(nodes, dim=1), self._num_kept, depth)
 
     def _branch(
         self, out: Float[Tensor, "R Dv"], parents: Int[Tensor, " R"], joint: Float[Tensor, " R"]
     ) -> Float[Tensor, "4 nodes"]:
-        """The likeliest followers of every row."""
+        """The likeliest followers of every row: token, parent (-1: the root), chance behind that,
+        and with all before it. What follows no branch has a chance of -1."""
         sure, ids = torch.softmax(self._tables.score(out).float(), -1).topk(self._width)
-        followed = parents.repeat_interleave(self._width).float()
-        chances = joint[:, None] * sure
-        return torch.stack([ids.flatten().float(), followed, sure.flatten(), chances.flatten()])
+        sure, before = sure.double(), joint[:, None]
+        followed = parents.repeat_interleave(self._width).double()
+        chances = torch.where(before < 0, -1.0, before * self._chances(sure))
+        return torch.stack([ids.flatten().double(), followed, sure.flatten(), chances.flatten()])
 
     def _choose(
         self,
@@ -157,9 +174,58 @@ class CapturedTrees(CapturedChains):
         return out[0]
 
 
+def likeliest(nodes: Float[Tensor, "4 nodes"], num_kept: int, depth: int) -> Kept:
+    """Of a tree of so many levels the likeliest nodes, and how the pass over them branches.
+
+    None is likelier than its parent, and of nodes as likely the first come first, so what is kept
+    connects.
+
+    Args:
+        nodes: token, parent (-1: the root), chance behind that, and with all before it; parents
+            first. A negative last one: no such guess; if it is kept, its chance is negative too.
+    """
+    likely, order = nodes[3].sort(descending=True, stable=True)
+    kept = order[:num_kept]
+    ids, parents, sure = nodes[:3, kept]
+    # Row 0 of the pass is the root's, as entry 0 is of what tells every node's row.
+    rows = torch.arange(1 + len(kept), device=nodes.device)
+    row_of = torch.zeros(1 + len(order), dtype=torch.long, device=nodes.device)
+    followed = row_of.scatter(0, 1 + kept, rows[1:])[1 + parents.long()]
+    # Pointer jumping: what a row's farthest known ancestor knows is what the row lacks.
+    ancestors, jump = rows[:, None] == rows, torch.cat([rows[:1], followed])
+    for _ in range(depth.bit_length()):
+        ancestors, jump = ancestors | ancestors[jump], jump[jump]
+    sure = torch.where(likely[: len(kept)] < 0, -1.0, sure)
+    numbers = torch.stack([ids, sure, followed.double() - 1])
+    return numbers, ancestors.sum(1) - 1, ancestors
+
+
+class _Chances:
+    """``Policy.chance`` on a device."""
+
+    def __init__(self, policy: Policy, device: torch.device) -> None:
+        self._rule = policy.rule
+        self._is_learned = len(policy.rule[0]) > 0
+        self._edges = torch.tensor(rules.EDGES, device=device)
+        self._seen = torch.zeros(2, rules.NUM_BUCKETS, dtype=torch.double, device=device)
+
+    def follow(self) -> None:
+        """Go by what the policy has learned by now."""
+        if self._is_learned:
+            # Counts: single precision, in which they travel, holds them.
+            seen = np.stack(self._rule[:2]).tolist()
+            self._seen.copy_(to_device(seen, self._seen.device), non_blocking=True)
+
+    def __call__(self, sure: Float[Tensor, "*nodes"]) -> Float[Tensor, "*nodes"]:
+        if not self._is_learned:
+            return sure
+        bucket = (sure[..., None] >= self._edges).sum(-1)
+        tried, held = self._seen[0][bucket], self._seen[1][bucket]
+        return (held + rules.PRIOR * sure) / (tried + rules.PRIOR)
+
+
 class CapturedTreeHead(HeadDrafter):
-    """``HeadDrafter`` whose trees are captured; where nodes branch goes by the head's own chances,
-    and what is kept by the policy's."""
+    """``HeadDrafter`` whose trees are captured."""
 
     def __init__(
         self,
@@ -171,9 +237,9 @@ class CapturedTreeHead(HeadDrafter):
     ) -> None:
         super().__init__(head, tables, max_new_tokens, options, policy)
         assert fits_trees(head, self.options)
-        width = self.options.tree_width
-        length = max_new_tokens + 16 * (1 + width)
-        self._captured = CapturedTrees(head, tables, min(length, head.config.max_positions), width)
+        length = max_new_tokens + 16 * (1 + self.options.tree_width)
+        length = min(length, head.config.max_positions)
+        self._captured = CapturedTrees(head, tables, length, self.options, self.policy)
 
     def begin(
         self, question: str, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None
@@ -181,16 +247,9 @@ class CapturedTreeHead(HeadDrafter):
         self._captured.begin(visual)
 
     def propose(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Draft:
+        return self.unread(tokens, states, gamma).read()
+
+    def unread(self, tokens: Sequence[int], states: Float[Tensor, "m Dv"], gamma: int) -> Unread:
         start = len(tokens) - len(states)
-        nodes = self._captured.grow(tokens[start:], states, start, gamma).cpu()
-        ids, parents = nodes[:2].long().tolist()
-        sure, in_tree = nodes[2].tolist(), (nodes[3] >= 0).tolist()
-        joint: list[float] = []
-        for parent, chance in zip(parents, sure, strict=True):
-            before = 1.0 if parent == -1 else joint[parent]
-            joint.append(before * self.policy.chance(chance))
-        likely = sorted((i for i, held in enumerate(in_tree) if held), key=lambda i: -joint[i])
-        kept = likely[: self.options.tree_nodes]
-        confidence = [sure[node] for node in kept] if self.policy.asks_confidence else None
-        draft = subtree(ids, parents, kept)
-        return replace(draft, confidence=confidence, num_levels=gamma)
+        numbers, *branches = self._captured.grow(tokens[start:], states, start, gamma)
+        return Unread(numbers, TreeRows(*branches), gamma)

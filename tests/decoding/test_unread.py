@@ -1,0 +1,344 @@
+"""Drafts that are verified before anybody reads them: they change no token, and a cycle on a GPU
+waits once."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from threading import current_thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.decoding.conftest import needs_gpu, on
+from xsd import bench
+from xsd.adapters import checkpoint
+from xsd.bench import BenchItem
+from xsd.decoding import graphs
+from xsd.decoding.coupled_graphs import CapturedCoupled
+from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.engine import Engine, tree_rows
+from xsd.decoding.policy import Adaptive, Costs, Policy
+from xsd.decoding.rote import Eager, Rote
+from xsd.decoding.speculator import LocalSpeculator, Speculator
+from xsd.decoding.strategies import parse
+from xsd.decoding.streams import StreamSpeculator
+from xsd.decoding.tree_graphs import CapturedTreeHead, likeliest
+from xsd.decoding.unread import Unread
+from xsd.pairs.base import Decoder, ModelPair
+from xsd.pairs.cache import TreeRows
+from xsd.pairs.catalog import load_pair
+from xsd.pairs.config import PairConfig
+from xsd.pairs.device import to_device
+
+MAX_NEW = 30
+TREE = HeadOptions(tree_width=3, tree_nodes=10)
+CHEAP = Costs((1.0,) * 64, 1.0)
+"""Of a verifier whose rows cost nothing: no draft need be read first."""
+
+
+class Scripted(Rote):
+    """Drafts an answer that it knows, each token wrong now and then, and leaves it on the device;
+    behind the answer's end it goes on."""
+
+    num_siblings = 1
+
+    def __init__(self, answer: Sequence[int], rate: float, device: torch.device) -> None:
+        self._answer, self._rate, self._device = list(answer), rate, device
+        self._random = random.Random(0)
+
+    def unread(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Unread:
+        rest = [*self._answer[len(tokens) :], *range(5, 5 + gamma)][:gamma]
+        return self._left([self._perhaps(token) for token in rest], [0.5] * gamma)
+
+    def _left(self, *fields: list[Any]) -> Unread:
+        return Unread(to_device(fields, self._device).double())
+
+    def _perhaps(self, token: int) -> int:
+        return token if self._random.random() >= self._rate else (token + 1) % 1024
+
+
+class Branching(Scripted):
+    """The same as a tree, which ends where the answer does: of two siblings the second is right,
+    and goes on. What is there beyond the tree is no draft."""
+
+    num_siblings = 2
+
+    def unread(self, tokens: Sequence[int], states: Tensor, gamma: int) -> Unread:
+        ids: list[int] = []
+        parents: list[int] = []
+        for token in self._answer[len(tokens) :][:gamma]:
+            parents += [len(ids) - 1] * 2
+            ids += [(token + 2) % 1024, self._perhaps(token)]
+        chances = [0.5] * len(ids)
+        found = self._left([*ids, ids[1]], [*chances, -1.0], [*parents, -1])
+        return Unread(found.numbers, tree_rows([*parents, -1], self._device), gamma)
+
+
+def unfused(verifier: Decoder, longest: int) -> Engine:
+    """Cycles that are made one by one, as they are on a GPU."""
+    engine = Engine(verifier, MAX_NEW, longest)
+    engine._loop, engine._reads_late = None, True
+    return engine
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 8])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", [Scripted, Branching])
+def test_drafts_that_are_verified_unread_change_no_token(
+    kind: type[Scripted], rate: float, gamma: int, device: torch.device, pair: ModelPair,
+    items: list[BenchItem],
+) -> None:  # fmt: skip
+    verifier = on(device, pair).verifier
+    engine = unfused(verifier, bench.longest_prompt(pair, items))
+    for item in items:
+        asked = item.media, item.sample.question
+        plain = engine.plain(*asked).token_ids
+        party = kind(plain, rate, device)
+        for policy in (Policy(), Adaptive(CHEAP), Adaptive(Costs(CHEAP.verify_ms, 1.0, 0.0, -1.0))):
+            answer = engine.speculate(*asked, party, gamma, policy)
+            assert answer.token_ids == plain
+            drafted = [size / kind.num_siblings for size in answer.cycle_drafted]
+            accepted = answer.cycle_accepted
+            pairs = list(zip(accepted, drafted, strict=True))
+            assert pairs and all(a <= d <= gamma for a, d in pairs)
+            assert (sum(accepted) > 0) == (rate < 1.0)
+            if rate == 0.0:
+                assert accepted == drafted
+            assert answer.parts["drafting"] > 0.0
+
+
+def test_drafts_are_read_first_where_that_may_save_rows() -> None:
+    assert not Policy().reads_first(8)
+    costs = Costs((1.0, 1.0, 1.0, 1.5), 1.0, read_ms=0.1)
+    assert [Adaptive(costs).reads_first(size) for size in (1, 2, 3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["B1_decode", "E1_decode", "E2_decode", "E3_decode"])
+def test_a_head_whose_drafts_are_not_read_decodes_as_one_whose_drafts_are(
+    name: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    assert_drafters_agree(
+        name, (HeadDrafter, graphs.CapturedHead), None, on(device, pair), items, adapters
+    )
+
+
+@pytest.mark.parametrize("name", ["E1_tree", "E3_tree"])
+def test_a_tree_that_is_not_read_decodes_as_one_that_is(
+    name: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    assert_drafters_agree(
+        name, (HeadDrafter, CapturedTreeHead), TREE, on(device, pair), items, adapters
+    )
+
+
+def assert_drafters_agree(
+    name: str, kinds: tuple[type[HeadDrafter], ...], options: HeadOptions | None,
+    there: ModelPair, items: list[BenchItem], adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    """What they say is plain decoding's, and cycle by cycle as much of the drafts holds."""
+    longest = bench.longest_prompt(there, items)
+    engine, level = unfused(there.verifier, longest), name.partition("_")[0]
+    head = checkpoint.load(adapters[level])[0].to(there.verifier.stack.device).eval()
+    tables = VerifierTables.of(there.verifier)
+    counts = []
+    for kind in kinds:
+        party = LocalSpeculator(
+            parse(name, 0), there.drafter, tables, {level: head}, {},
+            max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0,
+            head=kind(head, tables, MAX_NEW, options),
+        )  # fmt: skip
+        found = [counted(engine, party, item) for item in items]
+        counts.append(found)
+    assert counts[0] == counts[1]
+
+
+def counted(engine: Engine, party: Speculator, item: BenchItem) -> tuple[list[int], list[int]]:
+    asked = item.media, item.sample.question
+    answer = engine.speculate(*asked, party, 3)
+    assert answer.token_ids == engine.plain(*asked).token_ids
+    return answer.cycle_drafted, answer.cycle_accepted
+
+
+@pytest.mark.parametrize("name", ["X1+drafter", "L4+drafter"])
+def test_a_drafter_that_goes_on_unread_decodes_as_one_whose_drafts_are_read(
+    name: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    there = on(device, pair)
+    engine = unfused(there.verifier, bench.longest_prompt(pair, items))
+    captured, read = (going_on(name, there, items, adapters) for _ in range(2))
+    if device.type == "cpu":
+        assert captured.reader is not None and captured.gap_adapter is not None
+        given = captured.reader, captured.gap_adapter, captured.tables, MAX_NEW
+        captured.coupled = CapturedCoupled(*given)
+    assert isinstance(captured.coupled, CapturedCoupled)
+    read.unread = lambda *_: None  # type: ignore[method-assign]
+    for item in items:
+        assert counted(engine, captured, item) == counted(engine, read, item)
+
+
+def going_on(
+    name: str, there: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> LocalSpeculator:
+    level, longest = name.partition("+")[0], bench.longest_prompt(there, items)
+    adapter = checkpoint.load(adapters[level])[0].to(there.drafter.stack.device).eval()
+    return LocalSpeculator(
+        parse(name, 3), there.drafter, VerifierTables.of(there.verifier), {level: adapter}, {},
+        max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_kept", [1, 4, 9, 40])
+def test_what_is_kept_of_a_tree_is_a_tree(num_kept: int) -> None:
+    draw = random.Random(num_kept)
+    for _ in range(20):
+        nodes = drawn_tree(draw)
+        depth = 1 + max(depth_of(node, nodes) for node in range(len(nodes)))
+        given = torch.tensor(nodes, dtype=torch.double).t()
+        numbers, *branches = likeliest(given, num_kept, depth)
+        unread = Unread(numbers, TreeRows(*branches), depth)
+        kept = sorted(range(len(nodes)), key=lambda node: -nodes[node][3])[:num_kept]
+        number = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        real = [node for node in kept if nodes[node][3] >= 0]
+        draft = unread.read()
+        assert draft.tokens == [nodes[node][0] for node in real]
+        assert draft.parents == [number[int(nodes[node][1])] for node in real]
+        assert draft.confidence == [nodes[node][2] for node in real]
+        # Rows of what is no draft look somewhere, and nobody looks at them.
+        size, expected = 1 + len(real), tree_rows(draft.parents, torch.device("cpu"))
+        assert unread.tree is not None
+        assert torch.equal(unread.tree.depths[:size], expected.depths)
+        assert torch.equal(unread.tree.ancestors[:size, :size], expected.ancestors)
+        assert not unread.tree.ancestors[:size, size:].any()
+
+
+Node = tuple[int, int, float, float]
+
+
+def drawn_tree(draw: random.Random) -> list[Node]:
+    """Parents first, many as likely as each other; what follows the hopeless is no guess."""
+    nodes: list[Node] = []
+    for token in range(draw.randint(1, 30)):
+        parent = draw.randint(-1, len(nodes) - 1)
+        before = 1.0 if parent == -1 else nodes[parent][3]
+        sure = draw.choice((0.25, 0.5, 1.0, 1.0))
+        is_guess = before >= 0.0 and draw.random() < 0.9
+        nodes.append((token, parent, sure, before * sure if is_guess else -1.0))
+    return nodes
+
+
+def depth_of(node: int, nodes: list[Node]) -> int:
+    return 0 if nodes[node][1] == -1 else 1 + depth_of(int(nodes[node][1]), nodes)
+
+
+def waits(
+    engine: Engine, party: Speculator, item: BenchItem, policy: Policy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Of a short answer and a longer one: how often the verifier's thread waits for the device,
+    and how many passes it makes."""
+    asked, found = (item.media, item.sample.question), []
+    read, passes, caller = engine.verifier.read, Counter[str](), current_thread()
+
+    def counting(*given: Any) -> Any:
+        passes["made"] += 1
+        return read(*given)
+
+    def note(*_: object, **__: object) -> None:
+        if current_thread() is caller:
+            passes["waits"] += 1
+
+    monkeypatch.setattr(engine.verifier, "read", counting)
+    for max_new in (MAX_NEW // 2, MAX_NEW):
+        engine.max_new_tokens = max_new
+        for _ in range(20):
+            passes.clear()
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("always")
+                    warnings.showwarning = note
+                    answer = engine.speculate(*asked, party, 4, policy)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            # A capture is waited for, and is made once.
+            if not answer.made_captures:
+                break
+        assert not answer.made_captures and answer.cycle_drafted
+        found.append((passes["waits"], passes["made"]))
+    return found
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["E1_decode", "E1_tree", "E3_tree", "X1+drafter", "L4+drafter"])
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_a_cycle_waits_once_for_the_device(
+    name: str, is_adaptive: bool, items: list[BenchItem], adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    policy = Eager(CHEAP) if is_adaptive else Policy()
+    engine, party = on_gpu(name, items, adapters, policy)
+    (few, short), (many, long) = waits(engine, party, items[0], policy, monkeypatch)
+    assert long > short and many - few == long - short
+
+
+@needs_gpu
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_moving_what_is_kept_of_a_tree_waits_for_nothing(
+    rate: float, items: list[BenchItem], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = on_gpu("E1_tree", items, adapters, Policy())
+    answer = engine.plain(items[0].media, items[0].sample.question).token_ids
+    party = Branching(answer, rate, torch.device("cuda"))
+    (few, short), (many, long) = waits(engine, party, items[0], Policy(), monkeypatch)
+    assert long > short and many - few == long - short
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["E1_decode", "E1_tree", "X1+drafter"])
+def test_a_draft_that_is_read_first_is_a_wait_more(
+    name: str, items: list[BenchItem], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Eager(Costs(CHEAP.verify_ms, 1.0, read_ms=-1.0))
+    engine, party = on_gpu(name, items, adapters, policy)
+    (few, short), (many, long) = waits(engine, party, items[0], policy, monkeypatch)
+    # A last token, for which alone there is room, is a step without drafts.
+    assert long > short and abs(many - few - 2 * (long - short)) <= 1
+
+
+@needs_gpu
+def test_the_drafters_thread_keeps_the_verifiers_from_no_device(
+    items: list[BenchItem], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, local = on_gpu("X1+drafter", items, adapters, Policy())
+    party = StreamSpeculator(local, torch.device("cuda"))
+    (few, short), (many, long) = waits(engine, party, items[0], Policy(), monkeypatch)
+    assert long > short and many - few == long - short
+
+
+def on_gpu(
+    name: str, items: list[BenchItem], adapters: dict[str, Path], policy: Policy
+) -> tuple[Engine, LocalSpeculator]:
+    there = load_pair(PairConfig(device="cuda"))
+    longest = bench.longest_prompt(there, items)
+    engine = Engine(there.verifier, MAX_NEW, longest)
+    if "+" in name:
+        return engine, going_on(name, there, items, adapters)
+    level, _, kind = name.partition("_")
+    head = checkpoint.load(adapters[level])[0].to("cuda").eval()
+    tables = VerifierTables.of(there.verifier)
+    options = TREE if kind == "tree" else None
+    party = LocalSpeculator(
+        parse(name, 0), there.drafter, tables, {level: head}, {},
+        max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0,
+        head=graphs.head_drafter(head, tables, MAX_NEW, options, policy),
+    )  # fmt: skip
+    return engine, party
