@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from tests.adapters.conftest import make_adapter
@@ -160,15 +161,14 @@ def train(folder: Path) -> None:
         total = sum(x.abs().sum().item() for x in adapter.parameters())
         return {adapter.row.selection_metric: total}
 
-    begun = _size(folder / "begun")
     wait_for_keeper(folder / "state")
-    ended = folder / "ended"
-    if begun and ended.exists():
-        found = read_state_step(folder / "state")
-        assert int(ended.read_text()) <= found <= begun, "a step that had ended was lost"
-        assert begun - _size(folder / "lost") - found <= 1, "more than the batch in hand"
-        with (folder / "lost").open("ab") as file:
-            file.write(b"." * (begun - _size(folder / "lost") - found))
+    ended, found = folder / "ended", steps_of(folder / "state")
+    if ended.exists():
+        assert int(ended.read_text()) <= found, "a step that had ended was lost"
+    lost = _size(folder / "begun") - _size(folder / "lost") - found
+    assert 0 <= lost <= 1, "more than the batch in hand was lost"
+    with (folder / "lost").open("ab") as file:
+        file.write(b"." * lost)
     adapter = make_adapter("L4").to(cuda)
     lm_head = LM_HEAD.to(cuda)
     for _ in fit(adapter, noted, LONG, scorer, lm_head=lm_head, state=folder / "state"):
@@ -182,10 +182,10 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def read_state_step(path: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
+def steps_of(state: Path) -> int:
+    if not state.exists():
+        return 0
+    with safe_open(state, framework="pt") as file:
         return int(json.loads(file.metadata()["progress"])["step"])
 
 
