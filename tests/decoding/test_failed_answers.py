@@ -176,8 +176,9 @@ def test_a_process_that_is_gone_is_told_sample_after_sample(
         assert decode(party, items[0], strategies[0]).token_ids
 
 
+@pytest.mark.parametrize("what", ["an answer", "a timed pass"])
 def test_a_pass_that_fails_leaves_its_shape_to_nobody(
-    pair: ModelPair, items: list[BenchItem], monkeypatch: pytest.MonkeyPatch
+    what: str, pair: ModelPair, items: list[BenchItem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(pair.verifier, 20, bench.longest_prompt(pair, items), strict_rows=32)
     asked: Any = items[0].media, items[0].sample.question
@@ -185,12 +186,21 @@ def test_a_pass_that_fails_leaves_its_shape_to_nobody(
     tree = Branching(plain, 0, 0)
 
     def broken(*_: object, **__: object) -> NoReturn:
-        assert engine._cache.whole and engine._cache.tree is not None
+        assert engine._cache.whole and (what != "an answer" or engine._cache.tree is not None)
         raise RuntimeError("made up")
 
     with monkeypatch.context() as patched:
         patched.setattr(type(pair.verifier), "read", broken)
         with pytest.raises(RuntimeError, match="made up"):
-            engine.speculate(*asked, tree, 4)
-    assert not engine._cache.whole and engine._cache.tree is None
+            if what == "an answer":
+                engine.speculate(*asked, tree, 4)
+            else:
+                engine.timed_pass(3, engine._cache.length)()
+    prefill = type(pair.verifier).prefill
+
+    def watched(*given: Any) -> Any:
+        assert not engine._cache.whole and engine._cache.tree is None
+        return prefill(*given)
+
+    monkeypatch.setattr(type(pair.verifier), "prefill", watched)
     assert engine.plain(*asked).token_ids == plain

@@ -117,7 +117,7 @@ class Engine:
     @torch.inference_mode()
     def plain(self, media: Media, question: str) -> Decoded:
         """Decoding one row a step: the baseline of every speedup."""
-        return self._decode(media, question, None, 0, Policy())
+        return self._answer(media, question, None, 0, Policy())
 
     @torch.inference_mode()
     def speculate(
@@ -134,7 +134,13 @@ class Engine:
             gamma: longest draft of a cycle.
             policy: decides how much of it to make and verify; None: all.
         """
-        return self._decode(media, question, speculator, gamma, policy or Policy())
+        try:
+            return self._answer(media, question, speculator, gamma, policy or Policy())
+        except BaseException:
+            # The next answer finds nobody still drafting for this one.
+            with suppress(Exception):  # the first error tells what went wrong
+                speculator.finish()
+            raise
 
     @torch.inference_mode()
     def measure(
@@ -220,24 +226,6 @@ class Engine:
             return self._pass([0] * num_rows).choose()
 
         return work
-
-    def _decode(
-        self,
-        media: Media,
-        question: str,
-        speculator: Speculator | None,
-        gamma: int,
-        policy: Policy,
-    ) -> Decoded:
-        try:
-            return self._answer(media, question, speculator, gamma, policy)
-        except BaseException:
-            # The next answer finds all as if there had been none, and nobody still drafting.
-            self._cache.tree, self._cache.whole = None, False
-            if speculator is not None:
-                with suppress(Exception):  # the first error tells what went wrong
-                    speculator.finish()
-            raise
 
     def _answer(
         self,

@@ -46,10 +46,6 @@ class KVCache:
     ``keep_each``, or by compiled passes in place.
     """
 
-    whole: bool = False
-    """Set for a pass, it looks at the whole buffers, all beyond its rows masked: attention then
-    sums over one length, and in one order, wherever the rows stand."""
-
     def __init__(
         self,
         num_layers: int,
@@ -79,6 +75,9 @@ class KVCache:
         self.pad_start = 0
         self.ragged: list[int] | None = None
         self.tree: TreeRows | None = None
+        self.whole = False
+        """Set for a pass, it looks at the whole buffers, all beyond its rows masked: attention then
+        sums over one length, and in one order, wherever the rows stand."""
 
     @property
     def batch(self) -> int:
@@ -99,8 +98,10 @@ class KVCache:
         return 2 * a_position.numel() * a_position.element_size() * self.max_length
 
     def reset(self) -> None:
+        """Empty, and free of what was set for a pass that failed."""
         self.length = self.pad_start = 0
-        self.pad = self.ragged = None
+        self.pad = self.ragged = self.tree = None
+        self.whole = False
 
     def keep(self, num_rows: int, kept: list[int]) -> None:
         """Of the last pass, of ``num_rows`` rows, keep these (ascending); they move together.
@@ -199,7 +200,7 @@ class KVCache:
         """A view of the first batch rows, empty."""
         view = KVCache.__new__(KVCache)
         view.keys, view.values = self.keys[:, :batch], self.values[:, :batch]
-        view.max_length, view.slack, view.tree = self.max_length, self.slack, None
+        view.max_length, view.slack = self.max_length, self.slack
         # Compiled passes take whole buffers, and the first entries of them.
         view._arrays = None if self.slack is None else self.arrays
         view.reset()
