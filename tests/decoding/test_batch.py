@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -148,6 +149,52 @@ def test_short_answers(
         assert [d.token_ids for d in decoded] == [plain[q][:max_new] for q in questions]
 
 
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("num_passes", range(4))
+def test_a_batch_that_fails_leaves_nothing_to_the_next(
+    pair: ModelPair,
+    clip: Media,
+    plain: dict[str, list[int]],
+    num_passes: int,
+    share: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In whichever pass it fails, and whether the next one is as large or smaller."""
+    engine, questions = make_engine(pair, clip, share=share), list(QUESTIONS[:BATCH])
+    head = SeparateRows(
+        lambda row: Scripted(plain[questions[row]], row, None), pair.verifier.stack.device
+    )
+    forward, left = type(pair.verifier).forward, num_passes
+
+    def broken(*given: Any) -> Tensor:
+        nonlocal left
+        if not left:
+            raise RuntimeError("made up")
+        left -= 1
+        return forward(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pair.verifier), "forward", broken)
+        with pytest.raises(RuntimeError, match="made up"):
+            engine.decode_batch([clip] * BATCH, questions, head, 4)
+    for size in (BATCH, 2):
+        decoded = engine.decode_batch([clip] * size, questions[:size], head, 4)
+        assert [d.token_ids for d in decoded] == [plain[q] for q in questions[:size]]
+
+
+@pytest.mark.parametrize("level", [None, "E1"])
+def test_rows_without_a_name_draw_each_for_itself(
+    level: str | None, pair: ModelPair, clip: Media, adapters: dict[str, Path]
+) -> None:
+    head = None
+    if level is not None:
+        adapter = checkpoint.load(adapters[level])[0].eval()
+        head = AdapterRows(adapter, VerifierTables.of(pair.verifier), MAX_NEW, SAMPLING)
+    engine, asked = make_engine(pair, clip, sampling=SAMPLING), [QUESTIONS[0]] * BATCH
+    decoded = engine.decode_batch([clip] * BATCH, asked, head, 3)
+    assert len({tuple(row.token_ids) for row in decoded}) == BATCH
+
+
 def test_an_answer_that_ends_at_once_leaves_the_others_alone(
     pair: ModelPair, clip: Media, plain: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,9 +221,7 @@ class Watched:
         self.wants_prefilled = adapter.wants_prefilled
         self.seen: list[tuple[str, int, list[int]]] = []
 
-    def begin(
-        self, questions: Sequence[str], names: Sequence[str | None], visual: Tensor | None
-    ) -> None:
+    def begin(self, questions: Sequence[str], names: Sequence[str], visual: Tensor | None) -> None:
         self._questions = list(questions)
         self.adapter.begin(questions, names, visual)
         self._scripts.begin(questions, names, visual)

@@ -134,7 +134,7 @@ class DrawingRows:
         self.drawing = drawing
 
     def begin(
-        self, questions: Sequence[str], names: Sequence[str | None], visual: Tensor | None
+        self, questions: Sequence[str], names: Sequence[str], visual: Tensor | None
     ) -> None: ...
     def keep_rows(self, rows: Sequence[int]) -> None: ...
 
@@ -295,7 +295,9 @@ def test_drafts_are_drawn_with_random_numbers_of_their_own(pair: ModelPair, seed
             drawn = torch.rand(8, generator=engine.draft_draws.behind(num_said)).tolist()
             assert not seen & set(drawn)
             seen |= set(drawn)
-        said = torch.rand(64, generator=engine._stream(name)).tolist()
+        unnamed = torch.Generator().manual_seed(seed)
+        stream = unnamed if name is None else engine._stream(name)
+        said = torch.rand(64, generator=stream).tolist()
         assert not seen & set(said)
         seen |= set(said)
 

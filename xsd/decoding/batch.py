@@ -54,7 +54,7 @@ class BatchHead(Protocol):
     def begin(
         self,
         questions: Sequence[str],
-        names: Sequence[str | None],
+        names: Sequence[str],
         visual: Float[Tensor, "clips K Dv"] | None,
     ) -> None:
         """A batch begins.
@@ -138,22 +138,24 @@ class BatchEngine(Engine):
         """One answer a question; every clock reading is the whole batch's.
 
         Args:
-            names: of the random numbers that each is drawn with (``Engine.name_draws``).
             media: of every question; with ``share_visual`` they are one object.
             head: drafts at most ``gamma`` tokens a cycle; None: plain decoding.
+            names: of the random numbers that each is drawn with (``Engine.name_draws``); None:
+                every row's own.
         """
         watch = Stopwatch(self._device)
         answers = [Decoded() for _ in questions]
         cache, last, visual = self._prefill_batch(media, questions, head)
-        given: Sequence[str | None] = names or [None] * len(questions)
-        streams = [self._stream(name) for name in given]
+        # Rows that shared their random numbers would all say the same.
+        names = names or [f"row {row}" for row in range(len(questions))]
+        streams = [self._stream(name) for name in names]
         rows = [_Row(*row) for row in zip(answers, streams, strict=True)]
         judge = self._judge_rows(last[:, None])
         for index, row in enumerate(rows):
             row.answer.token_ids = [judge(index, row, Draft([]))[1]]
         prefill_ms = watch.ms()
         if head is not None:
-            head.begin(questions, given, visual)
+            head.begin(questions, names, visual)
         states, fresh = last[:, None], [1] * len(answers)
         while going := [i for i, row in enumerate(rows) if not self._finished(row.tokens)]:
             if _worth_leaving(len(rows) - len(going), len(rows)):
@@ -264,12 +266,11 @@ class BatchEngine(Engine):
             draft, p[index, : len(draft) + 1], row.stream
         )
 
-    def _stream(self, name: str | None) -> torch.Generator | None:
+    def _stream(self, name: str) -> torch.Generator | None:
         """A row's own random numbers: those of an answer that is drawn alone."""
         if self._sampling is None:
             return None
-        seed = self._seed if name is None else self._seed_of(name)
-        return torch.Generator(self._device).manual_seed(seed)
+        return torch.Generator(self._device).manual_seed(self._seed_of(name))
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "B R"]:
         return torch.tensor(rows, dtype=torch.long, device=self._device)
@@ -310,7 +311,7 @@ class AdapterRows:
     def begin(
         self,
         questions: Sequence[str],
-        names: Sequence[str | None],
+        names: Sequence[str],
         visual: Float[Tensor, "clips K Dv"] | None,
     ) -> None:
         self._names = list(names)
@@ -389,7 +390,7 @@ class SeparateRows:
     def begin(
         self,
         questions: Sequence[str],
-        names: Sequence[str | None],
+        names: Sequence[str],
         visual: Float[Tensor, "clips K Dv"] | None,
     ) -> None:
         self._heads = [self._make(row) for row in range(len(questions))]
