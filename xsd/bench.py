@@ -10,8 +10,10 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,6 +58,10 @@ from xsd.scenes.questions import QUESTIONS
 from xsd.types import Sample, Strategy, Trace
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+NUM_MEASURED = 3
+"""Items that what is measured beforehand is measured with."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ def run(
     The first strategy is the baseline: its answer is what every other answer is compared with.
 
     Raises:
-        XsdError: a strategy's adapter is missing or does not fit the pair.
+        XsdError: a strategy's adapter is missing or does not fit the pair, or no item can be
+            decoded.
     """
     with ExitStack() as stack:
         bench = Bench(
@@ -119,7 +126,8 @@ def run(
             bench.measure_costs()
         for item in items[:warmup]:
             for strategy in strategies:
-                bench.decode(item, strategy)
+                with suppress(*UNFIT):  # it is counted when its turn comes
+                    bench.decode(item, strategy)
         for repeat in range(repeats):
             for item in items:
                 yield from bench.sample(item, repeat)
@@ -250,24 +258,43 @@ class Bench:
         prompt = self.engine.prompt(question)
         return (*prompt.before, *prompt.after)
 
+    @cached_property
+    def _fit(self) -> list[BenchItem]:
+        """Items to measure with."""
+        plain = partial(self.decode, strategy=self.strategies[0])
+        return [item for item, _ in islice(decodable(self.items, plain), NUM_MEASURED)]
+
     def measure_costs(self) -> None:
         """What the verifier's passes and drafts cost at this moment: policies decide by it, and
-        answers are modelled from it."""
-        item = self.items[0]
-        asked = item.media, item.sample.question
-        self._costs = self.engine.measure(*asked)
+        answers are modelled from it.
+
+        Raises:
+            XsdError: no item can be decoded.
+        """
+        item = self._fit[0]
+        self._costs = self.engine.measure(item.media, item.sample.question)
         self._prepare(self._costs)
         for name, party in self.speculators.items():
-            if party is not None and (found := self.engine.measure_drafting(*asked, party)):
+            if party is not None and (found := self._drafting_ms(party)):
                 self._drafting[name] = found
                 self.policies[name].learn_drafting(*found)
 
+    def _drafting_ms(self, party: Speculator) -> tuple[float, float] | None:
+        for item in self._fit:
+            with suppress(*UNFIT):  # it is counted when its turn comes
+                return self.engine.measure_drafting(item.media, item.sample.question, party)
+        return None
+
     def choose_cores(self) -> str:
-        """``fastest_cores`` for plain answers."""
+        """``fastest_cores`` for plain answers.
+
+        Raises:
+            XsdError: no item can be decoded.
+        """
         return fastest_cores(
             self.pair.verifier,
             lambda item: self.engine.plain(item.media, item.sample.question).total_ms,
-            self.items,
+            self._fit,
         )
 
     def decode(self, item: BenchItem, strategy: Strategy) -> Decoded:
@@ -357,8 +384,32 @@ class Bench:
 
 
 def _failure(item: BenchItem, strategy: Strategy, error: Exception) -> Failure:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return Failure(item.sample.key, strategy.name, reason)
+    return Failure(item.sample.key, strategy.name, reason(error))
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def decodable(work: Iterable[T], decode: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """What can be decoded, and as what; the rest counts as failed when its turn comes.
+
+    Raises:
+        XsdError: nothing can be.
+    """
+    failures: list[Exception] = []
+    num_decoded = 0
+    for item in work:
+        try:
+            result = decode(item)
+        except UNFIT as error:
+            failures.append(error)
+        else:
+            num_decoded += 1
+            yield item, result
+    if not num_decoded:
+        raise XsdError(f"no sample can be decoded; the first: {reason(failures[0])}")
 
 
 def choose_items(scenes: Path, config: BenchConfig, pair: ModelPair) -> list[BenchItem]:
@@ -404,7 +455,7 @@ def fastest_cores(verifier: Decoder, plain_ms: Callable[[T], float], work: Seque
         for num_cores, seen in found.items():
             verifier.use_cores(num_cores)
             plain_ms(work[0])
-            seen += [plain_ms(item) for item in work[:3]]
+            seen += [plain_ms(item) for item in work]
     times = {num_cores: statistics.median(seen) for num_cores, seen in found.items()}
     fastest = min(times, key=lambda n: times[n])
     verifier.use_cores(fastest)
@@ -497,14 +548,22 @@ def sampling_of(config: DecodingConfig) -> Sampling | None:
 
 
 def longest_prompt(pair: ModelPair, items: Sequence[BenchItem]) -> int:
-    """Cache positions that the longest prompt of either model takes."""
+    """Cache positions that the longest prompt of either model takes.
+
+    Raises:
+        XsdError: there is no item that a model can see.
+    """
     longest = 0
     for decoder in (pair.drafter, pair.verifier):
-        visual = len(decoder.visual_tokens(decoder.pixels(items[0].media)))
+        _, visual = next(decodable(items, partial(_num_visual, decoder)))
         for question in {item.sample.question for item in items}:
             prompt = decoder.prompt(question)
             longest = max(longest, len(prompt.before) + visual + len(prompt.after))
     return longest
+
+
+def _num_visual(decoder: Decoder, item: BenchItem) -> int:
+    return len(decoder.visual_tokens(decoder.pixels(item.media)))
 
 
 def load_adapters(

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from xsd.bench import (
+    NUM_MEASURED,
     BenchItem,
     Failure,
+    decodable,
     draws_of,
     fastest_cores,
     first_difference,
     grouped,
     load_adapters,
     longest_prompt,
+    reason,
     sampling_of,
 )
 from xsd.bench_config import BenchConfig
@@ -52,12 +56,14 @@ def run(
         answers: ``(question, ids)`` of the training split, for the control ``ngram``.
 
     Raises:
-        XsdError: a strategy's adapter is missing or does not fit the pair.
+        XsdError: a strategy's adapter is missing or does not fit the pair, or no batch can be
+            decoded.
     """
     bench = BatchBench(pair, items, strategies, adapters, config, answers)
     batches = group(items, config.batch_size, share_visual=config.share_visual)
     plain_ms = lambda batch: bench.decode(batch, strategies[0])[0].total_ms  # noqa: E731
-    print(fastest_cores(pair.verifier, plain_ms, batches))
+    fit = [batch for batch, _ in islice(decodable(batches, plain_ms), NUM_MEASURED)]
+    print(fastest_cores(pair.verifier, plain_ms, fit))
     for batch in batches[: -(-config.warmup // config.batch_size)]:
         list(bench.batch(batch, 0))
     for repeat in range(config.repeats):
@@ -205,6 +211,5 @@ class BatchBench:
 
 
 def _failures(batch: Batch, strategy: Strategy, error: Exception) -> Iterator[Failure]:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
     for item in batch:
-        yield Failure(item.sample.key, strategy.name, reason)
+        yield Failure(item.sample.key, strategy.name, reason(error))

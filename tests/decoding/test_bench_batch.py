@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from xsd.bench import BenchItem, Failure
 from xsd.bench_config import BenchConfig
 from xsd.decoding.strategies import batchable, parse, parse_all
 from xsd.errors import XsdError
-from xsd.pairs.base import ModelPair
+from xsd.pairs.base import Decoder, Media, ModelPair
 from xsd.scenes.questions import QUESTIONS
 from xsd.types import Trace
 
@@ -112,6 +113,30 @@ def test_a_batch_that_fails_counts_all_its_samples(
     failed = [record for record in records if isinstance(record, Failure)]
     assert {record.sample_key for record in failed} == {item.sample.key for item in batch}
     assert failed[0].reason == "RuntimeError: out of memory"
+
+
+def test_a_batch_that_fails_before_its_turn_is_counted_in_its_turn(
+    pair: ModelPair, samples: list[BenchItem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unseen = [samples[0].media]
+    pixels = type(pair.verifier).pixels
+
+    def broken(verifier: Decoder, media: Media) -> Any:
+        if any(media is other for other in unseen):
+            raise RuntimeError("made up\nand more")
+        return pixels(verifier, media)
+
+    monkeypatch.setattr(type(pair.verifier), "pixels", broken)
+    given: Any = pair, samples, [parse("vl_baseline", 0), parse("oracle", 3)], {}, CONFIG
+    records = list(bench_batch.run(*given))
+    failed = {record for record in records if isinstance(record, Failure)}
+    lost = [sample.sample.key for sample in samples if sample.media is unseen[0]]
+    assert failed == {Failure(key, "vl_baseline", "RuntimeError: made up") for key in lost}
+    traces = [record for record in records if isinstance(record, Trace)]
+    assert {trace.sample_key for trace in traces} == {samples[1].sample.key} and len(traces) == 4
+    unseen.append(samples[1].media)
+    with pytest.raises(XsdError, match="no sample can be decoded; the first: Runtime"):
+        list(bench_batch.run(*given))
 
 
 def test_a_batch_is_timed_beside_plain_decoding_of_the_same_batch(

@@ -22,9 +22,9 @@ from xsd.decoding.loop import CompiledLoop
 from xsd.decoding.overlap import DrafterProcess
 from xsd.decoding.strategies import parse
 from xsd.errors import XsdError
-from xsd.pairs.base import Media, ModelPair
+from xsd.pairs.base import Decoder, Media, ModelPair
 from xsd.pairs.config import PairConfig
-from xsd.types import Strategy
+from xsd.types import Strategy, Trace
 
 NAMES = ["L4+VL", "X1+VL", "L4+VL:free", "X1+E3", "X1+drafter", "E2_decode"]
 STRATEGIES = {name: parse(name, 3) for name in (BASELINE, *NAMES)}
@@ -204,3 +204,63 @@ def test_a_pass_that_fails_leaves_its_shape_to_nobody(
 
     monkeypatch.setattr(type(pair.verifier), "prefill", watched)
     assert engine.plain(*asked).token_ids == plain
+
+
+def unseen_by(patched: pytest.MonkeyPatch, model: Decoder, unseen: list[BenchItem]) -> None:
+    """Let a model fail at the media of these items."""
+    pixels = type(model).pixels
+
+    def broken(decoder: Decoder, media: Media) -> Any:
+        if any(media is item.media for item in unseen):
+            raise RuntimeError("made up\nand more")
+        return pixels(decoder, media)
+
+    patched.setattr(type(model), "pixels", broken)
+
+
+@pytest.mark.parametrize("blind", ["drafter", "verifier"])
+def test_an_item_that_fails_before_its_turn_is_counted_in_its_turn(
+    blind: str,
+    pair: ModelPair,
+    items: list[BenchItem],
+    adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where cores are chosen, costs are measured, or all is warmed up: others serve for that."""
+    unseen_by(monkeypatch, getattr(pair, blind), items[:1])
+    names = [BASELINE, "E1_decode", "X1+E3"]
+    strategies = [STRATEGIES.get(name) or parse(name, 3) for name in names]
+    config = DecodingConfig(max_new_tokens=8, overlap="inline", policy="fixed")
+    records = list(
+        bench.run(
+            pair, PairConfig(device="cpu"), items, strategies, adapters, {}, config,
+            repeats=1, warmup=2,
+        )
+    )  # fmt: skip
+    failed = [record for record in records if isinstance(record, bench.Failure)]
+    lost = BASELINE if blind == "verifier" else "X1+E3"
+    assert failed == [bench.Failure(items[0].sample.key, lost, "RuntimeError: made up")]
+    traces = [record for record in records if isinstance(record, Trace)]
+    assert all(trace.modelled_ms is not None for trace in traces if trace.strategy != "X1+E3")
+    found = {(trace.sample_key, trace.strategy) for trace in traces}
+    every = {(item.sample.key, name) for item in items[1:] for name in names}
+    few = set() if blind == "verifier" else {(items[0].sample.key, name) for name in names[:2]}
+    assert found == every | few
+
+
+def test_where_no_item_can_be_decoded_that_is_told(
+    pair: ModelPair, items: list[BenchItem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: Any = items, [STRATEGIES[BASELINE]], {}, {}, DecodingConfig(max_new_tokens=4)
+    told = "^no sample can be decoded; the first: RuntimeError: made up$"
+    with monkeypatch.context() as patched:
+        unseen_by(patched, pair.verifier, items)
+        with pytest.raises(XsdError, match=told):
+            list(bench.run(pair, PairConfig(device="cpu"), *given, repeats=1, warmup=1))
+
+    def broken(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("made up")
+
+    monkeypatch.setattr(Engine, "_prefill", broken)
+    with pytest.raises(XsdError, match=told):
+        list(bench.run(pair, PairConfig(device="cpu"), *given, repeats=1, warmup=1))

@@ -330,6 +330,10 @@ class HeadDrafter:
         options: HeadOptions | None = None,
         policy: Policy | None = None,
     ) -> None:
+        """
+        Raises:
+            XsdError: the tree is too wide for the head.
+        """
         self.head = head
         self.tables = tables
         self.options = options or HeadOptions()
@@ -342,6 +346,7 @@ class HeadDrafter:
         # E2 attends to e[<= t + 1]: the drafter has read the token just chosen.
         self._ahead = 1 if head.memory == "drafter" else 0
         self._kept: AdapterCache | CompiledCache | None = None
+        self._check_tree()
         drawn = self.options.sampling is not None
         assert drawn == (self.options.draws is not None), "drawing takes random numbers"
         self._tokens = tables.embedding
@@ -357,14 +362,13 @@ class HeadDrafter:
         """Start a sample; ``visual`` and ``reader`` only where the level's row asks for them."""
         visual = None if visual is None else _for(self.head, visual[None])
         if self._kept is None:
-            self._check_tree()
             self._kept = self.head.new_cache(1, self.max_length, visual)
         else:
             self._kept.begin_sample(visual)
         self._reader = reader
 
     def _check_tree(self) -> None:
-        """Raise XsdError where a narrower tree would fit the head's learned positions."""
+        """Raise XsdError where only a narrower tree would fit the head's learned positions."""
         width, num_positions = self.options.tree_width, self.head.config.max_positions
         num_said = self.max_length - MAX_GAMMA * max(1, width)
         fits = (num_positions - num_said) // MAX_GAMMA
