@@ -125,6 +125,7 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
         f"rests is plain decoding.{clock.noise(summary)} Decoding the media files takes "
         f"{media:.1f} ms more, the same for all."
     )
+    rates = clock.depth_table(traces)
     return page.section(
         "Configs, measured",
         page.paragraph(note, "soft"),
@@ -132,6 +133,8 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
         page.figure(clock.speedup_comparison(traces)),
         page.figure(clock.timing_breakdown(traces)),
         page.figure(clock.accept_rate_comparison(traces)),
+        page.figure(clock.accept_rate_by_depth(traces)),
+        _table(tables.depths(rates)) if len(rates) else "",
     )
 
 

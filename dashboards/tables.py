@@ -118,6 +118,17 @@ def controls(summary: pd.DataFrame) -> Table:
     return Table(_CONTROL_COLUMNS, frame.reset_index(drop=True), group="asks")
 
 
+def depths(rates: pd.DataFrame) -> Table:
+    """A row a phase and config, a column a depth, from ``clock.depth_table``."""
+    numbers = [name for name in rates.columns if name not in ("phase", "strategy")]
+    columns = (
+        Column("strategy", "config"),
+        Column("phase", "drafted in"),
+        *(Column(name, name, "{:.0%}") for name in numbers),
+    )
+    return Table(columns, rates.assign(kind=rates["strategy"].map(kind)), group="phase")
+
+
 def headline(measured: pd.DataFrame, evaluated: pd.DataFrame) -> dict[str, str]:
     """The fastest config that drafts and the longest drafts of either phase: caption -> value."""
     found = {}

@@ -126,6 +126,7 @@ def of_speed(run_id: str, order: Order) -> Part:
     except XsdError as error:
         return parts.empty(str(error))
     controls = tables.controls(found.summary)
+    depths = tables.depths(clock.depth_table(found.traces))
     note = (
         f"{found.summary['num_samples'].max():.0f} samples, every config on each of them, "
         "interleaved. The clock runs from decoded media in host memory to the last token; decoding "
@@ -137,6 +138,10 @@ def of_speed(run_id: str, order: Order) -> Part:
             parts.graph(clock.speedup_comparison(found.traces)),
             parts.graph(clock.timing_breakdown(found.traces)),
             parts.graph(clock.accept_rate_comparison(found.traces)),
+            parts.graph(clock.accept_rate_by_depth(found.traces)),
+            parts.card("Accept rate by position, in numbers", parts.table("depths", depths, order))
+            if len(depths.frame)
+            else None,
             parts.card(
                 "Controls",
                 parts.table("controls", controls, order),

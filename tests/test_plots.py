@@ -189,6 +189,11 @@ class TestFrames:
         # The gap's first, what is behind it, and four drafts a cycle of which two held.
         assert lines == [("y", 1, 1), ("y", 2, 3, 1, 0), ("y2", 1, 2, 3, 4, 1, 1, 0, 0)]
         assert [a.text for a in made.layout.annotations].count("X1+E3") == 2
+        table = clock.depth_table(TRACES * 10)
+        assert table.columns.tolist() == ["phase", "strategy", "1", "2", "3", "4"]
+        assert table.iloc[0].tolist()[:5] == ["gap", "X1+E3", 1, 1, 0]
+        assert table.iloc[1].tolist() == ["decode", "X1+E3", 1, 1, 0, 0]
+        assert clock.depth_table(TRACES).empty
         bare = clock.accept_rate_by_depth(TRACES[:2])
         assert not bare.data and "no config had 20" in bare.layout.annotations[-1].text
 

@@ -26,7 +26,8 @@ CLIP = "rec/000000"
 
 def clip_traces() -> list[Trace]:
     """Two samples by four configs."""
-    found = [*TRACES, trace("drafter+VL", "a", 95.0), trace("E3_decode", "a", 80.0)]
+    cycles = {"cycle_drafted": (3,) * 20, "cycle_accepted": (2, 0) * 10}
+    found = [*TRACES, trace("drafter+VL", "a", 95.0), trace("E3_decode", "a", 80.0, **cycles)]
     return [replace(one, sample_key=f"{CLIP}/q{'ab'.index(one.sample_key)}") for one in found]
 
 

@@ -166,8 +166,16 @@ def test_levels(app: Dash, cost: str) -> None:
 def test_speed(app: Dash, filled: Filled) -> None:
     body = fire(app, "speed-body.children", "speed-run.value", speed_run__value=filled["benchmark"])
     found = body["speed-body"]["children"]
-    assert headings(found)[0] == "Measured speedup over plain decoding"
-    assert [row[0] for row in rows(found)] == ["config", "drafter+VL"]
+    assert headings(found) == [
+        "Measured speedup over plain decoding",
+        "Where the time of an answer goes",
+        "What the verifier accepted",
+        "Accept rate by position",
+        "Accept rate by position, in numbers",
+        "Controls",
+    ]
+    assert [row[0] for row in rows(found)] == ["config", "E3_decode", "config", "drafter+VL"]
+    assert rows(found)[1] == ["E3_decode", "decode", "50%", "50%", "0%"]
 
 
 def test_one_answer(app: Dash, filled: Filled) -> None:

@@ -13,7 +13,7 @@ from dashboards import page
 from dashboards.report import Source, build, variant
 from tests.test_plots import COUNTS, EXAMPLE, TRACES, trace
 from xsd import speedup
-from xsd.files import write_json
+from xsd.files import read_json, write_json
 
 LEVELS = ("L4", "L4:feature", "E3", "B1")
 MODELLED = {"modelled.speedup_e2e": 1.31}
@@ -100,7 +100,7 @@ def test_the_whole_page(sources: list[Source]) -> None:
         "B1",
         "E3",
     ]
-    assert len(re.findall('class="plotly-graph-div"', html)) == 7
+    assert len(re.findall('class="plotly-graph-div"', html)) == 8
     assert "a taste, not results" in html
     assert "&lt;b&gt;3.0&lt;/b&gt;" in html
 
@@ -130,6 +130,20 @@ def test_lossless_is_said_of_every_config(sources: list[Source]) -> None:
     configs = {row[0]: row for row in rows[first:] if len(row) == len(rows[first])}
     assert configs["vl_baseline"][-1] == "yes"
     assert configs["X1+E3"][-1] == "no: 1 differ"
+
+
+def test_acceptance_by_position_has_its_table(sources: list[Source]) -> None:
+    few = Page(build(sources, "tiny")).rows
+    assert ["config", "drafted in"] not in [row[:2] for row in few], "too few to tell a share"
+    [path] = sources[0].folder.glob("e2e_wallclock_*.json")
+    files = read_json(path)
+    for one in files["traces"]:
+        if one["strategy"] == "X1+E3":
+            one |= {"cycle_drafted": [3] * 20, "cycle_accepted": [2, 0] * 10}
+    write_json(path, files)
+    rows = Page(build(sources, "tiny")).rows
+    start = rows.index(["config", "drafted in", "1", "2", "3"])
+    assert rows[start + 1] == ["X1+E3", "decode", "50%", "50%", "0%"]
 
 
 @pytest.mark.parametrize("stage", ["benchmark", "evaluate", "promote"])

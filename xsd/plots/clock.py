@@ -286,10 +286,22 @@ def depth_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values(columns[:3], kind="stable")
 
 
-def accept_rate_by_depth(traces: Sequence[Trace]) -> go.Figure:
-    """A line a config, in the gap and in decode: how deep drafts hold."""
+def _depth_rates(traces: Sequence[Trace]) -> pd.DataFrame:
+    """``depth_frame`` where enough was verified to speak of a share: column rate."""
     frame = depth_frame(traces)
     frame = frame[frame["verified"] >= _MIN_NUM]
+    return frame.assign(rate=frame["accepted"] / frame["verified"])
+
+
+def depth_table(traces: Sequence[Trace]) -> pd.DataFrame:
+    """A row a phase and strategy, the gap's first: the figure's shares, a column a depth."""
+    rates = _depth_rates(traces).pivot(index=["phase", "strategy"], columns="depth", values="rate")
+    return rates.rename(columns=str).sort_index(level="phase", ascending=False).reset_index()
+
+
+def accept_rate_by_depth(traces: Sequence[Trace]) -> go.Figure:
+    """A line a config, in the gap and in decode: how deep drafts hold."""
+    frame = _depth_rates(traces)
     titles = {
         "gap": "drafts in the prefill gap: the first, then those behind one that held",
         "decode": "drafts of a cycle in decode",
@@ -309,7 +321,6 @@ def accept_rate_by_depth(traces: Sequence[Trace]) -> go.Figure:
     made.update_yaxes(tickformat=".0%", range=[0, 1.04])
     for row, phase in enumerate(phases, start=1):
         part = frame[frame["phase"] == phase]
-        part = part.assign(rate=part["accepted"] / part["verified"])
         for name, points in part.groupby("strategy", sort=False):
             _add_depths(made, str(name), points, phase, row)
         ends = part.groupby("strategy", sort=False).tail(1)
