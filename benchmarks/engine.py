@@ -32,12 +32,12 @@ from xsd.adapters.catalog import build
 from xsd.adapters.config import AdapterConfig
 from xsd.clock import Stopwatch, interleaved
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.streams import StreamSpeculator
+from xsd.decoding.tables import VerifierTables
 from xsd.errors import XsdError
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.catalog import load_pair

@@ -33,7 +33,7 @@ from xsd.decoding.controls import (
     commonest_answers,
 )
 from xsd.decoding.decoded import Decoded
-from xsd.decoding.draft import Head, HeadOptions, VerifierTables
+from xsd.decoding.draft import Head, HeadOptions
 from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
 from xsd.decoding.near_tie import is_near_tie
@@ -48,6 +48,7 @@ from xsd.decoding.strategies import (
     strict_rows,
 )
 from xsd.decoding.streams import StreamSpeculator
+from xsd.decoding.tables import VerifierTables
 from xsd.errors import XsdError
 from xsd.hidden.media import read_media
 from xsd.hidden.store import HiddenStore

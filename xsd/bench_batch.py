@@ -32,9 +32,10 @@ from xsd.bench_turns import UNFIT, Turn, beside_plain
 from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, SeparateRows
 from xsd.decoding.controls import Known, NGramHead, OracleHead
 from xsd.decoding.decoded import Decoded
-from xsd.decoding.draft import Head, VerifierTables
+from xsd.decoding.draft import Head
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.strategies import acceptance_rates
+from xsd.decoding.tables import VerifierTables
 from xsd.pairs.base import ModelPair
 from xsd.types import Strategy, Trace
 

@@ -15,7 +15,9 @@ from xsd.adapters.compiled import CompiledCache
 from xsd.adapters.rows import StepInputs
 from xsd.bench import BenchItem, longest_prompt
 from xsd.decoding.ahead import Board, CoupledDrafter
-from xsd.decoding.draft import DrafterReader, HeadDrafter, ReaderMemory, VerifierTables
+from xsd.decoding.draft import HeadDrafter
+from xsd.decoding.reader import DrafterReader, ReaderMemory
+from xsd.decoding.tables import VerifierTables
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import ModelPair
 

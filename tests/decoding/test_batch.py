@@ -17,9 +17,10 @@ from xsd.decoding.accept import Draft, Sampling
 from xsd.decoding.batch import AdapterRows, BatchEngine, Proposed, SeparateRows
 from xsd.decoding.controls import Known, NGramHead, OracleHead
 from xsd.decoding.decoded import Decoded
-from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.draft import HeadDrafter, HeadOptions
 from xsd.decoding.speculator import LocalSpeculator
 from xsd.decoding.strategies import parse
+from xsd.decoding.tables import VerifierTables
 from xsd.errors import XsdError
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Media, ModelPair

@@ -21,9 +21,9 @@ from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling, draw, one_hot, residual, verify_sampled
 from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, Proposed
 from xsd.decoding.config import BASELINE, DecodingConfig
-from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Engine
 from xsd.decoding.strategies import parse
+from xsd.decoding.tables import VerifierTables
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.config import PairConfig
 from xsd.types import Span

@@ -14,8 +14,8 @@ from xsd.adapters.catalog import build
 from xsd.adapters.config import AdapterConfig
 from xsd.bench import BenchItem
 from xsd.decoding.config import BASELINE, DecodingConfig
-from xsd.decoding.draft import VerifierTables
 from xsd.decoding.strategies import parse
+from xsd.decoding.tables import VerifierTables
 from xsd.errors import XsdError
 from xsd.pairs.catalog import load_drafter, load_pair
 from xsd.pairs.config import PairConfig

@@ -13,11 +13,11 @@ from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.clock import Stopwatch
 from xsd.decoding.config import BASELINE, DecodingConfig
-from xsd.decoding.draft import VerifierTables
 from xsd.decoding.engine import Engine
 from xsd.decoding.speculator import LocalSpeculator
 from xsd.decoding.strategies import parse
 from xsd.decoding.streams import StreamSpeculator
+from xsd.decoding.tables import VerifierTables
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Media, ModelPair
 from xsd.pairs.catalog import load_pair

@@ -21,13 +21,14 @@ from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.decoding import graphs
 from xsd.decoding.coupled_graphs import CapturedCoupled
-from xsd.decoding.draft import HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.draft import HeadDrafter, HeadOptions
 from xsd.decoding.engine import Engine, tree_rows
 from xsd.decoding.policy import Adaptive, Costs, Policy
 from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import parse
 from xsd.decoding.streams import StreamSpeculator
+from xsd.decoding.tables import VerifierTables
 from xsd.decoding.tree_graphs import CapturedTreeHead, likeliest
 from xsd.decoding.unread import Unread
 from xsd.pairs.base import Decoder, ModelPair

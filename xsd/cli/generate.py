@@ -89,8 +89,8 @@ def run(config: Config) -> None:
 def _show(bench: Bench, item: BenchItem, strategy: Strategy, config: Config) -> None:
     """Decode once, writing every token when it is said."""
     from xsd.cli.marked import MarkedText, Watched
-    from xsd.decoding.draft import VerifierTables
     from xsd.decoding.speculator import LocalSpeculator
+    from xsd.decoding.tables import VerifierTables
 
     verifier = bench.pair.verifier
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

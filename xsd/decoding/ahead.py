@@ -17,7 +17,8 @@ from xsd.adapters.base import Adapter
 from xsd.adapters.cache import AdapterCache
 from xsd.adapters.compiled import CompiledCache
 from xsd.adapters.rows import StepInputs
-from xsd.decoding.draft import DrafterReader, VerifierTables, common_prefix
+from xsd.decoding.reader import DrafterReader, common_prefix
+from xsd.decoding.tables import VerifierTables
 from xsd.decoding.unread import Unread
 
 _NO_STATES = torch.zeros(0, 0)

@@ -22,8 +22,9 @@ from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
 from xsd.decoding.config import MAX_GAMMA
 from xsd.decoding.decoded import Decoded
-from xsd.decoding.draft import Draws, Head, VerifierTables
+from xsd.decoding.draft import Draws, Head
 from xsd.decoding.engine import Engine
+from xsd.decoding.tables import VerifierTables
 from xsd.errors import XsdError
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Prompt

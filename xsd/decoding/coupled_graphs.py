@@ -18,8 +18,9 @@ from xsd.adapters.base import Adapter
 from xsd.adapters.live import bind
 from xsd.adapters.rows import StepInputs
 from xsd.decoding.ahead import CoupledDrafter
-from xsd.decoding.draft import DrafterReader, VerifierTables
 from xsd.decoding.graphs import MAX_FRESH, Rows
+from xsd.decoding.reader import DrafterReader
+from xsd.decoding.tables import VerifierTables
 from xsd.decoding.unread import Unread
 from xsd.pairs.capture import Capture, Lane
 from xsd.pairs.device import to_device

@@ -19,8 +19,10 @@ from xsd.adapters.cache import KeyValue, Past
 from xsd.adapters.live import bind
 from xsd.adapters.rows import StepInputs
 from xsd.decoding.accept import Draft
-from xsd.decoding.draft import DrafterReader, HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.draft import HeadDrafter, HeadOptions
 from xsd.decoding.policy import Policy
+from xsd.decoding.reader import DrafterReader
+from xsd.decoding.tables import VerifierTables
 from xsd.decoding.unread import Unread
 from xsd.pairs.capture import Capture, Lane
 from xsd.pairs.device import to_device

@@ -27,15 +27,11 @@ from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
 from xsd.decoding.ahead import NUM_WORDS, Board
 from xsd.decoding.config import DecodingConfig
-from xsd.decoding.draft import (
-    DrafterReader,
-    Head,
-    HeadDrafter,
-    ReaderMemory,
-    VerifierTables,
-)
+from xsd.decoding.draft import Head, HeadDrafter
+from xsd.decoding.reader import DrafterReader, ReaderMemory
 from xsd.decoding.speculator import LocalSpeculator, reads_visual
 from xsd.decoding.strategies import adapter_names, goes_on
+from xsd.decoding.tables import VerifierTables
 from xsd.errors import XsdError
 from xsd.hidden.visual import MAX_VISUAL
 from xsd.pairs.base import Decoder, Media

@@ -19,17 +19,11 @@ from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft
 from xsd.decoding.ahead import CoupledDrafter
 from xsd.decoding.coupled_graphs import coupled_drafter
-from xsd.decoding.draft import (
-    DrafterReader,
-    Head,
-    HeadDrafter,
-    ReaderMemory,
-    VerifierTables,
-    adapt_free,
-    free_tokens,
-)
+from xsd.decoding.draft import Head, HeadDrafter
 from xsd.decoding.graphs import head_drafter
+from xsd.decoding.reader import DrafterReader, ReaderMemory, adapt_free, free_tokens
 from xsd.decoding.strategies import adapter_names, goes_on, needs_drafter
+from xsd.decoding.tables import VerifierTables
 from xsd.decoding.unread import Unread
 from xsd.errors import XsdError
 from xsd.pairs.base import Decoder, Media

@@ -20,9 +20,11 @@ from xsd.adapters.base import Adapter
 from xsd.adapters.rows import StepInputs
 from xsd.decoding.accept import Draft
 from xsd.decoding.config import MAX_TREE_NODES
-from xsd.decoding.draft import DrafterReader, HeadDrafter, HeadOptions, VerifierTables
+from xsd.decoding.draft import HeadDrafter, HeadOptions
 from xsd.decoding.graphs import MAX_FRESH, CapturedChains, fits_trees
 from xsd.decoding.policy import Policy
+from xsd.decoding.reader import DrafterReader
+from xsd.decoding.tables import VerifierTables
 from xsd.decoding.unread import Unread
 from xsd.kernels import rule as rules
 from xsd.pairs.cache import TreeRows
