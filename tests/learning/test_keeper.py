@@ -142,7 +142,7 @@ def test_who_still_holds_a_state_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 # ---------------------------------------------------------------- a training on a GPU
 
-LONG = FitConfig(num_epochs=400, unroll_steps=2, early_stopping=0, mixed_precision="no")
+LONG = FitConfig(num_epochs=100, unroll_steps=2, early_stopping=0, mixed_precision="no")
 
 
 def train(folder: Path) -> None:
@@ -199,7 +199,7 @@ def train_until_done(folder: Path, draw: random.Random | None) -> int:
         training = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.PIPE)
         while draw is not None and training.poll() is None:
             if _size(folder / "begun") > begun:
-                time.sleep(draw.uniform(0.0, 1.0 + 0.5 * deaths))
+                time.sleep(draw.uniform(0.0, 1.0 + deaths))
                 training.kill()
                 break
             time.sleep(0.01)
