@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -149,7 +149,8 @@ class Bench:
         config: DecodingConfig,
         answers: Iterable[tuple[str, Sequence[int]]] = (),
     ) -> None:
-        self.pair, self.config, self.strategies = pair, config, strategies
+        self.pair, self.strategies = pair, strategies
+        config = self.config = replace(config, overlap=_overlap(config, pair))
         self.items = list(items)
         self._templates, self._answers = templates, list(answers)
         self._max_prompt = longest_prompt(pair, items)
@@ -203,8 +204,10 @@ class Bench:
         if costs is None or self.config.policy == "fixed":
             return Policy()
         is_beside = strategy.gap is not None or needs_drafter(strategy)
-        # What an n-gram's look-ups cost the compiled loop is in no costs either.
-        return Adaptive(costs, is_timed=is_beside or strategy.head == "ngram")
+        # What leaves the compiled loop (an n-gram's look-ups; on a GPU all drafting) costs the host
+        # time that is in no costs either.
+        is_outside = strategy.head == "ngram" or not self.engine.is_compiled
+        return Adaptive(costs, is_timed=is_beside or is_outside)
 
     def _ways_of(self, strategy: Strategy) -> dict[Way, Speculator | None]:
         """Who drafts where a policy makes use of nothing of a strategy, a part, or all of it."""
@@ -541,6 +544,22 @@ def draws_of(item: BenchItem, strategy: Strategy) -> str:
     """Name of the random numbers: an answer's own, and no other's than this strategy's, for some
     drafts (``oracle``) are what plain decoding drew."""
     return f"{item.sample.key} {strategy.name}"
+
+
+def _overlap(config: DecodingConfig, pair: ModelPair) -> Literal["process", "stream", "inline"]:
+    """How drafter and prefill overlap on the drafter's device.
+
+    Raises:
+        XsdError: as configured they cannot.
+    """
+    is_on_gpu = pair.drafter.stack.device.type == "cuda"
+    if config.overlap == "auto":
+        return "stream" if is_on_gpu else "process"
+    if config.overlap == "process" and is_on_gpu:
+        raise XsdError(
+            "overlap=process: its memory is the host's, and this drafter is on a GPU; say stream"
+        )
+    return config.overlap
 
 
 def sampling_of(config: DecodingConfig) -> Sampling | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +107,21 @@ def test_shared_memory_that_is_short_is_told(
     )
     with pytest.raises(XsdError, match=r"in shared memory \(unable.*enlarge /dev/shm, or say --ov"):
         next(iter(records))
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "found"),
+    [
+        ("auto", "cpu", "process"),
+        ("auto", "cuda", "stream"),
+        ("stream", "cpu", "stream"),
+        ("inline", "cuda", "inline"),
+    ],
+)
+def test_the_drafters_device_decides_how_it_overlaps(asked: Any, device: str, found: str) -> None:
+    stack = SimpleNamespace(device=torch.device(device))
+    pair: Any = SimpleNamespace(drafter=SimpleNamespace(stack=stack))
+    assert bench._overlap(DecodingConfig(overlap=asked), pair) == found
+    with pytest.raises(XsdError, match="say stream"):
+        stack.device = torch.device("cuda")
+        bench._overlap(DecodingConfig(overlap="process"), pair)

@@ -64,10 +64,11 @@ class DecodingConfig:
     strict: bool = False
     """Every pass of decoding, plain or speculative, has one row shape, so that reduced precision
     rounds both alike; then no difference is excused as a near tie."""
-    overlap: Literal["process", "stream", "inline"] = "process"
-    """process: the drafter runs beside the verifier's prefill in a process of its own; stream: in
-    a thread, on a stream of its own (one GPU); inline: it runs before the prefill in the same
-    process, and its time counts in full."""
+    overlap: Literal["auto", "process", "stream", "inline"] = "auto"
+    """process: the drafter runs beside the verifier's prefill in a process of its own (a CPU);
+    stream: in a thread, on a stream of its own (one GPU or two); inline: it runs before the prefill
+    in the same process, and its time counts in full; auto: stream if it is on a GPU, else
+    process."""
     max_gap_drafts: int = 22
     """No more drafts than this in the prefill gap (inline: exactly so many)."""
 

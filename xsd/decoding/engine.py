@@ -213,6 +213,11 @@ class Engine:
         one, five = (min(found) for found in times.values())
         return one, max(0.0, five - one) / 4
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether whole answers are one compiled call."""
+        return self._loop is not None
+
     def timed_pass(self, num_rows: int, length: int) -> Callable[[], object]:
         """A pass of so many rows behind ``length`` positions, from ids to choices, to be timed;
         what lies there is old rows, as long to read as new ones."""
