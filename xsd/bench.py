@@ -150,7 +150,7 @@ class Bench:
         answers: Iterable[tuple[str, Sequence[int]]] = (),
     ) -> None:
         self.pair, self.strategies = pair, strategies
-        config = self.config = replace(config, overlap=_overlap(config, pair))
+        config = self.config = replace(config, overlap=_overlap(config, pair.drafter.stack.device))
         self.items = list(items)
         self._templates, self._answers = templates, list(answers)
         self._max_prompt = longest_prompt(pair, items)
@@ -546,13 +546,15 @@ def draws_of(item: BenchItem, strategy: Strategy) -> str:
     return f"{item.sample.key} {strategy.name}"
 
 
-def _overlap(config: DecodingConfig, pair: ModelPair) -> Literal["process", "stream", "inline"]:
-    """How drafter and prefill overlap on the drafter's device.
+def _overlap(
+    config: DecodingConfig, device: torch.device
+) -> Literal["process", "stream", "inline"]:
+    """How a drafter on ``device`` and the verifier's prefill overlap.
 
     Raises:
         XsdError: as configured they cannot.
     """
-    is_on_gpu = pair.drafter.stack.device.type == "cuda"
+    is_on_gpu = device.type == "cuda"
     if config.overlap == "auto":
         return "stream" if is_on_gpu else "process"
     if config.overlap == "process" and is_on_gpu:

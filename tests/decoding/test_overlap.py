@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,9 +118,9 @@ def test_shared_memory_that_is_short_is_told(
     ],
 )
 def test_the_drafters_device_decides_how_it_overlaps(asked: Any, device: str, found: str) -> None:
-    stack = SimpleNamespace(device=torch.device(device))
-    pair: Any = SimpleNamespace(drafter=SimpleNamespace(stack=stack))
-    assert bench._overlap(DecodingConfig(overlap=asked), pair) == found
+    assert bench._overlap(DecodingConfig(overlap=asked), torch.device(device)) == found
+
+
+def test_a_process_of_its_own_is_not_for_a_gpu() -> None:
     with pytest.raises(XsdError, match="say stream"):
-        stack.device = torch.device("cuda")
-        bench._overlap(DecodingConfig(overlap="process"), pair)
+        bench._overlap(DecodingConfig(overlap="process"), torch.device("cuda"))
