@@ -75,13 +75,25 @@ def test_who_fails_is_told_in_its_turn_and_the_others_go_on() -> None:
     assert [isinstance(decoded, RuntimeError) for decoded in found] == [False, False, True, False]
 
 
-def test_without_the_baseline_there_is_nothing_to_be_beside() -> None:
+def test_a_plain_run_that_fails_is_missed_by_its_neighbours_alone() -> None:
     numbers = count()
 
     def decode(strategy: Strategy) -> list[Decoded]:
-        if next(numbers) == 2:
+        number = next(numbers)
+        if number in fails:
             raise RuntimeError("out of memory")
-        return [Decoded()]
+        return [Decoded(total_ms=float(number))]
 
+    fails: set[int] = {2}
+    turns = list(beside_plain(STRATEGIES, decode, "a 0"))
+    beside = {total_ms(turn): turn.beside["total_ms"] for turn in turns}
+    assert beside == {4.0: 4.0, 1.0: 0.0, 3.0: 4.0, 5.0: 5.0}
+
+    numbers, fails = count(), {2, 4}
+    found = [turn.decoded for turn in beside_plain(STRATEGIES, decode, "a 0")]
+    failed = [decoded for decoded in found if isinstance(decoded, Exception)]
+    assert [str(error) for error in failed] == ["plain decoding failed before and after"]
+
+    numbers, fails = count(), {0, 2, 4, 6}
     with pytest.raises(RuntimeError, match="out of memory"):
         list(beside_plain(STRATEGIES, decode, "a 0"))

@@ -38,26 +38,43 @@ def beside_plain(
     runs.
 
     Raises:
-        RuntimeError, ValueError, OSError, XsdError: of the baseline; another one's is in its turn.
+        RuntimeError, ValueError, OSError, XsdError: of the baseline, if no run of it succeeds. What
+            others raise is in their turns; a plain run that failed is missed by its neighbours.
     """
+
+    def tried(strategy: Strategy) -> Sequence[Decoded] | Exception:
+        try:
+            return decode(strategy)
+        except UNFIT as error:
+            return error
+
     baseline, *order = strategies
     random.Random(seed).shuffle(order)
-    plain = [decode(baseline)]
-    found: dict[str, Turn] = {}
+    plain = [tried(baseline)]
+    results = {}
     for strategy in order:
-        result: Sequence[Decoded] | Exception
-        try:
-            result = decode(strategy)
-        except UNFIT as error:
-            result = error
-        plain.append(decode(baseline))
-        found[strategy.name] = Turn(strategy, result, _mean_times(plain[-2:]))
-    middle = sorted(plain, key=lambda decoded: decoded[0].total_ms)[len(plain) // 2]
+        results[strategy.name] = tried(strategy), len(plain) - 1
+        plain.append(tried(baseline))
+    good = sorted(_good(plain), key=lambda decoded: decoded[0].total_ms)
+    if not good:
+        raise next(failed for failed in plain if isinstance(failed, Exception))
+    middle = good[len(good) // 2]
     yield Turn(baseline, middle, _mean_times([middle]))
-    yield from (found[strategy.name] for strategy in strategies[1:])
+    for strategy in strategies[1:]:
+        result, before = results[strategy.name]
+        neighbours = _good(plain[before : before + 2])
+        if not neighbours and not isinstance(result, Exception):
+            result = RuntimeError("plain decoding failed before and after")
+        yield Turn(strategy, result, _mean_times(neighbours))
+
+
+def _good(runs: Sequence[Sequence[Decoded] | Exception]) -> list[Sequence[Decoded]]:
+    return [decoded for decoded in runs if not isinstance(decoded, Exception)]
 
 
 def _mean_times(runs: Sequence[Sequence[Decoded]]) -> dict[str, float]:
+    if not runs:
+        return {}
     return {
         name: statistics.fmean(getattr(decoded[0], name) for decoded in runs)
         for name in ("prefill_ms", "decode_ms", "total_ms")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from xsd.learning.batches import TrainBatch
 from xsd.learning.config import FitConfig
 from xsd.learning.fit import fit
 from xsd.learning.keeper import Keeper, _progress, _record, wait_for_keeper
-from xsd.learning.state import FitState, read_state
+from xsd.learning.state import FitState, read_state, write_state
 
 pytestmark = pytest.mark.skipif(not Keeper.is_possible(), reason="it needs Linux")
 
@@ -121,6 +122,48 @@ def test_no_room_is_told(tmp_path: Path) -> None:
     keeper.forget()
     keep(tmp_path, 2).leave()
     assert check(tmp_path) == 2, "the same process serves on"
+
+
+def test_what_was_left_is_on_disk_when_leaving_returns(tmp_path: Path) -> None:
+    """Whoever stops a training may remove its folder at once, and it stays removed."""
+    for _ in range(3):
+        (tmp_path / "a").mkdir()
+        keep(tmp_path / "a", 3).leave()
+        assert (tmp_path / "a" / "state").exists()
+        shutil.rmtree(tmp_path / "a")
+        time.sleep(0.05)
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_keeper_that_has_died_is_no_error(tmp_path: Path) -> None:
+    keeper = keep(tmp_path, 3)
+    keeper_module._KEEPERS[-1].kill()
+    keeper_module._KEEPERS[-1].wait()
+    keeper.leave()
+    assert not (tmp_path / "state").exists()
+    keep(tmp_path, 2).leave()
+    assert check(tmp_path) == 2, "the next training has another one"
+
+
+def test_a_state_that_cannot_be_written_is_told_and_the_keeper_serves_on(
+    tmp_path: Path,
+) -> None:
+    write_state(tmp_path / "state", asdict(BEFORE), {"a": torch.zeros(1)}, "another")
+    num_keepers = len(keeper_module._KEEPERS)
+    with pytest.warns(UserWarning, match="the latest steps are lost"):
+        keep(tmp_path, 3).leave()
+    assert read_state(tmp_path / "state", "another")[0] == asdict(BEFORE)
+    (tmp_path / "b").mkdir()
+    keep(tmp_path / "b", 2).leave()
+    assert check(tmp_path / "b") == 2 and len(keeper_module._KEEPERS) <= num_keepers + 1
+
+
+def test_two_trainings_of_one_state_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    first = keep(tmp_path, 3)
+    with pytest.raises(XsdError, match="no copies of the training's state are kept"):
+        keep(tmp_path, 1)
+    first.leave()
+    assert check(tmp_path) == 3
 
 
 def test_trainings_beside_each_other_have_one_each(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def perform(config: Config, processes: Processes | None = None) -> Product:
         return inputs
 
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
+        from xsd.learning.keeper import StateHeldError
+
         data = TrainingData.open(inputs)
         run.dataset(data.store.path.name, data.store.digest, str(data.store.path), "train")
         folder = _folder(config, str(run.key))
@@ -74,9 +76,9 @@ def perform(config: Config, processes: Processes | None = None) -> Product:
             state = together.tell(Task(dict(inputs), (folder / STATE).resolve())).state
             adapter, reports = fit_reports(config, data, state, together)
             epochs = _shown(follow(run, data, folder, adapter, reports, config), config, adapter)
-        except XsdError:
+        except XsdError as error:
             # Refused before its first epoch, a training leaves nothing to go on with.
-            if not (folder / HISTORY).is_file():
+            if not isinstance(error, StateHeldError) and not (folder / HISTORY).is_file():
                 shutil.rmtree(folder)
             raise
         _keep(run, data, folder, adapter, epochs, config)

@@ -184,6 +184,9 @@ class LocalSpeculator:
         """``propose`` that leaves the draft on the device; None: it is not made in one go."""
         if goes_on(self.strategy):
             assert self.coupled is not None, "only a coupled gap goes on"
+            if self._gap_tables is not self.tables:
+                # On another device nothing of it can be verified unread.
+                return None
             self.coupled.follow(tokens)
             return self.coupled.unread(len(tokens), gamma)
         if not isinstance(self.head, HeadDrafter):

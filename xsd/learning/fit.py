@@ -73,10 +73,10 @@ def fit(
         scorer: validation; ``is_best`` and early stopping go by the level's selection metric.
         lm_head: [V, Dv], for the token loss.
         state: a file written every few seconds. If it exists, training goes on from it, and on a
-            CPU in float32 ends with the very weights of an uninterrupted run. On a CPU (under
-            Linux) the state after every step is kept beside it in memory: a process that is killed
-            loses the batch in hand, a machine that goes down those few seconds. Elsewhere a state
-            is written after an epoch, too, unless that takes long.
+            CPU in float32 ends with the very weights of an uninterrupted run. Under Linux the state
+            after every step is kept in memory too (``Latest``, ``Keeper``): a process that is
+            killed loses the batch in hand, a machine that goes down those few seconds. Elsewhere a
+            state is written after an epoch, too, unless that takes long.
         times: told what the parts of a step take, if somebody wants to know.
 
     Raises:

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 
 from xsd.errors import XsdError
@@ -42,6 +44,10 @@ class _Order:
     device: str
     places: tuple[tuple[str, torch.dtype, torch.Size, int], ...]
     num_bytes: int
+
+
+class StateHeldError(XsdError):
+    """Somebody else trains with this state: what lies there is theirs."""
 
 
 class Keeper:
@@ -103,11 +109,12 @@ class Keeper:
         self._close(_FORGET)
 
     def leave(self) -> None:
-        """Training stops here, and may go on later."""
+        """Training stops here, and may go on later; returns when that is on disk."""
         self._close(_LEAVE)
 
     def _close(self, message: str) -> None:
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
         if self._copies:
             if self._stream is not None:
@@ -115,9 +122,15 @@ class Keeper:
                 with suppress(RuntimeError):
                     self._stream.synchronize()
             self._copies = []
-            self._process.send(message)
-        _idle(os.getpid()).append(self._process)
-        self._process = None
+            try:
+                process.send(message)
+                failed = process.recv()
+            except (OSError, EOFError):
+                # It has died: of the state there is what was written to disk.
+                return
+            if failed:
+                warnings.warn(_lost(self._state, failed), stacklevel=2)
+        _idle(os.getpid()).append(process)
 
     def _open(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         places, num_bytes = [], 0
@@ -125,14 +138,19 @@ class Keeper:
             places.append((name, x.dtype, x.shape, num_bytes))
             num_bytes += -(-x.nbytes // _ALIGNMENT) * _ALIGNMENT
         order = _Order(self._state, self._key, str(self._device), tuple(places), num_bytes)
-        assert self._process is not None, "it was closed"
+        process = self._process
+        assert process is not None, "it was closed"
+        answer: list[Tensor] | str
         try:
-            self._process.send(order)
-            answer: list[Tensor] | str = self._process.recv()
+            process.send(order)
+            if not process.poll(_PATIENCE):
+                raise TimeoutError("no answer")
+            answer = process.recv()
         except (OSError, EOFError, RuntimeError) as error:
-            # It has died, or cannot share.
-            self._process = None
-            answer = _reason(error)
+            # It has died, or this process cannot open what is shared: no other training has it.
+            answer, self._process = _reason(error), None
+            with suppress(OSError):
+                process.send(_FORGET)
         if isinstance(answer, str):
             raise XsdError(f"no copies of the training's state are kept on the GPU ({answer})")
         return [_views(copy, order) for copy in answer]
@@ -142,7 +160,7 @@ def wait_for_keeper(state: Path) -> None:
     """Until nobody writes ``state`` for a training that was killed.
 
     Raises:
-        XsdError: somebody still holds it.
+        StateHeldError: somebody else trains with it.
     """
     path = _lock(state)
     if not path.exists():
@@ -151,7 +169,7 @@ def wait_for_keeper(state: Path) -> None:
         with FileLock(path, timeout=_PATIENCE):
             path.unlink(missing_ok=True)
     except Timeout as error:
-        raise XsdError(
+        raise StateHeldError(
             f"{state}: another training has held it for {_PATIENCE:.0f} s; end that one first"
         ) from error
 
@@ -186,6 +204,7 @@ def _start() -> Connection:
 
 
 _KEEPERS: list[subprocess.Popen[bytes]] = []
+_MAY_FAIL = (RuntimeError, OSError, ValueError, SafetensorError)
 _BEST = 1 + list(FitState.__dataclass_fields__).index("best")
 
 
@@ -221,6 +240,10 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def _lost(state: Path, reason: str) -> str:
+    return f"{state}: the latest steps are lost ({reason})"
+
+
 def _lock(state: Path) -> Path:
     return state.with_name(f"{state.stem}.keeper.lock")
 
@@ -230,6 +253,8 @@ def _lock(state: Path) -> Path:
 
 def main(handle: int, owner: int) -> None:
     """Serve one training after the other until ``owner``, a process, has ended."""
+    # What this starts itself must not hold the line open when it has died.
+    os.set_inheritable(handle, False)
     connection = Connection(handle)
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -241,19 +266,33 @@ def main(handle: int, owner: int) -> None:
 
 
 def _serve(order: _Order, connection: Connection, end: int) -> None:
-    with FileLock(_lock(order.state)):
-        try:
-            copies = [
-                torch.zeros(order.num_bytes, dtype=torch.uint8, device=order.device)
-                for _ in range(2)
-            ]
-            connection.send(copies)
-        except (RuntimeError, OSError) as error:
-            connection.send(_reason(error))
-            return
-        if _heard(connection, end) != _FORGET:
-            _write(copies, order)
-    _lock(order.state).unlink(missing_ok=True)
+    """Keep one training's state until it is told, or must see, that this is over; then say why that
+    went wrong, or None."""
+    path, said = _lock(order.state), None
+    try:
+        with FileLock(path, timeout=0):
+            _hold(order, connection, end)
+            path.unlink(missing_ok=True)
+    except _MAY_FAIL as error:
+        said = _reason(error)
+    if order.device != "cpu":
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+    try:
+        connection.send(said)
+    except OSError:
+        # Nobody is there any more.
+        if said is not None:
+            print(_lost(order.state, said), file=sys.stderr)
+
+
+def _hold(order: _Order, connection: Connection, end: int) -> None:
+    copies = [
+        torch.zeros(order.num_bytes, dtype=torch.uint8, device=order.device) for _ in range(2)
+    ]
+    connection.send(copies)
+    if _heard(connection, end) != _FORGET:
+        _write(copies, order)
 
 
 def _heard(connection: Connection, end: int) -> object:
