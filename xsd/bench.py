@@ -49,7 +49,7 @@ from xsd.decoding.strategies import (
 )
 from xsd.decoding.streams import StreamSpeculator
 from xsd.decoding.tables import VerifierTables
-from xsd.errors import XsdError
+from xsd.errors import XsdError, reason
 from xsd.hidden.media import read_media
 from xsd.hidden.store import HiddenStore
 from xsd.pairs.base import Decoder, Media, ModelPair
@@ -389,11 +389,6 @@ class Bench:
 
 def _failure(item: BenchItem, strategy: Strategy, error: Exception) -> Failure:
     return Failure(item.sample.key, strategy.name, reason(error))
-
-
-def reason(error: Exception) -> str:
-    """Why something failed, in a line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def decodable(work: Iterable[T], decode: Callable[[T], R]) -> Iterator[tuple[T, R]]:

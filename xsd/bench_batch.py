@@ -24,7 +24,6 @@ from xsd.bench import (
     grouped,
     load_adapters,
     longest_prompt,
-    reason,
     sampling_of,
 )
 from xsd.bench_config import BenchConfig
@@ -36,6 +35,7 @@ from xsd.decoding.draft import Head
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.strategies import acceptance_rates
 from xsd.decoding.tables import VerifierTables
+from xsd.errors import reason
 from xsd.pairs.base import ModelPair
 from xsd.types import Strategy, Trace
 

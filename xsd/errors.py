@@ -1,4 +1,4 @@
-"""The one error users meet."""
+"""The one error users meet, and what others say in a line."""
 
 
 class XsdError(ValueError):
@@ -6,3 +6,8 @@ class XsdError(ValueError):
 
     Commands print it as one line and exit with code 2.
     """
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

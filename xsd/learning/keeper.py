@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from xsd.errors import XsdError
+from xsd.errors import XsdError, reason
 from xsd.learning.latest import write_if_newer
 from xsd.learning.state import FitState
 
@@ -51,11 +51,7 @@ class StateHeldError(XsdError):
 
 
 class Keeper:
-    """Keeps the state of one training on ``device``, in the order of its work there.
-
-    Raises:
-        XsdError: there is no room for two copies, or processes cannot share that memory.
-    """
+    """Keeps the state of one training on ``device``, in the order of its work there."""
 
     def __init__(self, state: Path, key: str, device: torch.device) -> None:
         self._state, self._key, self._device = state, key, device
@@ -86,7 +82,11 @@ class Keeper:
         self._record[-1] += loss
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin to copy; the same tensors every time. The host waits for nothing."""
+        """Begin to copy; the same tensors every time. After the first, the host waits for nothing.
+
+        Raises:
+            XsdError: there is no room for two copies, or processes cannot share that memory.
+        """
         if not self._copies:
             self._copies = self._open({**tensors, _PROGRESS: self._record})
         copy = self._copies[self._turn]
@@ -148,7 +148,7 @@ class Keeper:
             answer = process.recv()
         except (OSError, EOFError, RuntimeError) as error:
             # It has died, or this process cannot open what is shared: no other training has it.
-            answer, self._process = _reason(error), None
+            answer, self._process = reason(error), None
             with suppress(OSError):
                 process.send(_FORGET)
         if isinstance(answer, str):
@@ -236,12 +236,8 @@ def _views(copy: Tensor, order: _Order) -> dict[str, Tensor]:
     }
 
 
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _lost(state: Path, reason: str) -> str:
-    return f"{state}: the latest steps are lost ({reason})"
+def _lost(state: Path, why: str) -> str:
+    return f"{state}: the latest steps are lost ({why})"
 
 
 def _lock(state: Path) -> Path:
@@ -274,7 +270,7 @@ def _serve(order: _Order, connection: Connection, end: int) -> None:
             _hold(order, connection, end)
             path.unlink(missing_ok=True)
     except _MAY_FAIL as error:
-        said = _reason(error)
+        said = reason(error)
     if order.device != "cpu":
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
