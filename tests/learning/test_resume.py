@@ -151,6 +151,20 @@ def test_what_a_machine_left_that_went_down_is_not_trusted(
     assert len(taken) == 6 and again.keys() == {0, 1, 2}, "from the start"
 
 
+def test_keeping_a_state_is_no_step_of_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that gradients flowed through would hold a graph that grows with every step."""
+    made: list[dict[str, Tensor]] = []
+    mapped = latest_module._mapped
+    monkeypatch.setattr(
+        latest_module, "_mapped", lambda path: made.append(mapped(path)) or made[-1]
+    )
+    run(make_adapter("L4"), tmp_path / "state", Fuse(-1), {}, [])
+    assert len(made) == 2 and any(name.startswith("weight.") for name in made[0])
+    assert not any(x.requires_grad for copy in made for x in copy.values())
+
+
 LONG = replace(CONFIG, num_epochs=30)
 
 

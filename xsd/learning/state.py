@@ -89,7 +89,9 @@ def read_state(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 def tensors_of(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Weights, and what each optimizer keeps of each of its parameters."""
-    found: dict[str, Tensor] = {f"weight.{name}": x for name, x in module.named_parameters()}
+    # Detached: to copy a weight is no step of a graph, which would grow with every copy.
+    named = module.named_parameters()
+    found: dict[str, Tensor] = {f"weight.{name}": x.detach() for name, x in named}
     for number, optimizer in enumerate(optimizers):
         for index, kept in optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{index}.{name}": x for name, x in kept.items()}
