@@ -32,13 +32,14 @@ from xsd.decoding.controls import (
     OracleHead,
     commonest_answers,
 )
+from xsd.decoding.costs import Costs
 from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import Head, HeadOptions
 from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
-from xsd.decoding.policy import Adaptive, Costs, Policy, Way
+from xsd.decoding.policy import Adaptive, Policy, Way
 from xsd.decoding.speculator import LocalSpeculator, Speculator
 from xsd.decoding.strategies import (
     acceptance_rates,

@@ -22,9 +22,9 @@ from xsd.decoding.config import (
     GAP_LEVELS,
     DecodingConfig,
 )
+from xsd.decoding.costs import Costs
 from xsd.decoding.decoded import DRAFTING, PARTS, PASSES, PREFILL
 from xsd.decoding.engine import Engine
-from xsd.decoding.policy import Costs
 from xsd.decoding.strategies import parse
 from xsd.errors import XsdError
 from xsd.pairs.base import Media, ModelPair

@@ -14,9 +14,10 @@ from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.decoding import coupled_graphs, graphs, tree_graphs
 from xsd.decoding.ahead import CoupledDrafter
+from xsd.decoding.costs import Costs
 from xsd.decoding.draft import HeadDrafter, HeadOptions
 from xsd.decoding.engine import Engine
-from xsd.decoding.policy import Adaptive, Costs, Policy
+from xsd.decoding.policy import Adaptive, Policy
 from xsd.decoding.reader import DrafterReader, ReaderMemory
 from xsd.decoding.tables import VerifierTables
 from xsd.pairs.base import ModelPair

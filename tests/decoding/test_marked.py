@@ -17,9 +17,10 @@ from xsd.cli.marked import Mark, MarkedText, Watched
 from xsd.clock import Stopwatch
 from xsd.decoding.accept import Draft, Sampling
 from xsd.decoding.config import DecodingConfig
+from xsd.decoding.costs import Costs
 from xsd.decoding.decoded import Decoded
 from xsd.decoding.engine import Engine
-from xsd.decoding.policy import Adaptive, Costs, Policy
+from xsd.decoding.policy import Adaptive, Policy
 from xsd.decoding.speculator import Speculator
 from xsd.decoding.strategies import parse
 from xsd.pairs.base import Media, ModelPair

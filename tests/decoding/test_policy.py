@@ -10,9 +10,10 @@ import torch
 
 from xsd.adapters import checkpoint
 from xsd.decoding.accept import Draft
+from xsd.decoding.costs import Costs, row_sizes
 from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import HeadDrafter, HeadOptions
-from xsd.decoding.policy import Adaptive, Costs, Policy, Way, joint_chances, row_sizes
+from xsd.decoding.policy import Adaptive, Policy, Way, joint_chances
 from xsd.decoding.tables import VerifierTables
 from xsd.kernels import rule as rules
 from xsd.pairs.base import ModelPair

@@ -55,12 +55,17 @@ class Draft:
     @property
     def depth(self) -> int:
         """How deep was drafted."""
+        return max(self.num_levels, self.levels)
+
+    @property
+    def levels(self) -> int:
+        """How deep these tokens reach."""
         if self.parents is None:
-            return max(self.num_levels, len(self.tokens))
+            return len(self.tokens)
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent == -1 else depths[parent] + 1)
-        return max([self.num_levels, *depths])
+        return max(depths, default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from xsd.decoding.accept import (
     verify_sampled,
 )
 from xsd.decoding.config import MAX_TREE_NODES
+from xsd.decoding.costs import Costs, row_sizes
 from xsd.decoding.decoded import (
     DRAFTING,
     LM_HEAD,
@@ -38,7 +39,7 @@ from xsd.decoding.decoded import (
 )
 from xsd.decoding.draft import Draws
 from xsd.decoding.loop import CompiledLoop, begun_head
-from xsd.decoding.policy import Costs, Policy, row_sizes
+from xsd.decoding.policy import Policy
 from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import Speculator
 from xsd.decoding.unread import Unread
@@ -293,7 +294,9 @@ class Engine:
             self._laps.lap(REST)
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
                 seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
-                begun, unread = Mark(self._device), self._unread(speculator, tokens, seen, depth)
+                begun = Mark(self._device)
+                whole = policy.unread_depth(depth)
+                unread = self._unread(speculator, tokens, seen, whole)
                 if unread is not None and not policy.reads_first(len(unread)):
                     unseen = [self._unread_cycle(unread, begun, num_captures, policy, result)]
                     continue

@@ -17,18 +17,18 @@ import operator
 import statistics
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 
 from xsd.decoding.accept import Draft
+from xsd.decoding.costs import NOISE, Costs, nearer
 from xsd.decoding.decoded import Decoded
+from xsd.decoding.depth import Depths
 from xsd.kernels import rule as rules
 
-_NOISE = 0.05
-"""Share by which two measurements of a pass, or of answers, may differ."""
 _TRIALS = 3
 """Answers in a way before it is judged."""
 _RECENT = 9
@@ -42,63 +42,6 @@ Way = Literal["plain", "head", "all"]
 """What of a strategy an answer makes use of: nothing, its head alone, all of it."""
 Rule = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """See ``kernels.rule``."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds of the verifier's passes on this machine, measured."""
-
-    verify_ms: Sequence[float]
-    """Of passes of 1, 2, ... rows behind a prompt; never falling."""
-    prefill_ms: float
-    """Plain decoding's, clock start to first token."""
-    cycle_ms: float = 0.0
-    """What a cycle takes beside drafting and its pass, where it is one of many calls."""
-    read_ms: float = 0.0
-    """What it takes to read a number from a device."""
-
-    def verify(self, num_rows: int) -> float:
-        return self.verify_ms[min(num_rows, len(self.verify_ms)) - 1]
-
-    @property
-    def step(self) -> float:
-        return self.verify_ms[0]
-
-    def plain_ms(self, num_tokens: int) -> float:
-        return self.prefill_ms + (num_tokens - 1) * self.step
-
-    def answer_ms(self, answer: Decoded, first_ms: float, level_ms: float, gamma: int) -> float:
-        """What an answer of such counts takes, if drafting in the prefill slows nothing.
-
-        Args:
-            first_ms, level_ms: of drafting, a cycle's first level and each further one.
-            gamma: levels of a draft, at most: a tree has more tokens than levels.
-        """
-        ms = self.prefill_ms
-        num_early = 1
-        if answer.gap_accepted and answer.gap_drafted > 1:
-            # The prefill checked the first; its token and the other drafts are one pass.
-            ms += self.verify(answer.gap_drafted)
-            num_early += answer.gap_accepted
-        for drafted in answer.cycle_drafted:
-            ms += first_ms + (min(drafted, gamma) - 1) * level_ms + self.verify(drafted + 1)
-        num_cycles = len(answer.cycle_drafted)
-        num_said = num_early + sum(answer.cycle_accepted) + num_cycles
-        return ms + max(0, len(answer.token_ids) - num_said) * self.step
-
-
-def row_sizes(verify_ms: Sequence[float]) -> tuple[int, ...]:
-    """Of how many rows a pass of 1, 2, ... rows is best made, given what such passes cost.
-
-    More rows may cost less where they take another kernel: 4-bit weights of 22 rows are read
-    slower than those of 32. Less than noise is no reason.
-    """
-    sizes = []
-    for num_rows, ms in enumerate(verify_ms, start=1):
-        best = min(range(num_rows, len(verify_ms) + 1), key=lambda size: verify_ms[size - 1])
-        pays = verify_ms[best - 1] < (1.0 - _NOISE) * ms
-        sizes.append(best if pays else num_rows)
-    return tuple(sizes)
 
 
 class Policy:
@@ -135,6 +78,10 @@ class Policy:
 
     def depth(self, limit: int) -> int:
         """Drafts to ask for in this cycle, 0 for none."""
+        return limit
+
+    def unread_depth(self, limit: int) -> int:
+        """The same where a draft is made whole before anybody looks at it."""
         return limit
 
     def reads_first(self, size: int) -> bool:
@@ -199,6 +146,7 @@ class Adaptive(Policy):
         the next draft will, and whoever judged by it would draft ever more rarely."""
         self._ways: dict[Way, _Tried] = {}
         self._gap = _GapChances()
+        self._depths = Depths(costs)
 
     def way(self, ways: Sequence[Way]) -> Way:
         self._is_cold = True
@@ -214,7 +162,7 @@ class Adaptive(Policy):
         if len(tried[found].times) < _TRIALS:
             return found
         # Drafts scatter what answers take: a gain that a clock can hardly see is not worth that.
-        best = min(ways, key=lambda way: tried[way].middle * (1.0 + _NOISE * (way != "plain")))
+        best = min(ways, key=lambda way: tried[way].middle * (1.0 + NOISE * (way != "plain")))
         tried[best].is_best()
         return next((way for way in ways if way != best and tried[way].is_due()), best)
 
@@ -244,6 +192,9 @@ class Adaptive(Policy):
 
     def depth(self, limit: int) -> int:
         return limit if rules.may_draft(self.rule) else 0
+
+    def unread_depth(self, limit: int) -> int:
+        return self._depths.best(limit)
 
     def reads_first(self, size: int) -> bool:
         return self.costs.verify(size + 1) - self.costs.step > self.costs.read_ms
@@ -278,22 +229,21 @@ class Adaptive(Policy):
     def learn(self, draft: Draft, path: Sequence[int]) -> None:
         told = _as_arrays(self._told(draft))
         rules.learn(self.rule, *told, np.array(path, np.int64), max(1, draft.depth))
+        self._depths.learn(draft, len(path))
 
     def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
-        # Follows what drafting costs by now, and how busy the machine is, as medians: one that
-        # was busy for a moment is no slower for that.
+        # Follows what drafting costs by now, and how busy the machine is.
         if self._is_cold:
             self._is_cold = False
             return
-        level_ms, pass_ms = drafting_ms / max(1, draft.depth), verifying_ms
-        num_rows = len(draft) + 1
-        step = 1.05 if pass_ms > self._load * self.costs.verify(num_rows) else 0.95
+        self._depths.time(draft, drafting_ms, verifying_ms)
         # The costs are those of a machine with nothing else to do. A pass that takes less was begun
         # while the device still drafted, which makes drafting no dearer.
-        self._load = max(1.0, step * self._load)
+        load = verifying_ms / self.costs.verify(len(draft) + 1)
+        self._load = max(1.0, nearer(self._load, load))
         pace = self.rule[3]
-        known_ms = float(pace[rules.LEVEL_MS]) or level_ms / self._load
-        pace[rules.LEVEL_MS] = known_ms * (1.05 if level_ms > self._load * known_ms else 0.95)
+        level_ms = drafting_ms / max(1, draft.depth) / self._load
+        pace[rules.LEVEL_MS] = nearer(float(pace[rules.LEVEL_MS]) or level_ms, level_ms)
         pace[rules.FIRST_MS] = pace[rules.LEVEL_MS] + self.costs.cycle_ms
 
     def _told(self, draft: Draft) -> Draft:

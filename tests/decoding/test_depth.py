@@ -1,0 +1,93 @@
+"""How deep to draft where all of a draft is made before anybody looks at it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from xsd.decoding.accept import Draft
+from xsd.decoding.costs import Costs
+from xsd.decoding.depth import Depths
+from xsd.decoding.policy import Adaptive, Policy
+
+LIMIT = 8
+STEP_MS, ROW_MS = 0.4, 0.01
+COSTS = Costs([STEP_MS + ROW_MS * rows for rows in range(64)], 2.0)
+
+
+class Machine:
+    """What drafting takes, and how often every next draft holds."""
+
+    def __init__(self, rate: float, base_ms: float, level_ms: float, beside_ms: float = 0.0):
+        self.rate, self.base_ms, self.level_ms, self.beside_ms = rate, base_ms, level_ms, beside_ms
+        self._random = random.Random(0)
+
+    def cycles(self, depths: Depths, count: int = 400) -> int:
+        """So many of them; the depth that they have led to."""
+        for _ in range(count):
+            depth = depths.best(LIMIT)
+            draft = Draft(list(range(depth)))
+            spent = self.base_ms + depth * self.level_ms, COSTS.verify(depth + 1) + self.beside_ms
+            depths.time(draft, *(ms * self._random.uniform(0.98, 1.02) for ms in spent))
+            depths.learn(draft, self._num_held(depth))
+        return depths.best(LIMIT)
+
+    def token_ms(self, depth: int) -> float:
+        ms = self.base_ms + depth * self.level_ms + COSTS.verify(depth + 1) + self.beside_ms
+        return ms / sum(self.rate**level for level in range(depth + 1))
+
+    def _num_held(self, depth: int) -> int:
+        return next((i for i in range(depth) if self._random.random() >= self.rate), depth)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.75, 0.95])
+@pytest.mark.parametrize(
+    ("base_ms", "level_ms"), [(0.0, 0.02), (0.05, 0.1), (0.3, 0.1), (0.0, 0.3)]
+)
+@pytest.mark.parametrize("beside_ms", [0.0, 0.3])
+def test_a_token_takes_nearly_the_least_it_can(
+    rate: float, base_ms: float, level_ms: float, beside_ms: float
+) -> None:
+    machine = Machine(rate, base_ms, level_ms, beside_ms)
+    chosen = machine.cycles(Depths(COSTS))
+    least = min(map(machine.token_ms, range(1, LIMIT + 1)))
+    assert machine.token_ms(chosen) < 1.1 * least
+
+
+def test_it_follows_what_drafts_are_worth() -> None:
+    depths = Depths(COSTS)
+    assert depths.best(LIMIT) == LIMIT
+    assert Machine(0.95, 0.05, 0.05).cycles(depths) == LIMIT
+    assert Machine(0.2, 0.05, 0.05).cycles(depths) <= 2
+    assert Machine(0.95, 0.05, 0.05).cycles(depths) >= LIMIT - 1
+
+
+def test_it_stays_within_the_limit() -> None:
+    depths = Depths(COSTS)
+    Machine(0.95, 0.05, 0.05).cycles(depths)
+    assert [depths.best(limit) for limit in (1, 3, LIMIT)] == [1, 3, LIMIT]
+
+
+def test_levels_of_a_tree_hold_whoever_of_them_does() -> None:
+    tree = Draft([5, 6, 7, 8], parents=[-1, -1, 1, 1], num_levels=3)
+    assert (tree.levels, tree.depth) == (2, 3)
+    depths = Depths(COSTS)
+    for _ in range(100):
+        depths.time(tree, 0.1, 0.5)
+        depths.learn(tree, 2)
+    assert depths.best(LIMIT) == LIMIT
+    for _ in range(300):
+        depths.learn(tree, 1)
+    assert depths.best(LIMIT) < LIMIT
+
+
+def test_only_the_adaptive_policy_asks() -> None:
+    adaptive = Adaptive(COSTS)
+    for policy in (adaptive, Policy()):
+        for _ in range(100):
+            draft = Draft(list(range(LIMIT)), confidence=[0.5] * LIMIT)
+            policy.time(draft, 2.0, 0.5)
+            policy.learn(draft, [])
+    assert adaptive.unread_depth(LIMIT) == 1
+    assert Policy().unread_depth(LIMIT) == LIMIT

@@ -1,0 +1,83 @@
+"""How deep to draft where a draft is made whole: its drafter cannot stop where it gets unsure."""
+
+from __future__ import annotations
+
+import statistics
+
+from xsd.decoding.accept import Draft
+from xsd.decoding.config import MAX_GAMMA
+from xsd.decoding.costs import NOISE, Costs, nearer
+from xsd.kernels import rule as rules
+
+_MEMORY = 0.98
+"""Weight that what was seen keeps from one cycle to the next."""
+_FIRST_RATE = 0.7
+"""How often a first draft is thought to hold, and every further one as often as the one before."""
+
+
+class Depths:
+    """The depth by which a token takes least, from what became of drafts and what they took."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._tried = [0.0] * MAX_GAMMA
+        self._held = [0.0] * MAX_GAMMA
+        self._drafting_ms: dict[int, float] = {}
+        """By depth."""
+        self._beside_ms = 0.0
+        """What a cycle takes beside its draft and the pass, as that was measured."""
+        self._num_siblings = 0
+        """Rows of the last tree's pass beside one a level."""
+        self._deepest = self._chosen = 0
+
+    def best(self, limit: int) -> int:
+        """1..limit; ``limit`` until drafts have been timed."""
+        self._deepest = max(self._deepest, limit)
+        if self._drafting_ms:
+            each = self._token_ms()
+            best = min(range(1, self._deepest + 1), key=lambda depth: each[depth - 1])
+            # Another depth is made anew, and less than noise is no reason.
+            if each[best - 1] < (1.0 - NOISE) * each[(self._chosen or self._deepest) - 1]:
+                self._chosen = best
+        return min(limit, self._chosen or limit)
+
+    def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
+        """What a cycle took."""
+        depth, num_rows = max(1, draft.depth), len(draft) + 1
+        known = self._drafting_ms.get(depth, drafting_ms)
+        self._drafting_ms[depth] = nearer(known, drafting_ms)
+        self._num_siblings = max(0, num_rows - 1 - depth)
+        beside_ms = max(0.0, verifying_ms - self._costs.verify(num_rows))
+        self._beside_ms = nearer(self._beside_ms or beside_ms, beside_ms)
+
+    def learn(self, draft: Draft, num_held: int) -> None:
+        """So many levels of a draft that was verified held."""
+        for level in range(min(num_held + 1, draft.levels, MAX_GAMMA)):
+            self._tried[level] = _MEMORY * self._tried[level] + 1.0
+            self._held[level] = _MEMORY * self._held[level] + (level < num_held)
+
+    def _token_ms(self) -> list[float]:
+        """Of every depth, what a token takes."""
+        base_ms, level_ms = self._line()
+        found: list[float] = []
+        rate, joint, num_tokens = _FIRST_RATE, 1.0, 1.0
+        for level in range(self._deepest):
+            tried, held = self._tried[level], self._held[level]
+            rate = (held + rules.PRIOR * rate) / (tried + rules.PRIOR)
+            joint *= rate
+            num_tokens += joint
+            depth = level + 1
+            ms = base_ms + depth * level_ms + self._beside_ms
+            ms += self._costs.verify(depth + 1 + self._num_siblings)
+            found.append(ms / num_tokens)
+        return found
+
+    def _line(self) -> tuple[float, float]:
+        """Drafting as so many milliseconds, and so many a level: a line through what was timed, or
+        one through nothing where that says too little."""
+        times = self._drafting_ms
+        if len(times) > 1:
+            level_ms, base_ms = statistics.linear_regression(list(times), list(times.values()))
+            if level_ms > 0.0 and base_ms > 0.0:
+                return base_ms, level_ms
+        return 0.0, statistics.fmean(ms / depth for depth, ms in times.items())
