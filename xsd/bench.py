@@ -279,15 +279,17 @@ class Bench:
         item = self._fit[0]
         self._costs = self.engine.measure(item.media, item.sample.question)
         self._prepare(self._costs)
-        for name, party in self.speculators.items():
-            if party is not None and (found := self._drafting_ms(party)):
-                self._drafting[name] = found
-                self.policies[name].learn_drafting(*found)
+        for strategy in self.strategies:
+            party = self.speculators[strategy.name]
+            if party is not None and (found := self._drafting_ms(party, strategy.gamma)):
+                self._drafting[strategy.name] = found
+                self.policies[strategy.name].learn_drafting(*found)
 
-    def _drafting_ms(self, party: Speculator) -> tuple[float, float] | None:
+    def _drafting_ms(self, party: Speculator, gamma: int) -> tuple[float, float] | None:
         for item in self._fit:
             with suppress(*UNFIT):  # it is counted when its turn comes
-                return self.engine.measure_drafting(item.media, item.sample.question, party)
+                asked = item.media, item.sample.question
+                return self.engine.measure_drafting(*asked, party, gamma)
         return None
 
     def choose_cores(self) -> str:

@@ -8,8 +8,9 @@ import pytest
 
 from xsd.decoding.accept import Draft
 from xsd.decoding.costs import Costs
+from xsd.decoding.decoded import Decoded
 from xsd.decoding.depth import Depths
-from xsd.decoding.policy import Adaptive, Policy
+from xsd.decoding.policy import Adaptive, Policy, Way
 
 LIMIT = 8
 STEP_MS, ROW_MS = 0.4, 0.01
@@ -91,3 +92,31 @@ def test_only_the_adaptive_policy_asks() -> None:
             policy.learn(draft, [])
     assert adaptive.unread_depth(LIMIT) == 1
     assert Policy().unread_depth(LIMIT) == LIMIT
+
+
+def test_answers_with_drafts_of_another_depth_do_not_count() -> None:
+    """Deep drafts lost; what is drafted now is less deep, and wins."""
+    policy = Adaptive(COSTS, is_timed=True)
+    ways: list[Way] = ["plain", "all"]
+    plain, slow, fast = (Decoded([0] * 61, total_ms=ms) for ms in (30.0, 40.0, 20.0))
+    for _ in range(20):
+        way = policy.way(ways)
+        policy.learn_answer(way, plain if way == "plain" else slow)
+    assert policy.way(ways) == "plain"
+    draft = Draft(list(range(LIMIT)), confidence=[0.5] * LIMIT)
+    for _ in range(100):
+        policy.time(draft, 4.0, 0.5)
+        policy.learn(draft, [0])
+    assert policy.unread_depth(LIMIT) < LIMIT
+    for _ in range(20):
+        way = policy.way(ways)
+        policy.learn_answer(way, plain if way == "plain" else fast)
+    assert policy.way(ways) == "all"
+
+
+def test_drafting_that_was_measured_needs_no_trial() -> None:
+    depths = Depths(COSTS)
+    depths.learn_drafting(0.1, 1.0)
+    assert depths.best(LIMIT) == 1
+    depths.learn_drafting(0.1, 0.0)
+    assert depths.best(LIMIT) == LIMIT

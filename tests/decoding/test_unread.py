@@ -117,6 +117,20 @@ def test_drafts_that_are_verified_unread_change_no_token(
     assert (num_held > 0) == (rate < 1.0)
 
 
+def test_what_unread_drafts_cost_is_measured(
+    device: torch.device, pair: ModelPair, items: list[BenchItem]
+) -> None:
+    engine = unfused(on(device, pair).verifier, bench.longest_prompt(pair, items))
+    asked = items[0].media, items[0].sample.question
+    party = Scripted(engine.plain(*asked).token_ids, 0.3, device)
+    found = engine.measure_drafting(*asked, party, 4)
+    assert found is not None
+    first_ms, level_ms = found
+    assert first_ms > 0.0 and level_ms >= 0.0
+    # Who drafts a varying number of tokens on the host is timed as it is used.
+    assert engine.measure_drafting(*asked, Rote(), 4) is None
+
+
 def test_drafts_are_read_first_where_that_may_save_rows() -> None:
     assert not Policy().reads_first(8)
     costs = Costs((1.0, 1.0, 1.0, 1.5), 1.0, read_ms=0.1)

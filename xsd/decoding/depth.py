@@ -28,7 +28,9 @@ class Depths:
         """What a cycle takes beside its draft and the pass, as that was measured."""
         self._num_siblings = 0
         """Rows of the last tree's pass beside one a level."""
-        self._deepest = self._chosen = 0
+        self._deepest = 0
+        self.chosen = 0
+        """0: not yet, and drafts are as deep as they may be."""
 
     def best(self, limit: int) -> int:
         """1..limit; ``limit`` until drafts have been timed."""
@@ -37,9 +39,15 @@ class Depths:
             each = self._token_ms()
             best = min(range(1, self._deepest + 1), key=lambda depth: each[depth - 1])
             # Another depth is made anew, and less than noise is no reason.
-            if each[best - 1] < (1.0 - NOISE) * each[(self._chosen or self._deepest) - 1]:
-                self._chosen = best
-        return min(limit, self._chosen or limit)
+            if each[best - 1] < (1.0 - NOISE) * each[(self.chosen or self._deepest) - 1]:
+                self.chosen = best
+        return min(limit, self.chosen or limit)
+
+    def learn_drafting(self, first_ms: float, level_ms: float) -> None:
+        """What a draft's first level was measured to cost, and each further one."""
+        self._drafting_ms = {
+            depth: first_ms + (depth - 1) * level_ms for depth in (1, MAX_GAMMA // 2)
+        }
 
     def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
         """What a cycle took."""
@@ -78,6 +86,6 @@ class Depths:
         times = self._drafting_ms
         if len(times) > 1:
             level_ms, base_ms = statistics.linear_regression(list(times), list(times.values()))
-            if level_ms > 0.0 and base_ms > 0.0:
+            if level_ms >= 0.0 and base_ms >= 0.0:
                 return base_ms, level_ms
         return 0.0, statistics.fmean(ms / depth for depth, ms in times.items())

@@ -197,14 +197,30 @@ class Engine:
                 found.append(decoded.decode_ms / passes - costs.verify(2))
         return max(0.0, min(found, default=0.0))
 
+    def _drafting_ms(
+        self, media: Media, question: str, speculator: Speculator, gamma: int
+    ) -> tuple[float, float] | None:
+        """The same of drafts that nobody reads, as answers with drafts of 1 and ``gamma`` levels
+        take it."""
+        found = []
+        for depth in (1, gamma):
+            answers = [self.speculate(media, question, speculator, depth) for _ in range(4)]
+            times = [a.parts[DRAFTING] / a.num_unread for a in answers if a.num_unread]
+            if not times:
+                return None
+            # Those that made captures took longer.
+            found.append(min(times))
+        one, all_ = found
+        return one, max(0.0, all_ - one) / (gamma - 1)
+
     @torch.inference_mode()
     def measure_drafting(
-        self, media: Media, question: str, speculator: Speculator, repeats: int = 15
+        self, media: Media, question: str, speculator: Speculator, gamma: int, repeats: int = 15
     ) -> tuple[float, float] | None:
-        """Milliseconds of a compiled draft's first level, and of each further one; None: it is
-        timed as it is used."""
+        """Milliseconds of a draft's first level, and of each further one up to ``gamma``; None: it
+        is timed as it is used, for it is neither compiled nor captured."""
         if self._loop is None:
-            return None
+            return self._drafting_ms(media, question, speculator, max(2, gamma))
         self.speculate(media, question, speculator, 1)
         head = begun_head(speculator)
         if head is None:
@@ -353,6 +369,7 @@ class Engine:
         states = self._keep(tokens, draft, path, token, scored.states)
         result.cycle_drafted.append(len(draft))
         result.cycle_accepted.append(len(path))
+        result.num_unread += 1
         spent_ms = self._laps.lap(PASSES, {DRAFTING: drafting_ms})
         if Made.count == num_captures:
             policy.time(draft, drafting_ms, spent_ms - drafting_ms)

@@ -173,6 +173,11 @@ class Adaptive(Policy):
         if not self._is_timed or num_tokens < 2 or answer.made_captures:
             return
         tried = self._ways.setdefault(way, _Tried())
+        if way != "plain" and tried.depth != self._depths.chosen:
+            # What answers took with drafts of another depth says nothing of these.
+            tried.depth = self._depths.chosen
+            tried.times.clear()
+            return
         tried.times.append(answer.total_ms / self.costs.plain_ms(num_tokens))
 
     def gap_size(self, draft: Draft) -> int:
@@ -184,6 +189,7 @@ class Adaptive(Policy):
     def learn_drafting(self, first_ms: float, level_ms: float) -> None:
         pace = self.rule[3]
         pace[rules.FIRST_MS], pace[rules.LEVEL_MS] = first_ms, level_ms
+        self._depths.learn_drafting(first_ms, level_ms)
 
     @property
     def drafting_ms(self) -> tuple[float, float]:
@@ -290,6 +296,8 @@ class _Tried:
 
     def __init__(self) -> None:
         self.times: deque[float] = deque(maxlen=_RECENT)
+        self.depth = 0
+        """See ``Depths.chosen``."""
         self._left = self._length = _SHORTEST_REST
 
     @property
