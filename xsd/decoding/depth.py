@@ -11,6 +11,8 @@ from xsd.kernels import rule as rules
 
 _MEMORY = 0.98
 """Weight that what was seen keeps from one cycle to the next."""
+_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""To choose from: each is captured anew, and neighbours among the deep ones differ by little."""
 _FIRST_RATE = 0.7
 """How often a first draft is thought to hold, and every further one as often as the one before."""
 
@@ -37,8 +39,9 @@ class Depths:
         self._deepest = max(self._deepest, limit)
         if self._drafting_ms:
             each = self._token_ms()
-            best = min(range(1, self._deepest + 1), key=lambda depth: each[depth - 1])
-            # Another depth is made anew, and less than noise is no reason.
+            depths = {min(depth, self._deepest) for depth in _DEPTHS}
+            best = min(depths, key=lambda depth: each[depth - 1])
+            # Less than noise is no reason to change.
             if each[best - 1] < (1.0 - NOISE) * each[(self.chosen or self._deepest) - 1]:
                 self.chosen = best
         return min(limit, self.chosen or limit)

@@ -13,6 +13,7 @@ because of what it turned out to be would change the distribution of what is sai
 
 from __future__ import annotations
 
+import math
 import operator
 import statistics
 from collections import Counter, deque
@@ -29,9 +30,9 @@ from xsd.decoding.decoded import Decoded
 from xsd.decoding.depth import Depths
 from xsd.kernels import rule as rules
 
-_TRIALS = 3
-"""Answers in a way before it is judged."""
-_RECENT = 9
+_TRIALS, _ENOUGH = 3, 12
+"""Answers in a way before it is judged: if they tell clearly what it is worth, and if not."""
+_RECENT = 25
 """Answers in a way that are remembered."""
 _SHORTEST_REST, _LONGEST_REST = 8, 128
 """Answers between two trials of a way that has lost."""
@@ -157,12 +158,12 @@ class Adaptive(Policy):
         for way in ways:
             self._ways.setdefault(way, _Tried())
         tried = {way: self._ways[way] for way in ways}
-        # In turn at first, the whole strategy before its parts.
-        found = min(reversed(ways), key=lambda way: min(_TRIALS, len(tried[way].times)))
-        if len(tried[found].times) < _TRIALS:
-            return found
-        # Drafts scatter what answers take: a gain that a clock can hardly see is not worth that.
-        best = min(ways, key=lambda way: tried[way].middle * (1.0 + NOISE * (way != "plain")))
+        plain_ms = tried["plain"].middle if "plain" in tried else None
+        open_ = [way for way in reversed(ways) if not tried[way].is_judged(plain_ms)]
+        if open_:
+            # In turn, the whole strategy before its parts.
+            return min(open_, key=lambda way: len(tried[way].times))
+        best = min(ways, key=lambda way: tried[way].middle if way == "plain" else tried[way].price)
         tried[best].is_best()
         return next((way for way in ways if way != best and tried[way].is_due()), best)
 
@@ -173,9 +174,9 @@ class Adaptive(Policy):
         if not self._is_timed or num_tokens < 2 or answer.made_captures:
             return
         tried = self._ways.setdefault(way, _Tried())
-        if way != "plain" and tried.depth != self._depths.chosen:
+        if way != "plain" and self._depths.chosen not in tried.depths:
             # What answers took with drafts of another depth says nothing of these.
-            tried.depth = self._depths.chosen
+            tried.depths.add(self._depths.chosen)
             tried.times.clear()
             return
         tried.times.append(answer.total_ms / self.costs.plain_ms(num_tokens))
@@ -296,14 +297,39 @@ class _Tried:
 
     def __init__(self) -> None:
         self.times: deque[float] = deque(maxlen=_RECENT)
-        self.depth = 0
-        """See ``Depths.chosen``."""
+        self.depths = {0}
+        """Those of its drafts so far, see ``Depths.chosen``."""
         self._left = self._length = _SHORTEST_REST
 
     @property
     def middle(self) -> float:
         """The median: a machine that was busy for a moment is no slower for that."""
-        return statistics.median(self.times)
+        return statistics.median(self.times) if self.times else math.inf
+
+    @property
+    def scatter(self) -> float:
+        """The median distance from the median."""
+        middle = self.middle
+        return statistics.median(abs(time - middle) for time in self.times)
+
+    @property
+    def price(self) -> float:
+        """What plain decoding must take, at least, for this to be worth it: a clock must see the
+        gain, and of six answers hardly more than one be slower than plain ones."""
+        seen = self.middle * (1.0 + NOISE)
+        if len(self.times) < _ENOUGH:
+            return seen
+        # A standard deviation of times that scatter by chance.
+        return max(seen, self.middle + 1.48 * self.scatter)
+
+    def is_judged(self, plain: float | None) -> bool:
+        """Whether enough is known of it to say that it pays, or does not."""
+        num_times = len(self.times)
+        if num_times < _TRIALS or plain is None or num_times >= _ENOUGH:
+            return num_times >= _TRIALS
+        # Of a median, if times scatter by chance.
+        error = 1.86 * self.scatter / math.sqrt(num_times)
+        return abs(self.price - plain) > 2.0 * error
 
     def is_best(self) -> None:
         self._left = self._length = _SHORTEST_REST
@@ -314,6 +340,9 @@ class _Tried:
         if self._left:
             return False
         self._left = self._length = min(_LONGEST_REST, 2 * self._length)
+        # What it took long ago must not outvote what it takes now.
+        for _ in range(len(self.times) // 2):
+            self.times.popleft()
         return True
 
 
