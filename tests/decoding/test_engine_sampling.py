@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tests.decoding.test_accept import chi_square_p
+from tests.decoding.test_accept import chi_square_p, drawn_from
 from xsd import bench
 from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.clock import Stopwatch
-from xsd.decoding.accept import Draft, Sampling, draw, one_hot, residual, verify_sampled
+from xsd.decoding.accept import Draft, Sampling
 from xsd.decoding.batch import AdapterRows, BatchEngine, BatchHead, Proposed
 from xsd.decoding.config import BASELINE, DecodingConfig
 from xsd.decoding.engine import Engine
@@ -113,7 +113,7 @@ class Drawing:
             for parent, said in level:
                 q = self._q(said)
                 for _ in range(self.branches):
-                    token = draw(q, self.generator)
+                    token = drawn_from(q, self.generator)
                     below.append((len(drafts), (*said, token)))
                     drafts.append(token)
                     parents.append(parent)
@@ -278,7 +278,7 @@ def test_what_plain_decoding_drew_is_not_judged_with_what_drew_it(
         for item in items[:2]:
             for strategy in strategies:
                 party.decode(item, strategy)
-                seeds.append(party.engine._generator.initial_seed())
+                seeds.append(party.engine._draws.behind(0, 1).item())
     assert len(set(seeds)) == 4
 
 
@@ -292,21 +292,12 @@ def test_drafts_are_drawn_with_random_numbers_of_their_own(pair: ModelPair, seed
         if name is not None:
             engine.name_draws(name)
         for num_said in range(1, 9):
-            drawn = torch.rand(8, generator=engine.draft_draws.behind(num_said)).tolist()
-            assert not seen & set(drawn)
-            seen |= set(drawn)
-        unnamed = torch.Generator().manual_seed(seed)
-        stream = unnamed if name is None else engine._stream(name)
-        said = torch.rand(64, generator=stream).tolist()
-        assert not seen & set(said)
-        seen |= set(said)
-
-
-def test_what_refused_a_draft_does_not_draw_the_token_in_its_place() -> None:
-    """The number is known to be large by then; no statistic of so few answers sees that."""
-    p = torch.full((2, 64), 1 / 64)
-    for seed in range(20):
-        given, again = (torch.Generator().manual_seed(seed) for _ in range(2))
-        path, token = verify_sampled(Draft([3]), p, given)
-        if not torch.rand((), generator=again) < 1 / 64:
-            assert (path, token) == ([], draw(residual(p[0], one_hot(3, p[0])), again))
+            row = engine._draws if name is None else engine._draws_of(name)
+            for draws in (engine.draft_draws, row):
+                drawn = draws.behind(num_said, 8).tolist()
+                assert len(set(drawn)) == 8 and not seen & set(drawn)
+                seen |= set(drawn)
+            # Those of an answer in a batch are those of one alone; fewer are the first of more.
+            assert torch.equal(
+                engine._draws.behind(num_said, 2, 2).flatten(), row.behind(num_said, 4)
+            )
