@@ -369,7 +369,7 @@ class AdapterRows:
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._names = [self._names[row] for row in rows]
-        self._cache.keep_rows(torch.tensor(rows, device=self._tables.embedding.device))
+        self._cache.keep_rows(to_device(rows, self._tables.embedding.device))
 
     def _step(
         self, ids: Tensor, states: Tensor, at: Int[Tensor, "B R"], end: int
@@ -417,7 +417,7 @@ class SeparateRows:
         drafts = [draft.tokens[:gamma] for draft in found]
         size = max(map(len, drafts))
         filled = [draft + [NOTHING] * (size - len(draft)) for draft in drafts]
-        return Proposed(torch.tensor(filled, dtype=torch.long, device=self._device))
+        return Proposed(to_device(filled, self._device, torch.long))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._heads = [self._heads[row] for row in rows]
