@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.decoding.conftest import needs_gpu
 from xsd.decoding.accept import (
     Draft,
     Sampling,
@@ -389,3 +390,36 @@ def test_what_refused_a_draft_does_not_draw_the_token_in_its_place() -> None:
     ids = torch.zeros(size, dtype=torch.long)
     said = choose_sampled(p, uniform(generator, size + 1, 2), ids, q)[:-1]
     assert chi_square_p(said.bincount(minlength=vocab).float(), p[0]) > 0.01
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["chosen", "chain", "tree"])
+def test_judging_waits_for_no_gpu_and_says_what_a_cpu_says(kind: str) -> None:
+    """Of a large vocabulary, most of which is never said; rounding decides of nothing here."""
+    generator, size, vocab = torch.Generator().manual_seed(0), 12, 32_064
+    logits = 3.0 * torch.randn(2 * size + 1, vocab, generator=generator)
+    p, q = Sampling(1.0, 0.8).probabilities(logits).split([size + 1, size])
+    q = 0.5 * q + 0.5 * p[:-1]
+    ids = draw(q, uniform(generator, size))
+    drafts = (None, None) if kind == "chosen" else (ids, q)
+    parents = [-1, -1, -1, 0, 0, 1, 3, 3, 3, 5, 6, 6] if kind == "tree" else None
+    given = p, uniform(generator, size + 1, 2), *drafts
+    there = [None if x is None else x.cuda() for x in given]
+    choose_sampled(*there, parents)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        said = choose_sampled(*there, parents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert said.tolist() == choose_sampled(*given, parents).tolist()
+
+
+@needs_gpu
+def test_a_gpu_draws_nothing_that_has_no_probability() -> None:
+    """Also by numbers at which one token's share ends and another's begins."""
+    generator, size, vocab = torch.Generator().manual_seed(0), 512, 32_064
+    p = Sampling(1.0, 0.5).probabilities(torch.randn(vocab, generator=generator)).cuda()
+    mass = p.cumsum(-1, dtype=torch.double)
+    edges = (mass / mass[-1])[:: vocab // size].clamp(max=1.0 - 2.0**-53)
+    said = draw(p.expand(len(edges), -1), edges)
+    assert (p[said] > 0).all()
