@@ -83,7 +83,7 @@ class Sampling:
         best, order = p.sort(dim=-1, descending=True)
         # A token is kept if those before it do not yet hold the mass.
         best = best.masked_fill(best.cumsum(-1) - best >= self.top_p, 0.0)
-        kept = torch.zeros_like(p).scatter(-1, order, best)
+        kept = p.scatter_(-1, order, best)
         return kept / kept.sum(-1, keepdim=True)
 
 
@@ -204,7 +204,7 @@ def draw(p: Float[Tensor, "*rows V"], chance: Float[Tensor, "*rows"]) -> Int[Ten
     mass = p.cumsum(-1, dtype=torch.double)
     reached = mass > chance[..., None] * mass[..., -1:]
     # A GPU sums in parts, so that mass may rise, by rounding, where p is zero.
-    return (reached & (p > 0)).byte().argmax(-1)
+    return reached.logical_and_(p > 0).view(torch.uint8).argmax(-1)
 
 
 def tau_from_prefix(prefix: Sequence[int], gamma: int, length: int) -> tuple[int, int]:

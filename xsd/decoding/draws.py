@@ -28,10 +28,11 @@ class Draws:
         self.name = name
         """The answer's, as in ``Engine.name_draws``."""
         self._purpose, self._seed, self._device = purpose, seed, device
+        self._numbers = random.Random()
 
     def behind(self, num_said: int, *shape: int) -> Float[Tensor, "*shape"]:
         """Those of the cycle that begins behind so many tokens: uniform on [0, 1), in double
         precision. Whoever asks for fewer rows gets the first of them."""
-        numbers = random.Random(f"{self._purpose} {self._seed} {num_said} {self.name}")
-        found = [numbers.random() for _ in range(math.prod(shape))]
+        self._numbers.seed(f"{self._purpose} {self._seed} {num_said} {self.name}")
+        found = [self._numbers.random() for _ in range(math.prod(shape))]
         return to_device(found, self._device, torch.double).view(shape)
