@@ -11,7 +11,7 @@ from tests.adapters.test_levels import live_rows
 from xsd.adapters.base import Adapter, Streams
 from xsd.adapters.catalog import LEVELS, Level
 from xsd.counts import Counts
-from xsd.decoding.accept import Draft, verify_greedy
+from xsd.decoding.accept import Draft, verify
 from xsd.metrics import count_drafts, score, score_batch
 
 LM_HEAD = torch.randn(3, D_VERIFIER, generator=torch.Generator().manual_seed(3))
@@ -114,7 +114,7 @@ def live_cycles(adapter: Adapter, answer: Streams, gamma: int) -> tuple[int, int
             drafts.append(int((out[0, -1] @ LM_HEAD.T).argmax()))
         cache.length = last + 1
         choices = ids[known : known + len(drafts)]
-        path, _ = verify_greedy(Draft(drafts), [*choices, -1])
+        path, _ = verify(Draft(drafts), [*choices, -1])
         accepted = len(path)
         known += accepted + 1
         accepted_in_all += accepted

@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.decoding.conftest import needs_gpu
 from xsd.decoding.accept import (
     Draft,
     Sampling,
     accepted_prefix,
+    choose_sampled,
     draw,
-    one_hot,
     residual,
     tau_from_prefix,
-    verify_greedy,
-    verify_sampled,
+    verify,
 )
 
 tokens = st.lists(st.integers(0, 3), max_size=8)
@@ -39,7 +39,7 @@ def test_prefix_keeps_leading_axes() -> None:
 def test_greedy_output_is_the_verifiers(drafts: list[int], data: st.DataObject) -> None:
     n = len(drafts) + 1
     argmax = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
-    path, token = verify_greedy(Draft(drafts), argmax)
+    path, token = verify(Draft(drafts), argmax)
     accepted = len(path)
     assert path == list(range(accepted))
     assert [*drafts[:accepted], token] == argmax[: accepted + 1]
@@ -66,7 +66,7 @@ def test_greedy_walks_a_tree_as_far_as_the_verifier_agrees(
 ) -> None:
     n = len(draft) + 1
     argmax = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
-    path, token = verify_greedy(draft, argmax)
+    path, token = verify(draft, argmax)
     assert draft.parents is not None
     before = [-1, *path]
     assert [draft.parents[node] for node in path] == before[:-1]
@@ -80,7 +80,7 @@ def test_a_chain_is_the_tree_without_branches(drafts: list[int], data: st.DataOb
     n = len(drafts) + 1
     argmax = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
     tree = Draft(drafts, list(range(-1, n - 2)))
-    assert verify_greedy(tree, argmax) == verify_greedy(Draft(drafts), argmax)
+    assert verify(tree, argmax) == verify(Draft(drafts), argmax)
     assert tree.cut(2) == Draft(drafts[:2], list(range(-1, n - 2))[:2])
 
 
@@ -126,12 +126,26 @@ def test_residual_of_equals_is_p() -> None:
 
 
 @settings(deadline=None)
-@given(probabilities, st.integers(0, 4))
-def test_a_chosen_token_is_ruled_out_once_rejected(p: torch.Tensor, token: int) -> None:
-    rest = residual(p, one_hot(token, p))
-    expected = p.clone()
-    expected[token] = 0.0
-    torch.testing.assert_close(rest, expected / expected.sum())
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 1e-45, 1e-30, 1e-8, 0.3, 1.0]), min_size=1, max_size=9),
+    st.sampled_from([0.0, 0.5, 1.0 - 2.0**-53]),
+)
+def test_what_has_no_probability_is_never_drawn(p: list[float], chance: float) -> None:
+    if any(p):
+        token = draw(torch.tensor([p, p]), torch.full((2,), chance, dtype=torch.double)).tolist()
+        assert token[0] == token[1] and p[token[0]] > 0
+
+
+def test_a_token_is_drawn_where_its_share_of_the_numbers_lies() -> None:
+    p, size = torch.tensor([0.25, 0.0, 0.5, 0.0, 0.25]), 1000
+    chances = (torch.arange(size, dtype=torch.double) + 0.5) / size
+    found = draw(p.expand(size, -1), chances)
+    assert found.bincount(minlength=5).tolist() == [250, 0, 500, 0, 250]
+    # Not normalised: only shares count. And rare tokens have numbers of their own.
+    assert torch.equal(draw(3 * p.expand(size, -1), chances), found)
+    rare = torch.full((1 << 16,), 2.0**-16)
+    at = (torch.arange(1 << 16, dtype=torch.double) + 0.999) / (1 << 16)
+    assert draw(rare.expand(3, -1), at[[0, 40_000, -1]]).tolist() == [0, 40_000, (1 << 16) - 1]
 
 
 @settings(deadline=None)
@@ -183,12 +197,29 @@ class Language:
         return p
 
 
+def uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.double)
+
+
+def drawn_from(p: torch.Tensor, generator: torch.Generator) -> int:
+    return int(draw(p, uniform(generator)))
+
+
+def verify_sampled(
+    draft: Draft, p: torch.Tensor, generator: torch.Generator | None = None
+) -> tuple[list[int], int]:
+    generator = generator or torch.Generator()
+    chances = uniform(generator, len(draft) + 1, 2)
+    ids = torch.tensor(draft.tokens)
+    return verify(draft, choose_sampled(p, chances, ids, draft.q, draft.parents).tolist())
+
+
 def drawn_chain(said: list[int], drafter: Language, generator: torch.Generator) -> Draft:
     tokens: list[int] = []
     rows = []
     while len(said) + len(tokens) < LENGTH:
         rows.append(drafter.after([*said, *tokens]))
-        tokens.append(draw(rows[-1], generator))
+        tokens.append(drawn_from(rows[-1], generator))
     return Draft(tokens, None, torch.stack(rows))
 
 
@@ -208,7 +239,7 @@ def drawn_tree(said: list[int], drafter: Language, generator: torch.Generator) -
     for node, path in enumerate(paths, start=-1):
         for _ in range(3 if len(path) < LENGTH and len(tokens) < 12 else 0):
             rows.append(drafter.after(path))
-            tokens.append(draw(rows[-1], generator))
+            tokens.append(drawn_from(rows[-1], generator))
             parents.append(node)
             paths.append([*path, tokens[-1]])
     return Draft(tokens, parents, torch.stack(rows))
@@ -303,3 +334,92 @@ def test_sampling_extremes() -> None:
     assert verify_sampled(Draft([0, 1], None, one[:2]), one[[0, 2, 1]]) == ([0], 2)
     tree = Draft([2, 0, 1], [-1, -1, 1])
     assert verify_sampled(tree, one[[0, 2, 1, 2]]) == ([1, 2], 2), "a miss, then two hits"
+
+
+def any_rows(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Distributions that leave out some tokens."""
+    rows = torch.rand(*shape, VOCAB, generator=generator).clamp(min=0.3) - 0.3
+    rows[..., 0] += 0.1
+    return rows / rows.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drawn_chains_of_a_batch_are_judged_as_each_alone_and_as_trees_without_branches(
+    seed: int,
+) -> None:
+    generator, batch, size = torch.Generator().manual_seed(seed), 50, 4
+    p, q = (any_rows(generator, batch, n) for n in (size + 1, size))
+    ids = draw(q, uniform(generator, batch, size))
+    chances = uniform(generator, batch, size + 1, 2)
+    together = choose_sampled(p, chances, ids, q)
+    parents = list(range(-1, size - 1))
+    for row in range(batch):
+        given = p[row], chances[row], ids[row], q[row]
+        assert torch.equal(choose_sampled(*given), together[row])
+        assert torch.equal(choose_sampled(*given, parents), together[row])
+    assert 0 < (together[:, :-1] == ids).float().mean() < 1
+    # A draft that is not there, as where others of the batch have more.
+    fits = torch.arange(size) < 2
+    cut = choose_sampled(p, chances, ids, q * fits[:, None])
+    short = choose_sampled(p[:, :3], chances[:, :3], ids[:, :2], q[:, :2])
+    assert torch.equal(cut[:, :3], short)
+
+
+def test_nothing_is_said_that_the_verifier_never_says() -> None:
+    generator, size = torch.Generator().manual_seed(0), 200
+    p, q = (any_rows(generator, n) for n in (size + 1, size))
+    for drafts in (None, draw(q, uniform(generator, size))):
+        said = choose_sampled(p, uniform(generator, size + 1, 2), drafts, q)
+        assert (p.gather(-1, said[:, None]) > 0).all()
+
+
+def test_a_draft_drawn_from_the_verifiers_own_distribution_always_holds() -> None:
+    generator, size = torch.Generator().manual_seed(0), 200
+    p = any_rows(generator, size + 1)
+    ids = draw(p[:-1], uniform(generator, size))
+    said = choose_sampled(p, uniform(generator, size + 1, 2), ids, p[:-1])
+    assert torch.equal(said[:-1], ids)
+
+
+def test_what_refused_a_draft_does_not_draw_the_token_in_its_place() -> None:
+    """The number is known to be large by then: of what is left, the last tokens would be drawn."""
+    size, vocab = 20_000, 8
+    p, q = torch.full((size + 1, vocab), 1 / vocab), torch.zeros(size, vocab)
+    q[:, 0] = 1.0
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(size, dtype=torch.long)
+    said = choose_sampled(p, uniform(generator, size + 1, 2), ids, q)[:-1]
+    assert chi_square_p(said.bincount(minlength=vocab).float(), p[0]) > 0.01
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["chosen", "chain", "tree"])
+def test_judging_waits_for_no_gpu_and_says_what_a_cpu_says(kind: str) -> None:
+    """Of a large vocabulary, most of which is never said; rounding decides of nothing here."""
+    generator, size, vocab = torch.Generator().manual_seed(0), 12, 32_064
+    logits = 3.0 * torch.randn(2 * size + 1, vocab, generator=generator)
+    p, q = Sampling(1.0, 0.8).probabilities(logits).split([size + 1, size])
+    q = 0.5 * q + 0.5 * p[:-1]
+    ids = draw(q, uniform(generator, size))
+    drafts = (None, None) if kind == "chosen" else (ids, q)
+    parents = [-1, -1, -1, 0, 0, 1, 3, 3, 3, 5, 6, 6] if kind == "tree" else None
+    given = p, uniform(generator, size + 1, 2), *drafts
+    there = [None if x is None else x.cuda() for x in given]
+    choose_sampled(*there, parents)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        said = choose_sampled(*there, parents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert said.tolist() == choose_sampled(*given, parents).tolist()
+
+
+@needs_gpu
+def test_a_gpu_draws_nothing_that_has_no_probability() -> None:
+    """Also by numbers at which one token's share ends and another's begins."""
+    generator, size, vocab = torch.Generator().manual_seed(0), 512, 32_064
+    p = Sampling(1.0, 0.5).probabilities(torch.randn(vocab, generator=generator)).cuda()
+    mass = p.cumsum(-1, dtype=torch.double)
+    edges = (mass / mass[-1])[:: vocab // size].clamp(max=1.0 - 2.0**-53)
+    said = draw(p.expand(len(edges), -1), edges)
+    assert (p[said] > 0).all()

@@ -13,9 +13,11 @@ from xsd import bench
 from xsd.adapters import checkpoint
 from xsd.bench import BenchItem
 from xsd.decoding import coupled_graphs, graphs, tree_graphs
+from xsd.decoding.accept import Sampling
 from xsd.decoding.ahead import CoupledDrafter
 from xsd.decoding.costs import Costs
 from xsd.decoding.draft import HeadDrafter, HeadOptions
+from xsd.decoding.draws import Draws
 from xsd.decoding.engine import Engine
 from xsd.decoding.policy import Adaptive, Policy
 from xsd.decoding.reader import DrafterReader, ReaderMemory
@@ -58,6 +60,50 @@ def test_captured_chains_are_the_heads_own(
     if device.type == "cpu":
         # (4, 4), (1, 4), (4, 2); again for visual vectors of another number.
         assert Replayed.made == (6 if level == "E3" else 3)
+
+
+@pytest.mark.parametrize("level", ["B1", "E1", "E3"])
+@pytest.mark.parametrize("sampling", [Sampling(3.0), Sampling(3.0, 0.8)], ids=["all", "top-p"])
+def test_captured_drawn_chains_are_the_heads_own(
+    level: str, sampling: Sampling, device: torch.device, pair: ModelPair,
+    adapters: dict[str, Path],
+) -> None:  # fmt: skip
+    """With the same random numbers; a capture that is launched again takes those of then."""
+    verifier = on(device, pair).verifier
+    head = checkpoint.load(adapters[level])[0].to(device).eval()
+    tables, draws = VerifierTables.of(verifier), Draws("drafts", 0, device)
+    options = HeadOptions(sampling=sampling, draws=draws)
+    policy = Adaptive(Costs((1.0,) * 24, 1.0))
+    policy.learn_drafting(0.0, 0.0)
+    plain = HeadDrafter(head, tables, MAX_NEW, options, policy)
+    captured = graphs.head_drafter(head, tables, MAX_NEW, options, policy)
+    if device.type == "cpu":
+        captured = graphs.CapturedHead(head, tables, MAX_NEW, options, policy)
+    assert isinstance(captured, graphs.CapturedHead)
+    draw, all_found = torch.Generator().manual_seed(0), set()
+    visual = torch.randn(9, verifier.width, generator=draw).to(device)
+    for name in ("one", "one", "another"):
+        draws.name = name
+        given = torch.Generator().manual_seed(1)
+        for party in (plain, captured):
+            party.begin("?", visual, None)
+        tokens: list[int] = []
+        for fresh, gamma in ((19, 4), (4, 4), (1, 4), (4, 2)):
+            tokens += torch.randint(3, 200, (fresh,), generator=given).tolist()
+            states = torch.randn(fresh, verifier.width, generator=given).to(device)
+            own = plain.propose(tokens, states, gamma)
+            found = captured.unread(tokens, states, gamma)
+            assert found is not None and found.q is not None
+            assert found.q.shape == (gamma, tables.vocab_size)
+            read, size = found.read(), len(own)
+            assert read.tokens[:size] == own.tokens and len(read) == gamma
+            assert read.q is not None and own.q is not None
+            torch.testing.assert_close(read.q[:size], own.q, rtol=1e-3, atol=1e-6)
+            assert read.confidence is not None
+            assert read.confidence[:size] == pytest.approx(own.confidence, rel=1e-3)
+            all_found.add((len(tokens), *read.tokens))
+    # Drawn anew for another answer, and for the same again as before.
+    assert len(all_found) == 8
 
 
 @pytest.mark.parametrize("level", ["L5", "L5F", "E2"])

@@ -6,7 +6,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import current_thread
 from typing import Any
@@ -18,11 +19,16 @@ from torch import Tensor
 from tests.decoding.conftest import needs_gpu, on
 from xsd import bench
 from xsd.adapters import checkpoint
+from xsd.adapters.base import Adapter
 from xsd.bench import BenchItem
 from xsd.decoding import graphs
+from xsd.decoding.accept import Sampling
+from xsd.decoding.batch import AdapterRows, BatchEngine
+from xsd.decoding.config import BASELINE
+from xsd.decoding.controls import NGramHead
 from xsd.decoding.costs import Costs
 from xsd.decoding.coupled_graphs import CapturedCoupled
-from xsd.decoding.draft import HeadDrafter, HeadOptions
+from xsd.decoding.draft import Head, HeadDrafter, HeadOptions
 from xsd.decoding.engine import Engine, tree_rows
 from xsd.decoding.policy import Adaptive, Policy
 from xsd.decoding.rote import Eager, Rote
@@ -34,11 +40,13 @@ from xsd.decoding.tree_graphs import CapturedTreeHead, likeliest
 from xsd.decoding.unread import Unread
 from xsd.pairs.base import Decoder, ModelPair
 from xsd.pairs.cache import TreeRows
+from xsd.pairs.capture import Made
 from xsd.pairs.catalog import load_pair
 from xsd.pairs.config import PairConfig
 from xsd.pairs.device import to_device
 
 MAX_NEW = 30
+SAMPLING = Sampling(temperature=1.0, top_p=0.9)
 TREE = HeadOptions(tree_width=3, tree_nodes=10)
 CHEAP = Costs((1.0,) * 64, 1.0)
 """Of a verifier whose rows cost nothing: no draft need be read first."""
@@ -258,40 +266,56 @@ def depth_of(node: int, nodes: list[Node]) -> int:
 
 
 def waits(
-    engine: Engine, party: Speculator, item: BenchItem, policy: Policy,
+    engine: Engine, party: Speculator | None, item: BenchItem, policy: Policy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[tuple[int, int]]:  # fmt: skip
     """Of a short answer and a longer one: how often the verifier's thread waits for the device,
     and how many passes it makes."""
-    asked, found = (item.media, item.sample.question), []
-    read, passes, caller = engine.verifier.read, Counter[str](), current_thread()
+    asked = item.media, item.sample.question
+
+    def answer() -> bool:
+        if party is None:
+            return not engine.plain(*asked).made_captures
+        decoded = engine.speculate(*asked, party, 4, policy)
+        # A capture is waited for, and is made once; a busy drafter's thread may be late.
+        return bool(decoded.cycle_drafted) and not decoded.made_captures
+
+    return waits_of(engine, "read", answer, monkeypatch)
+
+
+def waits_of(
+    engine: Engine, a_pass: str, answer: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, int]]:
+    """The same of any way to answer, which says whether the answer counts, and of passes by the
+    verifier's method ``a_pass``."""
+    found, counts, caller = [], Counter[str](), current_thread()
+    make = getattr(engine.verifier, a_pass)
 
     def counting(*given: Any) -> Any:
-        passes["made"] += 1
-        return read(*given)
+        counts["passes"] += 1
+        return make(*given)
 
     def note(*_: object, **__: object) -> None:
         if current_thread() is caller:
-            passes["waits"] += 1
+            counts["waits"] += 1
 
-    monkeypatch.setattr(engine.verifier, "read", counting)
+    monkeypatch.setattr(engine.verifier, a_pass, counting)
     for max_new in (MAX_NEW // 2, MAX_NEW):
         engine.max_new_tokens = max_new
         for _ in range(20):
-            passes.clear()
+            counts.clear()
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("always")
                     warnings.showwarning = note
-                    answer = engine.speculate(*asked, party, 4, policy)
+                    is_done = answer()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            # A capture is waited for, and is made once; a busy drafter's thread may be late.
-            if answer.cycle_drafted and not answer.made_captures:
+            if is_done:
                 break
-        assert not answer.made_captures and answer.cycle_drafted
-        found.append((passes["waits"], passes["made"]))
+        assert is_done
+        found.append((counts["waits"], counts["passes"]))
     return found
 
 
@@ -309,6 +333,50 @@ def test_a_cycle_waits_once_for_the_device(
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    "name", [BASELINE, "ngram", "E1_decode", "E3_decode", "E1_tree", "X1+drafter", "L4+drafter"]
+)
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_a_cycle_of_drawn_tokens_waits_once_for_the_device(
+    name: str, is_adaptive: bool, items: list[BenchItem], adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    policy = Eager(CHEAP) if is_adaptive else Policy()
+    is_plain = name == BASELINE
+    engine, local = on_gpu("ngram" if is_plain else name, items, adapters, policy, SAMPLING)
+    party = None if is_plain else local
+    (few, short), (many, long) = waits(engine, party, items[0], policy, monkeypatch)
+    assert long > short and many - few == long - short
+
+
+@needs_gpu
+@pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("level", [None, "E1"])
+def test_a_batch_waits_once_a_pass_for_the_device(
+    sampling: Sampling | None, level: str | None, items: list[BenchItem],
+    adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    there = load_pair(PairConfig(device="cuda"))
+    longest, size = bench.longest_prompt(there, items), 2
+    engine = BatchEngine(there.verifier, MAX_NEW, longest, size, sampling=sampling)
+    head = None
+    if level is not None:
+        adapter = checkpoint.load(adapters[level])[0].to("cuda").eval()
+        head = AdapterRows(adapter, VerifierTables.of(there.verifier), MAX_NEW, sampling)
+    # Rows that have ended stay: moving others to where they were is waited for.
+    monkeypatch.setattr("xsd.decoding.batch._worth_leaving", lambda *_: False)
+    media, questions = [items[0].media] * size, [item.sample.question for item in items[:size]]
+
+    def answer() -> bool:
+        captures = Made.count
+        engine.decode_batch(media, questions, head, 4 if head else 0)
+        return Made.count == captures
+
+    (few, short), (many, long) = waits_of(engine, "forward", answer, monkeypatch)
+    assert long > short and many - few == long - short
+
+
+@needs_gpu
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_moving_what_is_kept_of_a_tree_waits_for_nothing(
     rate: float, items: list[BenchItem], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -322,11 +390,13 @@ def test_moving_what_is_kept_of_a_tree_waits_for_nothing(
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["E1_decode", "E1_tree", "X1+drafter"])
+@pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["greedy", "drawn"])
 def test_a_draft_that_is_read_first_is_a_wait_more(
-    name: str, items: list[BenchItem], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name: str, sampling: Sampling | None, items: list[BenchItem], adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     policy = Eager(Costs(CHEAP.verify_ms, 1.0, read_ms=-1.0))
-    engine, party = on_gpu(name, items, adapters, policy)
+    engine, party = on_gpu(name, items, adapters, policy, sampling)
     (few, short), (many, long) = waits(engine, party, items[0], policy, monkeypatch)
     # A last token, for which alone there is room, is a step without drafts.
     assert long > short and abs(many - few - 2 * (long - short)) <= 1
@@ -343,20 +413,30 @@ def test_the_drafters_thread_keeps_the_verifiers_from_no_device(
 
 
 def on_gpu(
-    name: str, items: list[BenchItem], adapters: dict[str, Path], policy: Policy
-) -> tuple[Engine, LocalSpeculator]:
+    name: str, items: list[BenchItem], adapters: dict[str, Path], policy: Policy,
+    sampling: Sampling | None = None,
+) -> tuple[Engine, LocalSpeculator]:  # fmt: skip
     there = load_pair(PairConfig(device="cuda"))
     longest = bench.longest_prompt(there, items)
-    engine = Engine(there.verifier, MAX_NEW, longest)
+    engine = Engine(there.verifier, MAX_NEW, longest, sampling=sampling)
     if "+" in name:
         return engine, going_on(name, there, items, adapters)
     level, _, kind = name.partition("_")
-    head = checkpoint.load(adapters[level])[0].to("cuda").eval()
     tables = VerifierTables.of(there.verifier)
-    options = TREE if kind == "tree" else None
+    head: Head
+    loaded: dict[str, Adapter] = {}
+    if level == "ngram":
+        asked = items[0].media, items[0].sample.question
+        known = [(asked[1], engine.plain(*asked).token_ids)]
+        head = NGramHead(lambda question: there.verifier.prompt(question).after, known)
+    else:
+        loaded[level] = checkpoint.load(adapters[level])[0].to("cuda").eval()
+        draws = None if sampling is None else engine.draft_draws
+        options = TREE if kind == "tree" else HeadOptions()
+        options = replace(options, sampling=sampling, draws=draws)
+        head = graphs.head_drafter(loaded[level], tables, MAX_NEW, options, policy)
     party = LocalSpeculator(
-        parse(name, 0), there.drafter, tables, {level: head}, {},
-        max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0,
-        head=graphs.head_drafter(head, tables, MAX_NEW, options, policy),
+        parse(name, 0), there.drafter, tables, loaded, {},
+        max_new_tokens=MAX_NEW, max_prompt=longest, max_gap_drafts=0, head=head,
     )  # fmt: skip
     return engine, party

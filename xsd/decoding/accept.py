@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from xsd.pairs.device import to_device
+
+NOTHING = -1
+"""In place of a token, where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,7 @@ class Sampling:
         best, order = p.sort(dim=-1, descending=True)
         # A token is kept if those before it do not yet hold the mass.
         best = best.masked_fill(best.cumsum(-1) - best >= self.top_p, 0.0)
-        kept = torch.zeros_like(p).scatter(-1, order, best)
+        kept = p.scatter_(-1, order, best)
         return kept / kept.sum(-1, keepdim=True)
 
 
@@ -101,24 +107,25 @@ def accepted_prefix_length(drafts: Sequence[int], said: Sequence[int]) -> int:
     return accepted
 
 
-def verify_greedy(draft: Draft, argmax: Sequence[int]) -> tuple[list[int], int]:
+def verify(draft: Draft, choices: Sequence[int]) -> tuple[list[int], int]:
     """Check a draft against the verifier's own choices.
 
     Args:
-        argmax: n + 1 tokens: the verifier's choice at the root, then after each drafted token.
+        choices: n + 1 tokens: the verifier's choice at the root, then after each drafted token,
+            likeliest or drawn (``choose_sampled``).
 
     Returns:
         The drafted tokens that hold, as indices from the root on, and the verifier's token after
         them (the bonus token).
     """
-    assert len(argmax) == len(draft) + 1, f"{len(draft)} drafts, {len(argmax)} choices"
+    assert len(choices) == len(draft) + 1, f"{len(draft)} drafts, {len(choices)} choices"
     if draft.parents is None:
-        accepted = accepted_prefix_length(draft.tokens, argmax)
-        return list(range(accepted)), argmax[accepted]
+        accepted = accepted_prefix_length(draft.tokens, choices)
+        return list(range(accepted)), choices[accepted]
     path: list[int] = []
     node = -1
     while True:
-        token = argmax[node + 1]
+        token = choices[node + 1]
         held = next((i for i in draft.children(node) if draft.tokens[i] == token), None)
         if held is None:
             return path, token
@@ -126,59 +133,83 @@ def verify_greedy(draft: Draft, argmax: Sequence[int]) -> tuple[list[int], int]:
         node = held
 
 
-def verify_sampled(
-    draft: Draft, p: Float[Tensor, "n1 V"], generator: torch.Generator | None = None
-) -> tuple[list[int], int]:
-    """Check a draft so that what is said follows the verifier's distribution exactly.
+def choose_sampled(
+    p: Float[Tensor, "*batch n1 V"],
+    chances: Float[Tensor, "*batch n1 2"],
+    ids: Int[Tensor, "*batch n"] | None = None,
+    q: Float[Tensor, "*batch n V"] | None = None,
+    parents: Sequence[int] | None = None,
+) -> Int[Tensor, "*batch n1"]:
+    """What the verifier says at the root and after each drafted token, drawn so that a draft holds
+    as often as can be; found where ``p`` lies, and nothing waits for it.
 
-    The children of a node are tried in turn. One that was drawn from q is accepted with
-    probability min(1, p/q); after a rejection p becomes (p - q)+, normalised, which the next one is
-    held against and, after the last, the token is drawn from (Leviathan et al., arXiv:2211.17192,
-    algorithm 1; for trees SpecInfer's multi-step sampling, arXiv:2305.09781). A token that was
-    chosen, not drawn, has a q of one at itself: accepted with probability p, else ruled out.
+    Behind every row the tokens that were drawn from q are tried in turn. One holds with probability
+    min(1, p/q); if not, p becomes (p - q)+, normalised, which the next one is held against and,
+    after the last, the token is drawn from (Leviathan et al., arXiv:2211.17192, algorithm 1; for
+    trees SpecInfer's multi-step sampling, arXiv:2305.09781). So every row's token follows p,
+    whichever rows ``verify`` then walks along. Tokens that were chosen, not drawn, hold where they
+    are what is drawn from p: with a q of one at themselves it would be as often.
 
     Args:
         p: the verifier's probabilities at the root, then after each drafted token.
-        generator: random numbers, on the device of ``p``; not the one the drafts were drawn with.
-
-    Returns:
-        The drafted tokens that hold, as indices from the root on, and the token after them.
+        chances: uniform on [0, 1), in double precision, not those that the drafts were drawn with:
+            of draft i and of row i.
+        ids, q: the drafts, and what each was drawn from; a q of zeros: there is none. None: they
+            were chosen, or there are none.
+        parents: as ``Draft.parents``, of a single draft.
     """
-    assert len(p) == len(draft) + 1, "one row of p more than drafts"
-    path: list[int] = []
-    node = -1
-    while True:
-        rest = p[node + 1]
-        for child in draft.children(node):
-            token = draft.tokens[child]
-            q = one_hot(token, rest) if draft.q is None else draft.q[child]
-            chance = torch.rand((), generator=generator, device=p.device)
-            if chance * q[token] < rest[token]:
-                path.append(child)
-                node = child
-                break
-            rest = residual(rest, q)
-        else:
-            return path, draw(rest, generator)
+    if ids is None or q is None:
+        return draw(p, chances[..., 1])
+    rest = p.clone()
+    said = torch.full_like(p[..., 0], NOTHING, dtype=torch.long)
+    for nodes, rows in _turns(parents, q):
+        token, drawn_from, left = ids[..., nodes], q[..., nodes, :], rest[..., rows, :]
+        share, chance = (x.gather(-1, token[..., None])[..., 0] for x in (drawn_from, left))
+        holds = (share > 0) & (chances[..., nodes, 0] * share < chance)
+        said[..., rows] = torch.where(holds & (said[..., rows] < 0), token, said[..., rows])
+        rest[..., rows, :] = residual(left, drawn_from)
+    return torch.where(said < 0, draw(rest, chances[..., 1]), said)
 
 
-def residual(p: Float[Tensor, " V"], q: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
+_Index = slice | Int[Tensor, " k"]
+
+
+def _turns(
+    parents: Sequence[int] | None, like: Float[Tensor, "*batch n V"]
+) -> Iterator[tuple[_Index, _Index]]:
+    """Drafts that are tried at once, each behind a row of its own, and these rows: all that come
+    first among their siblings, all that come second, and so on."""
+    if parents is None:
+        yield slice(like.shape[-2]), slice(like.shape[-2])
+        return
+    turns: list[list[int]] = []
+    num_tried = Counter[int]()
+    for node, parent in enumerate(parents):
+        if num_tried[parent] == len(turns):
+            turns.append([])
+        turns[num_tried[parent]].append(node)
+        num_tried[parent] += 1
+    for nodes in turns:
+        rows = [parents[node] + 1 for node in nodes]
+        yield to_device(nodes, like.device), to_device(rows, like.device)
+
+
+def residual(p: Float[Tensor, "*rows V"], q: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
     """(p - q)+, normalised; p itself where the two are equal."""
     rest = (p - q).clamp(min=0.0)
-    total = rest.sum()
-    return rest / total if total > 0 else p
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total, p)
 
 
-def one_hot(token: int, like: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
-    """The distribution of a token that was chosen without chance."""
-    q = torch.zeros_like(like)
-    q[token] = 1.0
-    return q
+def draw(p: Float[Tensor, "*rows V"], chance: Float[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
+    """A token of every row with probabilities ``p``, by a number that is uniform on [0, 1).
 
-
-def draw(p: Float[Tensor, " V"], generator: torch.Generator | None = None) -> int:
-    """A token with probabilities ``p``."""
-    return int(torch.multinomial(p, 1, generator=generator))
+    In double precision, for in single the rarest tokens of a large vocabulary share few numbers.
+    """
+    mass = p.cumsum(-1, dtype=torch.double)
+    reached = mass > chance[..., None] * mass[..., -1:]
+    # A GPU sums in parts, so that mass may rise, by rounding, where p is zero.
+    return reached.logical_and_(p > 0).view(torch.uint8).argmax(-1)
 
 
 def tau_from_prefix(prefix: Sequence[int], gamma: int, length: int) -> tuple[int, int]:

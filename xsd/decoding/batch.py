@@ -19,28 +19,27 @@ from torch import Tensor
 from xsd.adapters.base import Adapter
 from xsd.adapters.rows import Ragged, StepInputs
 from xsd.clock import Stopwatch
-from xsd.decoding.accept import Draft, Sampling, draw, verify_greedy, verify_sampled
+from xsd.decoding.accept import NOTHING, Draft, Sampling, choose_sampled, draw, verify
 from xsd.decoding.config import MAX_GAMMA
 from xsd.decoding.decoded import Decoded
-from xsd.decoding.draft import Draws, Head
+from xsd.decoding.draft import Head
+from xsd.decoding.draws import Draws
 from xsd.decoding.engine import Engine
 from xsd.decoding.tables import VerifierTables
 from xsd.errors import XsdError
 from xsd.hidden.visual import pool_visual
 from xsd.pairs.base import Decoder, Media, Prompt
 from xsd.pairs.cache import KVCache
+from xsd.pairs.device import to_device
 from xsd.pairs.generate import prefill
 from xsd.types import Span
-
-NOTHING = -1
-"""In place of a draft, where a row has fewer than others."""
 
 
 class Proposed(NamedTuple):
     """Drafts of all rows of a batch."""
 
     ids: Int[Tensor, "B n"]
-    """``NOTHING`` at the end, where a row has fewer."""
+    """``NOTHING`` at the end, where a row has fewer; only of such as were chosen."""
     q: Float[Tensor, "B n V"] | None = None
     """What each was drawn from; None: they were chosen."""
 
@@ -89,16 +88,12 @@ class _Row:
     """An answer of a batch."""
 
     answer: Decoded
-    stream: torch.Generator | None
-    """What it is drawn with; None: nothing is."""
+    draws: Draws
+    """What it is drawn with, if it is."""
 
     @property
     def tokens(self) -> list[int]:
         return self.answer.token_ids
-
-
-Judge = Callable[[int, _Row, Draft], tuple[list[int], int]]
-"""Of a row's number, the row and its draft: what holds, and the verifier's own token behind it."""
 
 
 class BatchEngine(Engine):
@@ -149,11 +144,10 @@ class BatchEngine(Engine):
         cache, last, visual = self._prefill_batch(media, questions, head)
         # Rows that shared their random numbers would all say the same.
         names = names or [f"row {row}" for row in range(len(questions))]
-        streams = [self._stream(name) for name in names]
-        rows = [_Row(*row) for row in zip(answers, streams, strict=True)]
-        judge = self._judge_rows(last[:, None])
-        for index, row in enumerate(rows):
-            row.answer.token_ids = [judge(index, row, Draft([]))[1]]
+        draws = [self._draws_of(name) for name in names]
+        rows = [_Row(*row) for row in zip(answers, draws, strict=True)]
+        for row, said in zip(rows, self._row_choices(last[:, None], rows).tolist(), strict=True):
+            row.answer.token_ids = said
         prefill_ms = watch.ms()
         if head is not None:
             head.begin(questions, names, visual)
@@ -161,7 +155,7 @@ class BatchEngine(Engine):
         while going := [i for i, row in enumerate(rows) if not self._finished(row.tokens)]:
             if _worth_leaving(len(rows) - len(going), len(rows)):
                 going = cache.retire(going)
-                states = states[torch.tensor(going, device=self._device)]
+                states = states[to_device(going, self._device)]
                 rows, fresh = [rows[i] for i in going], [fresh[i] for i in going]
                 if head is not None:
                     head.keep_rows(going)
@@ -233,16 +227,18 @@ class BatchEngine(Engine):
             drafts, q = head.propose(answers, states, fresh, depth)
             ids = torch.cat([ids, drafts], dim=1)
         new = self.verifier.forward(self.verifier.embed(ids.clamp(min=0)), cache)
-        judge = self._judge_rows(new)
+        choices = self._row_choices(new, rows, ids[:, 1:], q)
         num_said: list[int] = []
-        for index, (row, drafted) in enumerate(zip(rows, ids.tolist(), strict=True)):
+        # The one time in a cycle that the device is waited for.
+        for row, (drafted, chosen) in zip(
+            rows, torch.stack([ids, choices], dim=1).tolist(), strict=True
+        ):
             if self._finished(row.tokens):
                 num_said.append(0)
                 continue
-            found = [token for token in drafted[1:] if token != NOTHING]
-            draft = Draft(found, q=None if q is None else q[index, : len(found)])
+            draft = Draft([token for token in drafted[1:] if token != NOTHING])
             draft = self._useful(draft, row.tokens)
-            path, token = judge(index, row, draft)
+            path, token = verify(draft, chosen[: len(draft) + 1])
             said = self._said(draft, path, token)
             if draft.tokens:
                 row.answer.cycle_drafted.append(len(draft))
@@ -254,27 +250,33 @@ class BatchEngine(Engine):
             cache.keep_each(ids.shape[1], num_said)
         return new[:, : max(num_said)], num_said
 
-    def _judge_rows(self, states: Float[Tensor, "B R Dv"]) -> Judge:
-        """How a row's draft is held against a pass: the first state is its last token's."""
-        # The one time in a cycle that the device is waited for.
+    def _row_choices(
+        self,
+        states: Float[Tensor, "B R Dv"],
+        rows: Sequence[_Row],
+        ids: Int[Tensor, "B n"] | None = None,
+        q: Float[Tensor, "B n V"] | None = None,
+    ) -> Int[Tensor, "B R"]:
+        """The verifier's tokens of a pass, whose first states are the rows' last tokens'; see
+        ``choose_sampled``."""
         if self._sampling is None:
-            choices, size = self.verifier.choose(states), states.shape[1]
-            return lambda index, row, draft: verify_greedy(
-                draft, choices[index * size : index * size + len(draft) + 1]
-            )
+            return self.verifier.chooser.best(states).view(states.shape[:2])
+        if q is not None:
+            # A draft for which an answer has no room is none, as where it is drawn alone.
+            room = [[self.max_new_tokens - len(row.tokens) - 1] for row in rows]
+            fits = torch.arange(q.shape[1], device=q.device) < to_device(room, q.device)
+            q = q * fits[..., None]
         p = self._sampling.probabilities(self.verifier.logits(states))
-        return lambda index, row, draft: verify_sampled(
-            draft, p[index, : len(draft) + 1], row.stream
-        )
+        shape = states.shape[1], 2
+        chances = [row.draws.behind(len(row.answer.token_ids), *shape) for row in rows]
+        return choose_sampled(p, torch.stack(chances), ids, q)
 
-    def _stream(self, name: str) -> torch.Generator | None:
+    def _draws_of(self, name: str) -> Draws:
         """A row's own random numbers: those of an answer that is drawn alone."""
-        if self._sampling is None:
-            return None
-        return torch.Generator(self._device).manual_seed(self._seed_of(name))
+        return Draws("answers", self._seed, self._device, name)
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "B R"]:
-        return torch.tensor(rows, dtype=torch.long, device=self._device)
+        return to_device(rows, self._device)
 
 
 def _worth_leaving(num_finished: int, num_rows: int) -> bool:
@@ -333,39 +335,41 @@ class AdapterRows:
         said = [
             a[s:] + [0] * (size - new) for a, s, new in zip(answers, starts, fresh, strict=True)
         ]
-        first, after = (torch.tensor(x, device=device)[:, None] for x in (starts, ends))
+        first, after = (to_device(x, device)[:, None] for x in (starts, ends))
         at = first + torch.arange(size, device=device)
-        out = self._step(torch.tensor(said, device=device), states, at, max(starts) + size)
-        last = torch.tensor([max(new, 1) - 1 for new in fresh], device=device)
+        out = self._step(to_device(said, device), states, at, max(starts) + size)
+        last = to_device([max(new, 1) - 1 for new in fresh], device)
         out = out[torch.arange(len(answers), device=device), last][:, None]
-        guess = self._guesser(ends)
-        drafts = [guess(out)]
-        for step in range(gamma - 1):
-            out = self._step(drafts[-1].ids, out, after + step, max(ends) + step + 1)
-            drafts.append(guess(out))
+        guess = self._guesser(ends, gamma)
+        drafts = [guess(out, 0)]
+        for step in range(1, gamma):
+            out = self._step(drafts[-1].ids, out, after + step - 1, max(ends) + step)
+            drafts.append(guess(out, step))
         ids = torch.cat([draft.ids for draft in drafts], dim=1)
         rows = [draft.q for draft in drafts if draft.q is not None]
         return Proposed(ids, torch.cat(rows, dim=1) if rows else None)
 
-    def _guesser(self, ends: Sequence[int]) -> Callable[[Float[Tensor, "B 1 Dv"]], Proposed]:
-        """What guesses one token more for every row, in a cycle behind answers of these lengths."""
+    def _guesser(
+        self, ends: Sequence[int], gamma: int
+    ) -> Callable[[Float[Tensor, "B 1 Dv"], int], Proposed]:
+        """What guesses token i of ``gamma`` for every row, behind answers of these lengths."""
         sampling = self._sampling
         if sampling is None:
-            return lambda out: Proposed(self._tables.score(out).argmax(-1))
+            return lambda out, step: Proposed(self._tables.score(out).argmax(-1))
         device = self._tables.embedding.device
-        asked = zip(self._names, ends, strict=True)
-        streams = [Draws(self._seed, device, name).behind(end) for name, end in asked]
+        draws = [Draws("drafts", self._seed, device, name) for name in self._names]
+        drawn = [own.behind(end, gamma) for own, end in zip(draws, ends, strict=True)]
+        chances = torch.stack(drawn)
 
-        def guess(out: Float[Tensor, "B 1 Dv"]) -> Proposed:
+        def guess(out: Float[Tensor, "B 1 Dv"], step: int) -> Proposed:
             q = sampling.probabilities(self._tables.score(out))
-            ids = [[draw(row[0], stream)] for row, stream in zip(q, streams, strict=True)]
-            return Proposed(torch.tensor(ids, device=device), q)
+            return Proposed(draw(q, chances[:, step : step + 1]), q)
 
         return guess
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._names = [self._names[row] for row in rows]
-        self._cache.keep_rows(torch.tensor(rows, device=self._tables.embedding.device))
+        self._cache.keep_rows(to_device(rows, self._tables.embedding.device))
 
     def _step(
         self, ids: Tensor, states: Tensor, at: Int[Tensor, "B R"], end: int
@@ -413,7 +417,7 @@ class SeparateRows:
         drafts = [draft.tokens[:gamma] for draft in found]
         size = max(map(len, drafts))
         filled = [draft + [NOTHING] * (size - len(draft)) for draft in drafts]
-        return Proposed(torch.tensor(filled, dtype=torch.long, device=self._device))
+        return Proposed(to_device(filled, self._device, torch.long))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._heads = [self._heads[row] for row in rows]

@@ -6,7 +6,6 @@ every cycle.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -24,6 +23,7 @@ from xsd.adapters.compiled import CompiledCache, Shape, Vocabulary
 from xsd.adapters.rows import Siblings, StepInputs
 from xsd.decoding.accept import Draft, Sampling, draw
 from xsd.decoding.config import MAX_GAMMA
+from xsd.decoding.draws import Draws
 from xsd.decoding.policy import Policy
 from xsd.decoding.reader import DrafterReader
 from xsd.decoding.tables import VerifierTables, cast_to
@@ -51,27 +51,6 @@ class Head(Protocol):
         """What follows ``tokens``, at most ``gamma`` deep; states of the last m of them."""
 
 
-class Draws:
-    """Random numbers that the drafts of an answer are drawn with.
-
-    They are not the verifier's: a draft must not know what it will be held against. They are no
-    other answer's: of answers that share their drafts each follows the verifier, over all seeds,
-    but together they do not. And they begin anew in every cycle, so that how much was drawn before,
-    and for whom, changes nothing.
-    """
-
-    def __init__(self, seed: int, device: torch.device, name: str | None = None) -> None:
-        self.name = name
-        """The answer's, as in ``Engine.name_draws``."""
-        self._seed = seed
-        self._generator = torch.Generator(device)
-
-    def behind(self, num_said: int) -> torch.Generator:
-        """Those of the cycle that begins behind so many tokens."""
-        seed = random.Random(f"drafts {self._seed} {num_said} {self.name}").getrandbits(32)
-        return self._generator.manual_seed(seed)
-
-
 @dataclass(frozen=True, slots=True)
 class HeadOptions:
     """How a head drafts."""
@@ -81,7 +60,7 @@ class HeadOptions:
     tree_nodes: int = 12
     """Largest tree that is verified."""
     sampling: Sampling | None = None
-    """Draw the drafts of a chain like this; None: take the likeliest."""
+    """Draw the drafts of a chain like this; None: take the likeliest, as trees always do."""
     draws: Draws | None = None
     """What to draw them with: the engine's (``Engine.draft_draws``), which names every answer."""
 
@@ -201,23 +180,24 @@ class HeadDrafter:
 
     def _extend_chain(self, sequence: list[int], out: Tensor, gamma: int) -> Draft:
         end = len(sequence)
-        draws = None if self.options.draws is None else self.options.draws.behind(end)
+        chances = self.chances(end, gamma)
         confidence: list[float] = []
         rows: list[Tensor] = []
         joint = 1.0
         while True:
-            token, sure, q = self._guess(out, draws)
+            drafted = len(sequence) - end
+            chance = None if chances is None else chances[drafted]
+            token, sure, q = self._guess(out, chance)
             sequence.append(token)
             confidence.append(sure)
             if q is not None:
                 rows.append(q)
             joint *= self.policy.chance(sure)
-            drafted = len(sequence) - end
-            if drafted == gamma or token in self.tables.eos_ids:
+            if drafted + 1 == gamma or token in self.tables.eos_ids:
                 break
-            if not self.policy.go_on(joint, drafted):
+            if not self.policy.go_on(joint, drafted + 1):
                 break
-            out = self._step(sequence, end + drafted - 1, end + drafted, out)
+            out = self._step(sequence, end + drafted, end + drafted + 1, out)
         return Draft(
             sequence[end:],
             None,
@@ -225,8 +205,13 @@ class HeadDrafter:
             confidence if self.policy.asks_confidence else None,
         )
 
+    def chances(self, num_said: int, gamma: int) -> Float[Tensor, " gamma"] | None:
+        """What a chain behind so many tokens is drawn with; None: it is chosen."""
+        draws = self.options.draws
+        return None if draws is None else draws.behind(num_said, gamma)
+
     def _guess(
-        self, out: Float[Tensor, "1 1 Dv"], draws: torch.Generator | None
+        self, out: Float[Tensor, "1 1 Dv"], chance: Float[Tensor, ""] | None
     ) -> tuple[int, float, Tensor | None]:
         """A token, how probable it is, and what it was drawn from (None: it is the likeliest)."""
         sampling = self.options.sampling
@@ -235,7 +220,8 @@ class HeadDrafter:
         logits = self.tables.score(out)[0, 0]
         if sampling is not None:
             q = sampling.probabilities(logits)
-            token = draw(q, draws)
+            assert chance is not None
+            token = int(draw(q, chance))
             return token, float(q[token]), q
         best, index = torch.softmax(logits, -1).max(-1)
         return int(index), float(best), None

@@ -7,13 +7,12 @@ Where tokens are drawn, the same holds for their distribution.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from xsd.clock import Laps, Mark, Stopwatch, interleaved
@@ -21,9 +20,8 @@ from xsd.decoding.accept import (
     Draft,
     Sampling,
     accepted_prefix_length,
-    draw,
-    verify_greedy,
-    verify_sampled,
+    choose_sampled,
+    verify,
 )
 from xsd.decoding.config import MAX_TREE_NODES
 from xsd.decoding.costs import Costs, row_sizes
@@ -37,7 +35,7 @@ from xsd.decoding.decoded import (
     VISION,
     Decoded,
 )
-from xsd.decoding.draft import Draws
+from xsd.decoding.draws import Draws
 from xsd.decoding.loop import CompiledLoop, begun_head
 from xsd.decoding.policy import Policy
 from xsd.decoding.rote import Eager, Rote
@@ -85,10 +83,9 @@ class Engine:
         longest_draft = max(MAX_TREE_NODES, strict_rows or 0)
         self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + longest_draft)
         self._device = verifier.stack.device
-        self._generator = torch.Generator(self._device)
         verifier.prepare(self._cache, 1 + MAX_TREE_NODES)
-        self._draws: int | None = None
-        self.draft_draws = Draws(seed, self._device)
+        self._draws = Draws("answers", seed, self._device)
+        self.draft_draws = Draws("drafts", seed, self._device)
         """For heads that draw their drafts; named as the answers are."""
         self._asked: tuple[str, Prompt] | None = None
         """The question of the answer in hand."""
@@ -96,7 +93,7 @@ class Engine:
         """Cycles in compiled calls; None: they are made here, operation by operation."""
         if sampling is None and strict_rows is None:
             self._loop = CompiledLoop.of(verifier, self._cache, max_new_tokens)
-        self._reads_late = sampling is None and strict_rows is None and self._loop is None
+        self._reads_late = strict_rows is None and self._loop is None
         """Whether drafts may be verified before anybody reads them."""
 
     def name_draws(self, name: str) -> None:
@@ -104,10 +101,7 @@ class Engine:
 
         What drafts come from must not have been drawn with those that judge them.
         """
-        self._draws, self.draft_draws.name = self._seed_of(name), name
-
-    def _seed_of(self, name: str) -> int:
-        return random.Random(f"answers {self._seed} {name}").getrandbits(32)
+        self._draws.name = self.draft_draws.name = name
 
     def prompt(self, question: str) -> Prompt:
         """A question's prompt; the one that was read last is not made again."""
@@ -259,13 +253,13 @@ class Engine:
     ) -> Decoded:
         watch, num_captures = Stopwatch(self._device), Made.count
         self._laps = laps = Laps()
-        self._generator.manual_seed(self._seed if self._draws is None else self._draws)
         result = Decoded(parts=laps.ms)
         if speculator is not None:
             speculator.start(media, question, watch)
             laps.lap(DRAFTING)
         states, early = self._prefill(media, question, speculator, watch, result)
-        tokens = result.token_ids = [self._next(self.verifier.score(states[:1]))]
+        first = self._choices(self.verifier.score(states[:1]), 1, 0)
+        tokens = result.token_ids = first.tolist()
         result.prefill_ms = watch.ms()
         laps.lap(LM_HEAD)
         if speculator is not None:
@@ -362,10 +356,11 @@ class Engine:
         self._cache.tree = unread.tree
         scored = self.verifier.read(ids, self._cache)
         self._cache.tree = None
-        whole, choices = unread.read_with(scored.best())
+        found = self._choices(scored, len(ids), len(tokens), unread.ids, unread.q)
+        whole, choices = unread.read_with(found)
         drafting_ms = made.ms_since(begun)
         draft = self._useful(whole, tokens)
-        path, token = verify_greedy(draft, choices[: len(draft) + 1])
+        path, token = verify(draft, choices[: len(draft) + 1])
         states = self._keep(tokens, draft, path, token, scored.states)
         result.cycle_drafted.append(len(draft))
         result.cycle_accepted.append(len(path))
@@ -483,7 +478,8 @@ class Engine:
         kept = 0
         if rest or (drafts[0] == tokens[0] and not self._finished(tokens)):
             draft = Draft(rest)
-            path, said = self._judge(draft, self.verifier.score(states[1 : len(rest) + 2]))
+            scored = self.verifier.score(states[1 : len(rest) + 2])
+            path, said = self._judge(draft, scored, len(tokens))
             kept = 1 + len(path)
             tokens.extend(self._said(draft, path, said))
         # The cache holds all drafts; rows of those that were said stay, but for the last token's.
@@ -527,7 +523,7 @@ class Engine:
         found: list[Tensor] = []
         while len(found) < count and not self._finished(tokens):
             scored = self._pass(tokens[-1:])
-            tokens.append(self._next(scored))
+            tokens.append(self._judge(NO_DRAFT, scored, len(tokens))[1])
             found.append(scored.states[:1])
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -546,7 +542,7 @@ class Engine:
             self._cache.tree = tree_rows([*draft.parents, *spare], self._device)
         scored = self._pass([tokens[-1], *draft.tokens])
         self._cache.tree = None
-        path, token = self._judge(draft, scored)
+        path, token = self._judge(draft, scored, len(tokens))
         # Rows that only fill the strict shape have left the cache.
         states = scored.states[: len(draft) + 1]
         return self._keep(tokens, draft, path, token, states), path
@@ -571,12 +567,32 @@ class Engine:
             return states[: len(said)]
         return states[to_device(kept[: len(said)], self._device)]
 
-    def _judge(self, draft: Draft, scored: Scored) -> tuple[list[int], int]:
-        """``scored``: the root, every drafted token, and perhaps some that nobody asks."""
+    def _judge(self, draft: Draft, scored: Scored, num_said: int) -> tuple[list[int], int]:
+        """What holds of a draft behind so many tokens, and the token after it.
+
+        Args:
+            scored: the root, every drafted token, and perhaps some that nobody asks.
+        """
+        ids = None if draft.q is None else to_device(draft.tokens, self._device)
+        num_rows = len(draft) + 1
+        choices = self._choices(scored, num_rows, num_said, ids, draft.q, draft.parents)
+        return verify(draft, choices.tolist()[:num_rows])
+
+    def _choices(
+        self,
+        scored: Scored,
+        num_rows: int,
+        num_said: int,
+        ids: Int[Tensor, " n"] | None = None,
+        q: Float[Tensor, "n V"] | None = None,
+        parents: Sequence[int] | None = None,
+    ) -> Int[Tensor, " rows"]:
+        """The verifier's tokens at the first rows of a pass; nothing waits for them. Where drafts
+        were drawn, ``choose_sampled`` says from what."""
         if self._sampling is None:
-            return verify_greedy(draft, scored.choose()[: len(draft) + 1])
-        p = self._sampling.probabilities(scored.logits()[: len(draft) + 1])
-        return verify_sampled(draft, p, self._generator)
+            return scored.best()
+        p = self._sampling.probabilities(scored.logits()[:num_rows])
+        return choose_sampled(p, self._draws.behind(num_said, num_rows, 2), ids, q, parents)
 
     def _said(self, draft: Draft, path: list[int], token: int) -> list[int]:
         """The accepted tokens and the verifier's own, which does not follow an end."""
@@ -584,12 +600,6 @@ class Engine:
         if said and said[-1] in self.verifier.eos_ids:
             return said
         return [*said, token]
-
-    def _next(self, scored: Scored) -> int:
-        """What follows the first row."""
-        if self._sampling is None:
-            return scored.choose()[0]
-        return draw(self._sampling.probabilities(scored.logits()[0]), self._generator)
 
     def _finished(self, tokens: Sequence[int]) -> bool:
         return len(tokens) >= self.max_new_tokens or tokens[-1] in self.verifier.eos_ids

@@ -18,7 +18,8 @@ from xsd.adapters.base import Adapter
 from xsd.adapters.cache import KeyValue, Past
 from xsd.adapters.live import bind
 from xsd.adapters.rows import StepInputs
-from xsd.decoding.accept import Draft
+from xsd.decoding.accept import Draft, Sampling, draw
+from xsd.decoding.config import MAX_GAMMA
 from xsd.decoding.draft import HeadDrafter, HeadOptions
 from xsd.decoding.policy import Policy
 from xsd.decoding.reader import DrafterReader
@@ -33,17 +34,26 @@ once an answer, after the gap."""
 
 
 class CapturedChains:
-    """Greedy chains of a head; where it reads the drafter, that one reads along in the graph."""
+    """Chains of a head; where it reads the drafter, that one reads along in the graph."""
 
-    def __init__(self, head: Adapter, tables: VerifierTables, max_length: int) -> None:
-        """``max_length``: answer positions that are ever drafted from.
+    def __init__(
+        self,
+        head: Adapter,
+        tables: VerifierTables,
+        max_length: int,
+        sampling: Sampling | None = None,
+    ) -> None:
+        """
+        Args:
+            max_length: answer positions that are ever drafted from.
+            sampling: draw tokens like this; None: take the likeliest.
 
         Raises:
             XsdError: the head has learned fewer.
         """
         assert can_capture(head), f"level {head.row.name} does not draft by itself"
         head.check_length(max_length)
-        self._tables = tables
+        self._tables, self._sampling = tables, sampling
         self._twin = bind(head)
         like = next(head.parameters())
         self._dtype, self.device = like.dtype, like.device
@@ -54,6 +64,8 @@ class CapturedChains:
         self._heard = like.new_zeros(max_length + 1, head.config.d_drafter).detach()
         """The drafter's states by answer position, where the head does not attend to them."""
         self._start = torch.zeros(1, dtype=torch.long, device=like.device)
+        self._drawn_with = torch.zeros(MAX_GAMMA, dtype=torch.double, device=like.device)
+        """Random numbers of a chain: made outside of a graph, which would repeat its own."""
         self._lane = Lane(like.device)
         self._chains: dict[tuple[int, int], _Chain] = {}
 
@@ -80,16 +92,17 @@ class CapturedChains:
         states: Float[Tensor, "m Dv"],
         start: int,
         gamma: int,
-    ) -> Float[Tensor, "2 gamma"]:
+        chances: Float[Tensor, " gamma"] | None = None,
+    ) -> Unread:
         """What follows, on the device; nothing waits for it. Rows from ``start`` on are replaced.
 
         Args:
             ids: the last m tokens said; ``states``: the verifier's states of them.
             start: answer position of the first of them.
+            chances: uniform on [0, 1), where tokens are drawn: a number for each.
 
         Returns:
-            The drafted ids, and how probable each is, in double precision, so that both can be
-            read at once; the next chain of this shape overwrites them.
+            All of the chain; the next one of this shape overwrites it.
         """
         num_rows = len(states)
         end = start + num_rows + gamma - 1
@@ -97,9 +110,12 @@ class CapturedChains:
         if self._reader is not None:
             self._reader.check_room(end)
         self._start.fill_(start)
+        assert (chances is None) == (self._sampling is None), "drawing takes random numbers"
+        if chances is not None:
+            self._drawn_with[:gamma].copy_(chances, non_blocking=True)
         given = ids if isinstance(ids, Tensor) else to_device(ids, self.device)
         if num_rows > MAX_FRESH:
-            return self._chain(given, states.to(self._dtype), gamma)
+            return _left(self._chain(given, states.to(self._dtype), gamma))
         chain = self._chains.get((num_rows, gamma))
         if chain is None:
             read, seen = given.clone(), states.to(self._dtype, copy=True)
@@ -108,23 +124,30 @@ class CapturedChains:
         else:
             chain.ids.copy_(given, non_blocking=True)
             chain.states.copy_(states)
-        return chain.replay()
+        return _left(chain.replay())
 
     def _chain(
         self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], gamma: int
-    ) -> Float[Tensor, "2 gamma"]:
+    ) -> list[Tensor]:
         at = self._start + torch.arange(len(ids), device=self.device)
         out = self._step(ids, states[None], at)[:, -1:]
         drafted: list[Tensor] = []
         sure: list[Tensor] = []
+        rows: list[Tensor] = []
         for step in range(gamma):
             if step:
                 at = at[-1:] + 1
                 out = self._step(drafted[-1], out, at)
             logits = self._tables.score(out)[0]
-            drafted.append(logits.argmax(-1))
-            sure.append(torch.softmax(logits.float(), -1).amax(-1))
-        return torch.stack([torch.cat(drafted).double(), torch.cat(sure).double()])
+            if self._sampling is None:
+                drafted.append(logits.argmax(-1))
+                sure.append(torch.softmax(logits.float(), -1).amax(-1))
+            else:
+                rows.append(self._sampling.probabilities(logits))
+                drafted.append(draw(rows[-1], self._drawn_with[step : step + 1]))
+                sure.append(rows[-1].gather(-1, drafted[-1][:, None])[:, 0])
+        numbers = torch.stack([torch.cat(drafted).double(), torch.cat(sure).double()])
+        return [numbers, torch.cat(rows)] if rows else [numbers]
 
     def _step(
         self, ids: Int[Tensor, " R"], states: Float[Tensor, "1 R Dv"], at: Int[Tensor, " R"]
@@ -151,9 +174,14 @@ class CapturedChains:
             self._heard.index_copy_(0, at, found)
 
 
+def _left(chain: list[Tensor]) -> Unread:
+    """Its numbers, and what it was drawn from, if it was."""
+    return Unread(chain[0], q=chain[1] if len(chain) > 1 else None)
+
+
 class CapturedHead(HeadDrafter):
-    """``HeadDrafter`` whose chains are captured; for chains that are chosen, not drawn. They are
-    drafted in full, for a device is no sooner done with less, and verified as far as it pays."""
+    """``HeadDrafter`` whose chains are captured. They are drafted in full, for a device is no
+    sooner done with less, and verified as far as it pays."""
 
     def __init__(
         self,
@@ -165,7 +193,7 @@ class CapturedHead(HeadDrafter):
     ) -> None:
         super().__init__(head, tables, max_new_tokens, options, policy)
         assert fits_captures(head, self.options)
-        self._captured = CapturedChains(head, tables, self.max_length)
+        self._captured = CapturedChains(head, tables, self.max_length, self.options.sampling)
 
     def begin(
         self, question: str, visual: Float[Tensor, "K Dv"] | None, reader: DrafterReader | None
@@ -187,7 +215,8 @@ class CapturedHead(HeadDrafter):
         if not self._is_captured:
             return None
         start = len(tokens) - len(states)
-        return Unread(self._captured.draft(tokens[start:], states, start, gamma))
+        chances = self.chances(len(tokens), gamma)
+        return self._captured.draft(tokens[start:], states, start, gamma, chances)
 
 
 def head_drafter(
@@ -220,8 +249,7 @@ def can_capture(head: Adapter) -> bool:
 
 def fits_captures(head: Adapter, options: HeadOptions) -> bool:
     """Whether its chains are of the kind that ``CapturedHead`` drafts."""
-    is_chain = options.tree_width == 0 and options.sampling is None
-    return can_capture(head) and is_chain
+    return can_capture(head) and options.tree_width == 0
 
 
 def fits_trees(head: Adapter, options: HeadOptions) -> bool:
@@ -236,7 +264,7 @@ class _Chain:
 
     ids: Int[Tensor, " m"]
     states: Float[Tensor, "m Dv"]
-    replay: Callable[[], Tensor]
+    replay: Callable[[], list[Tensor]]
 
 
 class Rows(Past):

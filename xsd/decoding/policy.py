@@ -111,7 +111,8 @@ class Policy:
         return limit
 
     def select(self, draft: Draft) -> Draft:
-        """What of it to verify."""
+        """What of it to verify. Whether a drawn token is among it must not depend on what it turned
+        out to be: what is said would no longer follow the verifier."""
         return draft
 
     def learn(self, draft: Draft, path: Sequence[int]) -> None:
@@ -230,7 +231,7 @@ class Adaptive(Policy):
 
     def select(self, draft: Draft) -> Draft:
         if draft.q is not None:
-            return draft
+            return draft.cut(self._drawn_size(draft))
         return draft.cut(self._best_size(joint_chances(self._told(draft), self)))
 
     def learn(self, draft: Draft, path: Sequence[int]) -> None:
@@ -258,6 +259,13 @@ class Adaptive(Policy):
         if draft.confidence is not None:
             return draft
         return replace(draft, confidence=[float(self.rule[3][rules.MEAN])] * len(draft))
+
+    def _drawn_size(self, draft: Draft) -> int:
+        """How many of a chain would have been drawn, had this been asked before each: what a token
+        turned out to be decides of those behind it alone."""
+        joint = joint_chances(self._told(draft), self)
+        sizes = range(1, len(draft))
+        return next((size for size in sizes if not self.go_on(joint[size - 1], size)), len(draft))
 
     def _best_size(self, chances: Sequence[float]) -> int:
         return int(rules.best_size(self.rule, np.array(chances, float)))

@@ -57,7 +57,7 @@ class _Level:
 
 
 class CapturedTrees(CapturedChains):
-    """Greedy trees of a head that reads the verifier's states, tokens, or both."""
+    """Trees of the likeliest tokens of a head that reads the verifier's states, tokens, or both."""
 
     def __init__(
         self,

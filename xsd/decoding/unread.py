@@ -24,6 +24,8 @@ class Unread:
     """How the pass over the root and these ids branches; None: it is a chain."""
     num_levels: int = 0
     """How deep a tree was drafted."""
+    q: Float[Tensor, "n V"] | None = None
+    """What a chain was drawn from; None: it was chosen."""
 
     def __len__(self) -> int:
         return int(self.numbers.shape[1])
@@ -49,7 +51,7 @@ class Unread:
     def _draft(self, fields: list[list[float]]) -> Draft:
         tokens, confidence = [int(token) for token in fields[0]], fields[1]
         if self.tree is None:
-            return Draft(tokens, confidence=confidence)
+            return Draft(tokens, None, self.q, confidence)
         size = sum(sure >= 0 for sure in confidence)
         parents = [int(parent) for parent in fields[2][:size]]
         return Draft(tokens[:size], parents, None, confidence[:size], self.num_levels)

@@ -122,7 +122,7 @@ class KVCache:
         num_moved = max(kept)
         # Compiled passes put every row's positions behind its own.
         if self.slack is None and num_moved and min(before) < start:
-            columns = torch.tensor(before, device=device)[:, None] + self._columns(0, num_moved)
+            columns = to_device(before, device)[:, None] + self._columns(0, num_moved)
             rows = torch.arange(self.batch, device=device)[:, None]
             for buffer in (self.keys, self.values):
                 by_row = buffer.permute(1, 3, 0, 2, 4)
@@ -160,7 +160,7 @@ class KVCache:
         if self.pad is None:
             return slice(start, end)
         if self.ragged is not None:
-            first = torch.tensor(self.ragged, device=self.values.device) - self.pad
+            first = to_device(self.ragged, self.values.device) - self.pad
             return first[:, None] + self._columns(0, num_rows)
         return (self._columns(start, end) - self.pad[:, None]).clamp_(min=0)
 
@@ -181,7 +181,7 @@ class KVCache:
         if self.pad_start:
             real |= columns < self.pad_start
         if self.ragged is not None:
-            valid = torch.tensor(self.ragged, device=self.values.device)[:, None, None]
+            valid = to_device(self.ragged, self.values.device)[:, None, None]
             real &= (columns < valid) | (columns >= start)
         # A row of padding sees itself: a softmax over nothing would be NaN.
         return causal & real | (columns == rows)

@@ -59,8 +59,10 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def to_device(numbers: Sequence[object], device: torch.device) -> Tensor:
+def to_device(
+    numbers: Sequence[object], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
     """Numbers, or lists of them, as a tensor; a GPU fetches them by itself and nobody waits."""
     if device.type != "cuda":
-        return torch.tensor(numbers, device=device)
-    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
