@@ -18,7 +18,7 @@ from xsd.adapters.base import Adapter
 from xsd.adapters.live import bind
 from xsd.adapters.rows import StepInputs
 from xsd.decoding.ahead import CoupledDrafter
-from xsd.decoding.graphs import MAX_FRESH, Rows
+from xsd.decoding.graphs import READ_ROWS, Rows
 from xsd.decoding.reader import DrafterReader
 from xsd.decoding.tables import VerifierTables
 from xsd.decoding.unread import Unread
@@ -99,16 +99,20 @@ class CapturedCoupled(CoupledDrafter):
 
     def _follow(self, ids: Sequence[int], start: int, count: int) -> Float[Tensor, "2 count"]:
         """What follows these tokens, the first of which stands at ``start``; none: the prompt."""
-        self._start.fill_(start)
         self._reader.check_room(start + len(ids) + count - 1)
         given = to_device(list(ids), self._start.device).long()
-        if len(ids) > MAX_FRESH:
-            return self._steps_behind(given, count)
-        steps = self._steps.get((len(ids), count))
+        # A capture begins with as many rows as a cycle adds; those of a rest are read here.
+        num_late = max(0, len(ids) - READ_ROWS)
+        if num_late:
+            at = torch.arange(start, start + num_late, device=given.device)
+            self._step(given[:num_late], at)
+            given = given[num_late:]
+        self._start.fill_(start + num_late)
+        steps = self._steps.get((len(given), count))
         if steps is None:
             read = given.clone()
             capture = Capture(lambda: self._steps_behind(read, count), self._lane)
-            steps = self._steps[len(ids), count] = _Steps(read, capture.replay)
+            steps = self._steps[len(given), count] = _Steps(read, capture.replay)
         else:
             steps.ids.copy_(given, non_blocking=True)
         return steps.replay()
@@ -126,7 +130,7 @@ class CapturedCoupled(CoupledDrafter):
         return torch.cat(guesses, dim=1)
 
     def _step(self, ids: Int[Tensor, " m"], at: Int[Tensor, " m"]) -> Float[Tensor, "2 1"]:
-        parts = zip(ids.split(MAX_FRESH), at.split(MAX_FRESH), strict=True)
+        parts = zip(ids.split(READ_ROWS), at.split(READ_ROWS), strict=True)
         states = torch.cat([self._reader.read_at(some, where) for some, where in parts])
         return self._adapt(states, at + 1)
 

@@ -28,9 +28,8 @@ from xsd.decoding.unread import Unread
 from xsd.pairs.capture import Capture, Lane
 from xsd.pairs.device import to_device
 
-MAX_FRESH = 17
-"""Rows of a chain's first step that are captured: a cycle adds no more. Longer stretches come
-once an answer, after the gap."""
+READ_ROWS = 17
+"""Rows that a drafter reads at once, at most: a cycle adds no more."""
 
 
 class CapturedChains:
@@ -109,22 +108,32 @@ class CapturedChains:
         assert end <= self._rows.length, "the head's cache is full"
         if self._reader is not None:
             self._reader.check_room(end)
-        self._start.fill_(start)
         assert (chances is None) == (self._sampling is None), "drawing takes random numbers"
         if chances is not None:
             self._drawn_with[:gamma].copy_(chances, non_blocking=True)
         given = ids if isinstance(ids, Tensor) else to_device(ids, self.device)
-        if num_rows > MAX_FRESH:
-            return _left(self._chain(given, states.to(self._dtype), gamma))
-        chain = self._chains.get((num_rows, gamma))
+        given, states = self._catch_up(given, states, start, gamma)
+        chain = self._chains.get((len(given), gamma))
         if chain is None:
             read, seen = given.clone(), states.to(self._dtype, copy=True)
             capture = Capture(lambda: self._chain(read, seen, gamma), self._lane)
-            chain = self._chains[num_rows, gamma] = _Chain(read, seen, capture.replay)
+            chain = self._chains[len(given), gamma] = _Chain(read, seen, capture.replay)
         else:
             chain.ids.copy_(given, non_blocking=True)
             chain.states.copy_(states)
         return _left(chain.replay())
+
+    def _catch_up(
+        self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], start: int, gamma: int
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n Dv"]]:
+        """The rows that a capture begins with, as many as a cycle adds; those before them, which
+        came in the gap or while nobody drafted, are read here."""
+        num_late = max(0, len(ids) - gamma - 1)
+        if num_late:
+            at = torch.arange(start, start + num_late, device=self.device)
+            self._step(ids[:num_late], states[None, :num_late].to(self._dtype), at)
+        self._start.fill_(start + num_late)
+        return ids[num_late:], states[num_late:]
 
     def _chain(
         self, ids: Int[Tensor, " m"], states: Float[Tensor, "m Dv"], gamma: int
@@ -157,7 +166,7 @@ class CapturedChains:
             token = self._twin.read_tokens(self._tables.embedding[ids][None].to(self._dtype))
         drafter = None
         if self._reader is not None:
-            for some, where in zip(ids.split(MAX_FRESH), at.split(MAX_FRESH), strict=True):
+            for some, where in zip(ids.split(READ_ROWS), at.split(READ_ROWS), strict=True):
                 self._hear(self._reader.read_at(some, where), where + 1)
             drafter = self._heard[at][None]
         inputs = StepInputs(drafter, states if self._reads_verifier else None, token)

@@ -205,7 +205,8 @@ class Adaptive(Policy):
         return self._depths.best(limit)
 
     def reads_first(self, size: int) -> bool:
-        return self.costs.verify(size + 1) - self.costs.step > self.costs.read_ms
+        # Hardly ever does it leave none, and a plain step.
+        return self.costs.verify(size + 1) - self.costs.verify(2) > self.costs.read_ms
 
     def rest(self) -> int:
         # The cycle that begins when none is left may draft again.

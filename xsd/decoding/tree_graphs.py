@@ -21,7 +21,7 @@ from xsd.adapters.rows import StepInputs
 from xsd.decoding.accept import Draft
 from xsd.decoding.config import MAX_TREE_NODES
 from xsd.decoding.draft import HeadDrafter, HeadOptions
-from xsd.decoding.graphs import MAX_FRESH, CapturedChains, fits_trees
+from xsd.decoding.graphs import CapturedChains, fits_trees
 from xsd.decoding.policy import Policy
 from xsd.decoding.reader import DrafterReader
 from xsd.decoding.tables import VerifierTables
@@ -91,17 +91,13 @@ class CapturedTrees(CapturedChains):
 
         Arguments as ``draft``'s; the next tree of this shape overwrites the result.
         """
-        num_rows = len(states)
-        self._start.fill_(start)
         self._chances.follow()
-        given = to_device(ids, self.device)
-        if num_rows > MAX_FRESH:
-            return self._grow(given, states.to(self._dtype), depth)
-        tree = self._trees.get((num_rows, depth))
+        given, states = self._catch_up(to_device(ids, self.device), states, start, depth)
+        tree = self._trees.get((len(given), depth))
         if tree is None:
             read, seen = given.clone(), states.to(self._dtype, copy=True)
             capture = Capture(lambda: self._grow(read, seen, depth), self._lane)
-            tree = self._trees[num_rows, depth] = _Grown(read, seen, capture.replay)
+            tree = self._trees[len(given), depth] = _Grown(read, seen, capture.replay)
         else:
             tree.ids.copy_(given, non_blocking=True)
             tree.states.copy_(states)

@@ -141,10 +141,10 @@ def learn(rule, parents, confidence, path, num_levels):
     token_ms = pace[TOKEN_MS] + MEMORY * (spent_ms / num_said - pace[TOKEN_MS])
     pace[TOKEN_MS] = min(verify_ms[0], token_ms)
     pace[GAIN_MS] += 2.0 * MEMORY * (gain_ms - pace[GAIN_MS])
-    if pace[GAIN_MS] < 0.0:
+    if pace[GAIN_MS] < 0.0 and gain_ms < 0.0:
         # Ever longer rests for what does not pay, however often it is tried again.
         pace[LEFT] = pace[LENGTH]
         pace[LENGTH] = min(LONGEST_REST, 2.0 * pace[LENGTH])
-        pace[GAIN_MS] = min(0.0, gain_ms) / 2.0
-    elif gain_ms > 0.0:
+        pace[GAIN_MS] = gain_ms / 2.0
+    elif pace[GAIN_MS] >= 0.0 and gain_ms > 0.0:
         pace[LENGTH] = SHORTEST_REST
