@@ -55,7 +55,11 @@ class Depths:
     def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
         """What a cycle took."""
         depth, num_rows = max(1, draft.depth), len(draft) + 1
-        known = self._drafting_ms.get(depth, drafting_ms)
+        known = self._drafting_ms.get(depth)
+        if known is None:
+            # One alone may have been slow for a moment.
+            base_ms, level_ms = self._line() if self._drafting_ms else (drafting_ms, 0.0)
+            known = base_ms + depth * level_ms
         self._drafting_ms[depth] = nearer(known, drafting_ms)
         self._num_siblings = max(0, num_rows - 1 - depth)
         beside_ms = max(0.0, verifying_ms - self._costs.verify(num_rows))

@@ -147,6 +147,7 @@ class Adaptive(Policy):
         """Nobody has drafted in this answer, or since a rest: that takes several times as long as
         the next draft will, and whoever judged by it would draft ever more rarely."""
         self._ways: dict[Way, _Tried] = {}
+        self._best: Way = "plain"
         self._gap = _GapChances()
         self._depths = Depths(costs)
 
@@ -164,9 +165,14 @@ class Adaptive(Policy):
         if open_:
             # In turn, the whole strategy before its parts.
             return min(open_, key=lambda way: len(tried[way].times))
-        best = min(ways, key=lambda way: tried[way].middle if way == "plain" else tried[way].price)
+        # Who pays has to lose by more than noise to be left off.
+        best = min(ways, key=lambda way: self._price(way) / (1.0 + NOISE * (way == self._best)))
         tried[best].is_best()
+        self._best = best
         return next((way for way in ways if way != best and tried[way].is_due()), best)
+
+    def _price(self, way: Way) -> float:
+        return self._ways[way].middle if way == "plain" else self._ways[way].price
 
     def learn_answer(self, way: Way, answer: Decoded) -> None:
         num_tokens = len(answer.token_ids)
