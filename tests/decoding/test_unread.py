@@ -302,7 +302,7 @@ def waits_of(
     monkeypatch.setattr(engine.verifier, a_pass, counting)
     for max_new in (MAX_NEW // 2, MAX_NEW):
         engine.max_new_tokens = max_new
-        for _ in range(20):
+        for _ in range(100):
             counts.clear()
             torch.cuda.set_sync_debug_mode("warn")
             try:
