@@ -4,6 +4,7 @@ waits once."""
 from __future__ import annotations
 
 import random
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -302,7 +303,7 @@ def waits_of(
     monkeypatch.setattr(engine.verifier, a_pass, counting)
     for max_new in (MAX_NEW // 2, MAX_NEW):
         engine.max_new_tokens = max_new
-        for _ in range(100):
+        for _ in range(20):
             counts.clear()
             torch.cuda.set_sync_debug_mode("warn")
             try:
@@ -408,6 +409,16 @@ def test_the_drafters_thread_keeps_the_verifiers_from_no_device(
 ) -> None:
     engine, local = on_gpu("X1+drafter", items, adapters, Policy())
     party = StreamSpeculator(local, torch.device("cuda"))
+    drafts = party._board.drafts
+
+    def patient(count: int) -> list[int]:
+        """The verifier is faster, and would find nothing."""
+        until = time.monotonic() + 0.05
+        while not (found := drafts(count)) and time.monotonic() < until:
+            time.sleep(1e-3)
+        return found
+
+    monkeypatch.setattr(party._board, "drafts", patient)
     (few, short), (many, long) = waits(engine, party, items[0], Policy(), monkeypatch)
     assert long > short and many - few == long - short
 
