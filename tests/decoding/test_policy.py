@@ -194,35 +194,9 @@ def test_confidence_is_set_right() -> None:
     assert policy.chance(0.35) == pytest.approx(0.35)
 
 
-@pytest.mark.parametrize("costs", [CHEAP, DEARER], ids=["cheap rows", "dearer"])
-def test_what_a_drawn_token_turned_out_to_be_drops_none_but_those_behind_it(costs: Costs) -> None:
-    """A chain that was drawn in full is cut to what would have been drawn step by step."""
-    policy, chance, sizes = Adaptive(costs), random.Random(0), set()
-    q = torch.full((4, 8), 1 / 8)
-
-    def kept(confidence: list[float]) -> int:
-        draft = policy.select(Draft([1] * 4, None, q, confidence))
-        assert draft.q is not None and len(draft.q) == len(draft)
-        assert draft.depth == 4
-        return len(draft)
-
-    for _ in range(200):
-        confidence = [chance.random() for _ in range(4)]
-        joint, size = policy.chance(confidence[0]), 1
-        while size < 4 and policy.go_on(joint, size):
-            joint *= policy.chance(confidence[size])
-            size += 1
-        assert kept(confidence) == size
-        for at in range(4):
-            other = [*confidence[:at], *(chance.random() for _ in confidence[at:])]
-            assert (kept(other) > at) == (size > at)
-        sizes.add(size)
-    assert len(sizes) > 1
-    assert len(policy.select(Draft([1, 2], confidence=[0.0, 0.0]))) == 0
-
-
-def test_the_fixed_policy_drops_no_draft() -> None:
+def test_drawn_drafts_are_never_dropped_afterwards() -> None:
     drawn = Draft([1, 2], None, torch.eye(3)[1:], [0.0, 0.0])
+    assert Adaptive(DEAR).select(drawn) is drawn
     assert Policy().select(drawn) is drawn
 
 

@@ -50,7 +50,7 @@ MAX_NEW = 30
 SAMPLING = Sampling(temperature=1.0, top_p=0.9)
 TREE = HeadOptions(tree_width=3, tree_nodes=10)
 CHEAP = Costs((1.0,) * 64, 1.0)
-"""Of a verifier whose rows cost nothing: no draft need be read first."""
+"""Of a verifier whose rows cost nothing."""
 
 
 class Scripted(Rote):
@@ -112,7 +112,7 @@ def test_drafts_that_are_verified_unread_change_no_token(
         asked = item.media, item.sample.question
         plain = engine.plain(*asked).token_ids
         party = kind(plain, rate, device)
-        for policy in (Policy(), Adaptive(CHEAP), Adaptive(Costs(CHEAP.verify_ms, 1.0, 0.0, -1.0))):
+        for policy in (Policy(), Adaptive(CHEAP)):
             answer = engine.speculate(*asked, party, gamma, policy)
             assert answer.token_ids == plain
             drafted = [size / kind.num_siblings for size in answer.cycle_drafted]
@@ -138,12 +138,6 @@ def test_what_unread_drafts_cost_is_measured(
     assert first_ms > 0.0 and level_ms >= 0.0
     # Who drafts a varying number of tokens on the host is timed as it is used.
     assert engine.measure_drafting(*asked, Rote(), 4) is None
-
-
-def test_drafts_are_read_first_where_that_may_save_rows() -> None:
-    assert not Policy().reads_first(8)
-    costs = Costs((1.0, 1.0, 1.0, 1.5), 1.0, read_ms=0.1)
-    assert [Adaptive(costs).reads_first(size) for size in (1, 2, 3)] == [False, False, True]
 
 
 @pytest.mark.parametrize("name", ["B1_decode", "E1_decode", "E2_decode", "E3_decode"])
@@ -387,20 +381,6 @@ def test_moving_what_is_kept_of_a_tree_waits_for_nothing(
     party = Branching(answer, rate, torch.device("cuda"))
     (few, short), (many, long) = waits(engine, party, items[0], Policy(), monkeypatch)
     assert long > short and many - few == long - short
-
-
-@needs_gpu
-@pytest.mark.parametrize("name", ["E1_decode", "E1_tree", "X1+drafter"])
-@pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["greedy", "drawn"])
-def test_a_draft_that_is_read_first_is_a_wait_more(
-    name: str, sampling: Sampling | None, items: list[BenchItem], adapters: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    policy = Eager(Costs(CHEAP.verify_ms, 1.0, read_ms=-1.0))
-    engine, party = on_gpu(name, items, adapters, policy, sampling)
-    (few, short), (many, long) = waits(engine, party, items[0], policy, monkeypatch)
-    # A last token, for which alone there is room, is a step without drafts.
-    assert long > short and abs(many - few - 2 * (long - short)) <= 1
 
 
 @needs_gpu

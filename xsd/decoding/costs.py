@@ -21,8 +21,6 @@ class Costs:
     """Plain decoding's, clock start to first token."""
     cycle_ms: float = 0.0
     """What a cycle takes beside drafting and its pass, where it is one of many calls."""
-    read_ms: float = 0.0
-    """What it takes to read a number from a device."""
 
     def verify(self, num_rows: int) -> float:
         return self.verify_ms[min(num_rows, len(self.verify_ms)) - 1]

@@ -170,14 +170,8 @@ class Engine:
             step_ms = min(decoded.decode_ms for decoded in plain) / num_steps
             call_ms = max(0.0, verify_ms[0] - step_ms)
             verify_ms = [ms - call_ms for ms in verify_ms]
-        costs = Costs(tuple(verify_ms), prefill_ms, read_ms=self._read_ms(repeats))
+        costs = Costs(tuple(verify_ms), prefill_ms)
         return replace(costs, cycle_ms=self._cycle_ms(media, question, costs, repeats))
-
-    def _read_ms(self, repeats: int) -> float:
-        """What it takes to read a number from a device that has nothing else to do."""
-        number = torch.zeros(1, device=self._device)
-        times = interleaved({"read": number.tolist}, self._device, repeats, 1, settle=1)
-        return min(times["read"])
 
     def _cycle_ms(self, media: Media, question: str, costs: Costs, repeats: int) -> float:
         """What the loop itself takes a cycle where it is made here and plain steps are not."""
@@ -304,13 +298,11 @@ class Engine:
             self._laps.lap(REST)
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
                 seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
-                begun = Mark(self._device)
-                whole = policy.unread_depth(depth)
-                unread = self._unread(speculator, tokens, seen, whole)
-                if unread is not None and not policy.reads_first(len(unread)):
+                begun, whole = Mark(self._device), policy.unread_depth(depth)
+                if (unread := self._unread(speculator, tokens, seen, whole)) is not None:
                     unseen = [self._unread_cycle(unread, begun, num_captures, policy, result)]
                     continue
-                asked = speculator.propose(tokens, seen, depth) if unread is None else unread.read()
+                asked = speculator.propose(tokens, seen, depth)
                 drafting_ms = self._laps.lap(DRAFTING)
                 draft, unseen = policy.select(self._useful(asked, tokens)), []
             self._laps.lap(REST)

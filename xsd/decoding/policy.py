@@ -85,11 +85,6 @@ class Policy:
         """The same where a draft is made whole before anybody looks at it."""
         return limit
 
-    def reads_first(self, size: int) -> bool:
-        """Whether so many drafts are to be read before they are verified, though the device then
-        waits: who looks at them may verify fewer."""
-        return False
-
     def rest(self) -> int:
         """How many cycles after one without drafts go without them too."""
         return 0
@@ -210,10 +205,6 @@ class Adaptive(Policy):
     def unread_depth(self, limit: int) -> int:
         return self._depths.best(limit)
 
-    def reads_first(self, size: int) -> bool:
-        # Hardly ever does it leave none, and a plain step.
-        return self.costs.verify(size + 1) - self.costs.verify(2) > self.costs.read_ms
-
     def rest(self) -> int:
         # The cycle that begins when none is left may draft again.
         return max(0, int(self.rule[3][rules.LEFT]) - 1)
@@ -238,7 +229,7 @@ class Adaptive(Policy):
 
     def select(self, draft: Draft) -> Draft:
         if draft.q is not None:
-            return draft.cut(self._drawn_size(draft))
+            return draft
         return draft.cut(self._best_size(joint_chances(self._told(draft), self)))
 
     def learn(self, draft: Draft, path: Sequence[int]) -> None:
@@ -266,13 +257,6 @@ class Adaptive(Policy):
         if draft.confidence is not None:
             return draft
         return replace(draft, confidence=[float(self.rule[3][rules.MEAN])] * len(draft))
-
-    def _drawn_size(self, draft: Draft) -> int:
-        """How many of a chain would have been drawn, had this been asked before each: what a token
-        turned out to be decides of those behind it alone."""
-        joint = joint_chances(self._told(draft), self)
-        sizes = range(1, len(draft))
-        return next((size for size in sizes if not self.go_on(joint[size - 1], size)), len(draft))
 
     def _best_size(self, chances: Sequence[float]) -> int:
         return int(rules.best_size(self.rule, np.array(chances, float)))
