@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ class Config(BenchConfig, PairConfig, stage.StageConfig):
     dataset_dir: str | None = None
     """Scenes: folder or runs:/ URI; null: the newest of the pair, made if there are none."""
     data: str | None = None
-    """Extraction whose training answers give the template control; null: the newest."""
+    """Extraction whose training answers the controls template and ngram know; null: the newest."""
     adapter_dir: str | None = None
     """Folder with a subfolder a level: a checkpoint, or trainings of which the newest counts; null:
     the registry's champions."""
@@ -48,17 +48,13 @@ def perform(config: Config) -> Product:
     if config.batch_size > 1:
         strategies = _batchable(strategies, config.batch_size)
     names = dict.fromkeys(name for s in strategies for name in adapter_names(s))
+    needs_answers = {part for s in strategies for part in (s.gap, s.head)} & {"template", "ngram"}
 
     def resolve() -> dict[str, Product]:
-        inputs = {
-            "dataset_dir": stage.upstream("scenes", config.dataset_dir, config),
-            "data": stage.upstream(
-                "extract",
-                config.data,
-                config,
-                {"cfg.conditioning": "teacher_forced", "has_train": "true"},
-            ),
-        }
+        inputs = {"dataset_dir": stage.upstream("scenes", config.dataset_dir, config)}
+        if needs_answers:
+            wanted = {"cfg.conditioning": "teacher_forced", "has_train": "true"}
+            inputs["data"] = stage.upstream("extract", config.data, config, wanted)
         for name in names:
             inputs[f"adapter.{name}"] = _adapter(name, config)
         return inputs
@@ -74,14 +70,17 @@ def perform(config: Config) -> Product:
         run.dataset("scenes", inputs["dataset_dir"].digest, str(scenes), config.split)
         items = bench.choose_items(scenes, config, pair)
         adapters = {name: inputs[f"adapter.{name}"].path for name in names}
-        answers = HiddenStore.open(find_folder(inputs["data"].path, "train"))
-        needs_answers = any("ngram" in (s.head or "") for s in strategies)
-        known = bench.training_answers(answers) if needs_answers else ()
+        templates: Mapping[str, Sequence[int]] = {}
+        known: Iterable[tuple[str, Sequence[int]]] = ()
+        if needs_answers:
+            answers = HiddenStore.open(find_folder(inputs["data"].path, "train"))
+            templates = bench.templates(answers)
+            known = bench.training_answers(answers) if "ngram" in needs_answers else ()
         if config.batch_size > 1:
             records = bench_batch.run(pair, items, strategies, adapters, config, known)
         else:
             records = bench.run(
-                pair, config, items, strategies, adapters, bench.templates(answers), config,
+                pair, config, items, strategies, adapters, templates, config,
                 repeats=config.repeats, warmup=config.warmup, answers=known,
             )  # fmt: skip
         total = len(items) * len(strategies) * config.repeats
