@@ -176,7 +176,7 @@ class Adaptive(Policy):
         if not self._is_timed or num_tokens < 2 or answer.made_captures:
             return
         tried = self._ways.setdefault(way, _Tried())
-        if way != "plain" and self._depths.chosen not in tried.depths:
+        if answer.unread_ms and self._depths.chosen not in tried.depths:
             # What answers took with drafts of another depth says nothing of these.
             tried.depths.add(self._depths.chosen)
             tried.times.clear()
