@@ -239,15 +239,17 @@ class Adaptive(Policy):
 
     def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
         # Follows what drafting costs by now, and how busy the machine is.
-        if self._is_cold:
-            self._is_cold = False
+        pace = self.rule[3]
+        was_cold, self._is_cold = self._is_cold, False
+        known_ms = pace[rules.LEVEL_MS] * max(1, draft.depth) * self._load
+        # A cold one that takes less says enough: who rests after every draft has no other.
+        if was_cold and drafting_ms >= known_ms:
             return
         self._depths.time(draft, drafting_ms, verifying_ms)
         # The costs are those of a machine with nothing else to do. A pass that takes less was begun
         # while the device still drafted, which makes drafting no dearer.
         load = verifying_ms / self.costs.verify(len(draft) + 1)
         self._load = max(1.0, nearer(self._load, load))
-        pace = self.rule[3]
         level_ms = drafting_ms / max(1, draft.depth) / self._load
         pace[rules.LEVEL_MS] = nearer(float(pace[rules.LEVEL_MS]) or level_ms, level_ms)
         pace[rules.FIRST_MS] = pace[rules.LEVEL_MS] + self.costs.cycle_ms
