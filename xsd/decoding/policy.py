@@ -160,7 +160,7 @@ class Adaptive(Policy):
         if open_:
             # In turn, the whole strategy before its parts.
             return min(open_, key=lambda way: len(tried[way].times))
-        # Who pays has to lose by more than noise to be left off.
+        # What is in use, plain decoding too, has to lose by more than noise to be left off.
         best = min(ways, key=lambda way: self._price(way) / (1.0 + NOISE * (way == self._best)))
         tried[best].is_best()
         self._best = best
