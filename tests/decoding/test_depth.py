@@ -98,7 +98,8 @@ def test_answers_with_drafts_of_another_depth_do_not_count() -> None:
     """Deep drafts lost; what is drafted now is less deep, and wins."""
     policy = Adaptive(COSTS, is_timed=True)
     ways: list[Way] = ["plain", "all"]
-    plain, slow, fast = (Decoded([0] * 61, total_ms=ms) for ms in (30.0, 40.0, 20.0))
+    plain = Decoded([0] * 61, total_ms=30.0)
+    slow, fast = (Decoded([0] * 61, total_ms=ms, unread_ms=[0.1]) for ms in (40.0, 20.0))
     for _ in range(20):
         way = policy.way(ways)
         policy.learn_answer(way, plain if way == "plain" else slow)
@@ -112,6 +113,21 @@ def test_answers_with_drafts_of_another_depth_do_not_count() -> None:
         way = policy.way(ways)
         policy.learn_answer(way, plain if way == "plain" else fast)
     assert policy.way(ways) == "all"
+
+
+def test_answers_whose_drafts_were_as_deep_as_paid_count_whatever_depth_is_chosen() -> None:
+    policy = Adaptive(COSTS, is_timed=True)
+    for _ in range(5):
+        policy.learn_answer("all", Decoded([0] * 61, total_ms=20.0))
+    draft = Draft(list(range(LIMIT)), confidence=[0.5] * LIMIT)
+    for _ in range(100):
+        policy.time(draft, 4.0, 0.5)
+        policy.learn(draft, [0])
+    assert policy.unread_depth(LIMIT) < LIMIT
+    for _ in range(3):
+        policy.learn_answer("plain", Decoded([0] * 61, total_ms=30.0))
+        policy.learn_answer("all", Decoded([0] * 61, total_ms=20.0))
+    assert len(policy._ways["all"].times) == 8
 
 
 def test_drafting_that_was_measured_needs_no_trial() -> None:

@@ -185,6 +185,28 @@ def test_what_drafting_costs_is_learnt_warm() -> None:
     assert policy.drafting_ms == pytest.approx((0.1, 0.1), rel=0.25)
 
 
+@pytest.mark.parametrize("measured", [None, (30.0, 5.0)])
+def test_who_was_thought_too_dear_is_found_to_pay(measured: tuple[float, float] | None) -> None:
+    """Though every draft is the first after a rest, for each is thought to lose."""
+    policy, draft = Adaptive(CHEAP), Draft([1, 2], confidence=[0.9, 0.9])
+    policy.way(["all"])
+    if measured is None:
+        # A machine that was busy for a moment, when it was to say what drafting costs.
+        policy.time(draft, 0.1, CHEAP.verify(3))
+        policy.time(draft, 9.0, CHEAP.verify(3))
+    else:
+        policy.learn_drafting(*measured)
+    num_drafted = 0
+    for _ in range(20_000):
+        if policy.depth(2):
+            policy.time(draft, 0.2, CHEAP.verify(3))
+            policy.learn(draft, [0, 1])
+            num_drafted += 1
+        else:
+            policy.rested(policy.rest())
+    assert num_drafted > 10_000
+
+
 def test_confidence_is_set_right() -> None:
     policy = Adaptive(CHEAP)
     for _ in range(50):

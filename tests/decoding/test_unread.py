@@ -140,6 +140,19 @@ def test_what_unread_drafts_cost_is_measured(
     assert engine.measure_drafting(*asked, Rote(), 4) is None
 
 
+def test_what_a_gap_takes_is_no_part_of_what_drafts_cost(
+    pair: ModelPair, items: list[BenchItem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what a drafter takes to begin."""
+    engine = unfused(pair.verifier, bench.longest_prompt(pair, items))
+    asked = items[0].media, items[0].sample.question
+    answer = engine.plain(*asked).token_ids
+    party = Scripted(answer, 0.0, torch.device("cpu"))
+    monkeypatch.setattr(party, "start", lambda *_: time.sleep(0.1))
+    found = engine.measure_drafting(*asked, party, 2)
+    assert found is not None and sum(found) < 50.0 / len(answer)
+
+
 @pytest.mark.parametrize("name", ["B1_decode", "E1_decode", "E2_decode", "E3_decode"])
 def test_a_head_whose_drafts_are_not_read_decodes_as_one_whose_drafts_are(
     name: str, device: torch.device, pair: ModelPair, items: list[BenchItem],

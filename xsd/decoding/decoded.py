@@ -30,8 +30,8 @@ class Decoded:
     gap_accepted: int = 0
     cycle_drafted: list[int] = field(default_factory=list)
     cycle_accepted: list[int] = field(default_factory=list)
-    num_unread: int = 0
-    """Cycles whose drafts were verified before anybody read them."""
+    unread_ms: list[float] = field(default_factory=list)
+    """Drafting, of every cycle whose drafts were verified before anybody read them."""
     timeline: list[Span] = field(default_factory=list)
     made_captures: bool = False
     """Whether it took longer for what need not be done again."""

@@ -7,6 +7,7 @@ Where tokens are drawn, the same holds for their distribution.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -188,12 +189,13 @@ class Engine:
     def _drafting_ms(
         self, media: Media, question: str, speculator: Speculator, gamma: int
     ) -> tuple[float, float] | None:
-        """The same of drafts that nobody reads, as answers with drafts of 1 and ``gamma`` levels
-        take it."""
+        """``measure_drafting`` of drafts that nobody reads, as answers with drafts of 1 and
+        ``gamma`` levels take it."""
         found = []
         for depth in (1, gamma):
             answers = [self.speculate(media, question, speculator, depth) for _ in range(4)]
-            times = [a.parts[DRAFTING] / a.num_unread for a in answers if a.num_unread]
+            # An answer's first cycle may wait for what began in the gap, its last are less deep.
+            times = [statistics.median(a.unread_ms) for a in answers if a.unread_ms]
             if not times:
                 return None
             # Those that made captures took longer.
@@ -356,7 +358,7 @@ class Engine:
         states = self._keep(tokens, draft, path, token, scored.states)
         result.cycle_drafted.append(len(draft))
         result.cycle_accepted.append(len(path))
-        result.num_unread += 1
+        result.unread_ms.append(drafting_ms)
         spent_ms = self._laps.lap(PASSES, {DRAFTING: drafting_ms})
         if Made.count == num_captures:
             policy.time(draft, drafting_ms, spent_ms - drafting_ms)

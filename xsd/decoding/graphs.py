@@ -190,7 +190,7 @@ def _left(chain: list[Tensor]) -> Unread:
 
 class CapturedHead(HeadDrafter):
     """``HeadDrafter`` whose chains are captured. They are drafted in full, for a device is no
-    sooner done with less, and verified as far as it pays."""
+    sooner done with less, and where they are read first verified as far as it pays."""
 
     def __init__(
         self,

@@ -160,7 +160,7 @@ class Adaptive(Policy):
         if open_:
             # In turn, the whole strategy before its parts.
             return min(open_, key=lambda way: len(tried[way].times))
-        # Who pays has to lose by more than noise to be left off.
+        # What is in use, plain decoding too, has to lose by more than noise to be left off.
         best = min(ways, key=lambda way: self._price(way) / (1.0 + NOISE * (way == self._best)))
         tried[best].is_best()
         self._best = best
@@ -176,7 +176,7 @@ class Adaptive(Policy):
         if not self._is_timed or num_tokens < 2 or answer.made_captures:
             return
         tried = self._ways.setdefault(way, _Tried())
-        if way != "plain" and self._depths.chosen not in tried.depths:
+        if answer.unread_ms and self._depths.chosen not in tried.depths:
             # What answers took with drafts of another depth says nothing of these.
             tried.depths.add(self._depths.chosen)
             tried.times.clear()
@@ -239,15 +239,17 @@ class Adaptive(Policy):
 
     def time(self, draft: Draft, drafting_ms: float, verifying_ms: float) -> None:
         # Follows what drafting costs by now, and how busy the machine is.
-        if self._is_cold:
-            self._is_cold = False
+        pace = self.rule[3]
+        was_cold, self._is_cold = self._is_cold, False
+        known_ms = pace[rules.LEVEL_MS] * max(1, draft.depth) * self._load
+        # A cold one that takes less says enough: who rests after every draft has no other.
+        if was_cold and drafting_ms >= known_ms:
             return
         self._depths.time(draft, drafting_ms, verifying_ms)
         # The costs are those of a machine with nothing else to do. A pass that takes less was begun
         # while the device still drafted, which makes drafting no dearer.
         load = verifying_ms / self.costs.verify(len(draft) + 1)
         self._load = max(1.0, nearer(self._load, load))
-        pace = self.rule[3]
         level_ms = drafting_ms / max(1, draft.depth) / self._load
         pace[rules.LEVEL_MS] = nearer(float(pace[rules.LEVEL_MS]) or level_ms, level_ms)
         pace[rules.FIRST_MS] = pace[rules.LEVEL_MS] + self.costs.cycle_ms
