@@ -18,10 +18,12 @@ COSTS = Costs([STEP_MS + ROW_MS * rows for rows in range(64)], 2.0)
 
 
 class Machine:
-    """What drafting takes, and how often every next draft holds."""
+    """What drafting takes, and how often each next draft holds."""
 
     def __init__(self, rate: float, base_ms: float, level_ms: float, beside_ms: float = 0.0):
         self.rate, self.base_ms, self.level_ms, self.beside_ms = rate, base_ms, level_ms, beside_ms
+        self.deep_rate = rate
+        """Of all levels but the first two."""
         self._random = random.Random(0)
 
     def cycles(self, depths: Depths, count: int = 400) -> int:
@@ -39,7 +41,8 @@ class Machine:
         return ms / sum(self.rate**level for level in range(depth + 1))
 
     def _num_held(self, depth: int) -> int:
-        return next((i for i in range(depth) if self._random.random() >= self.rate), depth)
+        rates = [self.rate] * 2 + [self.deep_rate] * LIMIT
+        return next((i for i in range(depth) if self._random.random() >= rates[i]), depth)
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.75, 0.95])
@@ -62,6 +65,14 @@ def test_it_follows_what_drafts_are_worth() -> None:
     assert Machine(0.95, 0.05, 0.05).cycles(depths) == LIMIT
     assert Machine(0.2, 0.05, 0.05).cycles(depths) <= 2
     assert Machine(0.95, 0.05, 0.05).cycles(depths) >= LIMIT - 1
+
+
+def test_levels_that_nobody_drafts_are_tried_again() -> None:
+    depths, machine = Depths(COSTS), Machine(0.9, 0.05, 0.08)
+    machine.deep_rate = 0.05
+    assert machine.cycles(depths) <= 3
+    machine.deep_rate = 0.95
+    assert machine.cycles(depths) >= 6
 
 
 def test_it_stays_within_the_limit() -> None:

@@ -9,7 +9,7 @@ from xsd.decoding.config import MAX_GAMMA
 from xsd.decoding.costs import NOISE, Costs, nearer
 from xsd.kernels import rule as rules
 
-_MEMORY = 0.98
+_MEMORY = 0.99
 """Weight that what was seen keeps from one cycle to the next."""
 _DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """To choose from: each is captured anew, and neighbours among the deep ones differ by little."""
@@ -28,8 +28,8 @@ class Depths:
         """By depth."""
         self._beside_ms = 0.0
         """What a cycle takes beside its draft and the pass, as that was measured."""
-        self._num_siblings = 0
-        """Rows of the last tree's pass beside one a level."""
+        self._tree_size = 0
+        """Of the last draft, if it was a tree: deep ones have no more nodes. 0: it was a chain."""
         self._deepest = 0
         self.chosen = 0
         """0: not yet, and drafts are as deep as they may be."""
@@ -61,15 +61,18 @@ class Depths:
             base_ms, level_ms = self._line() if self._drafting_ms else (drafting_ms, 0.0)
             known = base_ms + depth * level_ms
         self._drafting_ms[depth] = nearer(known, drafting_ms)
-        self._num_siblings = max(0, num_rows - 1 - depth)
+        self._tree_size = 0 if draft.parents is None else len(draft)
         beside_ms = max(0.0, verifying_ms - self._costs.verify(num_rows))
         self._beside_ms = nearer(self._beside_ms or beside_ms, beside_ms)
 
     def learn(self, draft: Draft, num_held: int) -> None:
         """So many levels of a draft that was verified held."""
-        for level in range(min(num_held + 1, draft.levels, MAX_GAMMA)):
-            self._tried[level] = _MEMORY * self._tried[level] + 1.0
-            self._held[level] = _MEMORY * self._held[level] + (level < num_held)
+        num_tried = min(num_held + 1, draft.levels)
+        for level in range(MAX_GAMMA):
+            # Of levels that nobody drafts any more what was seen fades too: they may hold by now.
+            is_tried = level < num_tried
+            self._tried[level] = _MEMORY * self._tried[level] + is_tried
+            self._held[level] = _MEMORY * self._held[level] + (is_tried and level < num_held)
 
     def _token_ms(self) -> list[float]:
         """Of every depth, what a token takes."""
@@ -83,7 +86,7 @@ class Depths:
             num_tokens += joint
             depth = level + 1
             ms = base_ms + depth * level_ms + self._beside_ms
-            ms += self._costs.verify(depth + 1 + self._num_siblings)
+            ms += self._costs.verify(1 + (self._tree_size or depth))
             found.append(ms / num_tokens)
         return found
 
