@@ -105,25 +105,27 @@ def test_only_the_adaptive_policy_asks() -> None:
     assert Policy().unread_depth(LIMIT) == LIMIT
 
 
+def way_after(policy: Policy, plain: Decoded, drafted: Decoded) -> Way:
+    """The way of the next answer, behind 20 that took so long in their ways."""
+    ways: list[Way] = ["plain", "all"]
+    for _ in range(20):
+        way = policy.way(ways)
+        policy.learn_answer(way, plain if way == "plain" else drafted)
+    return policy.way(ways)
+
+
 def test_answers_with_drafts_of_another_depth_do_not_count() -> None:
     """Deep drafts lost; what is drafted now is less deep, and wins."""
     policy = Adaptive(COSTS, is_timed=True)
-    ways: list[Way] = ["plain", "all"]
     plain = Decoded([0] * 61, total_ms=30.0)
     slow, fast = (Decoded([0] * 61, total_ms=ms, unread_ms=[0.1]) for ms in (40.0, 20.0))
-    for _ in range(20):
-        way = policy.way(ways)
-        policy.learn_answer(way, plain if way == "plain" else slow)
-    assert policy.way(ways) == "plain"
+    assert way_after(policy, plain, slow) == "plain"
     draft = Draft(list(range(LIMIT)), confidence=[0.5] * LIMIT)
     for _ in range(100):
         policy.time(draft, 4.0, 0.5)
         policy.learn(draft, [0])
     assert policy.unread_depth(LIMIT) < LIMIT
-    for _ in range(20):
-        way = policy.way(ways)
-        policy.learn_answer(way, plain if way == "plain" else fast)
-    assert policy.way(ways) == "all"
+    assert way_after(policy, plain, fast) == "all"
 
 
 def test_answers_whose_drafts_were_as_deep_as_paid_count_whatever_depth_is_chosen() -> None:
