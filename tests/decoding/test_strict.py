@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tests.decoding.test_engine import Scripted
+from tests.decoding.test_unread import Branching as UnreadTree
+from tests.decoding.test_unread import Scripted as Unread
 from xsd import bench
 from xsd.bench import BenchItem
 from xsd.decoding.accept import Draft
 from xsd.decoding.config import DecodingConfig
 from xsd.decoding.engine import Engine
+from xsd.decoding.speculator import Speculator
 from xsd.decoding.strategies import parse
 from xsd.errors import XsdError
 from xsd.pairs.base import ModelPair, Scored
@@ -32,7 +36,7 @@ class Recorded(Engine):
     """Keeps the verifier's states of what was said."""
 
     def answer(
-        self, item: BenchItem, script: Scripted | None = None, gamma: int = 0
+        self, item: BenchItem, script: Speculator | None = None, gamma: int = 0
     ) -> tuple[list[int], Float[Tensor, "tokens Dv"]]:
         """What was said, and the state behind every token of it but the first."""
         self.kept: list[Tensor] = []
@@ -51,6 +55,10 @@ class Recorded(Engine):
         states, path = super()._verify(tokens, draft)
         self.kept.append(states)
         return states, path
+
+    def _unread_cycle(self, *given: Any) -> Float[Tensor, "n Dv"]:
+        self.kept.append(super()._unread_cycle(*given))
+        return self.kept[-1]
 
 
 class Branching(Scripted):
@@ -97,6 +105,9 @@ def test_states_are_the_plain_ones_bit_by_bit(rough: ModelPair, items: list[Benc
             assert drafted[0] == said and torch.equal(drafted[1], plain)
             apart = loose.answer(item, Scripted(said_loosely, period, gap), gamma)
             num_loose += not torch.equal(apart[1], plain_loose)
+        for kind, rate in ((Unread, 0.2), (UnreadTree, 0.2), (UnreadTree, 0.0)):
+            drafted = strict.answer(item, kind(said, rate, rough.verifier.stack.device), 4)
+            assert drafted[0] == said and torch.equal(drafted[1], plain)
     # A GPU's own kernels round alike for any number of rows at this size; a CPU's library does not.
     if rough.verifier.stack.device.type == "cpu":
         assert num_loose, "passes of many shapes round alike here: the test shows nothing"

@@ -91,22 +91,24 @@ class Branching(Scripted):
         return Unread(found.numbers, tree_rows([*parents, -1], self._device), gamma)
 
 
-def unfused(verifier: Decoder, longest: int) -> Engine:
+def unfused(verifier: Decoder, longest: int, strict_rows: int | None = None) -> Engine:
     """Cycles that are made one by one, as they are on a GPU."""
-    engine = Engine(verifier, MAX_NEW, longest)
-    engine._loop, engine._reads_late = None, True
+    engine = Engine(verifier, MAX_NEW, longest, strict_rows=strict_rows)
+    engine._loop = None
     return engine
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 8])
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", [Scripted, Branching])
+@pytest.mark.parametrize("strict_rows", [None, 7, 18])
 def test_drafts_that_are_verified_unread_change_no_token(
-    kind: type[Scripted], rate: float, gamma: int, device: torch.device, pair: ModelPair,
-    items: list[BenchItem],
+    strict_rows: int | None, kind: type[Scripted], rate: float, gamma: int, device: torch.device,
+    pair: ModelPair, items: list[BenchItem],
 ) -> None:  # fmt: skip
+    """Of those that are longer than a strict pass, what fits is verified."""
     verifier = on(device, pair).verifier
-    engine = unfused(verifier, bench.longest_prompt(pair, items))
+    engine = unfused(verifier, bench.longest_prompt(pair, items), strict_rows)
     num_held = 0
     for item in items:
         asked = item.media, item.sample.question
@@ -330,12 +332,13 @@ def waits_of(
 @needs_gpu
 @pytest.mark.parametrize("name", ["E1_decode", "E1_tree", "E3_tree", "X1+drafter", "L4+drafter"])
 @pytest.mark.parametrize("is_adaptive", [False, True])
+@pytest.mark.parametrize("strict_rows", [None, 12])
 def test_a_cycle_waits_once_for_the_device(
-    name: str, is_adaptive: bool, items: list[BenchItem], adapters: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
+    strict_rows: int | None, name: str, is_adaptive: bool, items: list[BenchItem],
+    adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     policy = Eager(CHEAP) if is_adaptive else Policy()
-    engine, party = on_gpu(name, items, adapters, policy)
+    engine, party = on_gpu(name, items, adapters, policy, strict_rows=strict_rows)
     (few, short), (many, long) = waits(engine, party, items[0], policy, monkeypatch)
     assert long > short and many - few == long - short
 
@@ -418,11 +421,11 @@ def test_the_drafters_thread_keeps_the_verifiers_from_no_device(
 
 def on_gpu(
     name: str, items: list[BenchItem], adapters: dict[str, Path], policy: Policy,
-    sampling: Sampling | None = None,
+    sampling: Sampling | None = None, strict_rows: int | None = None,
 ) -> tuple[Engine, LocalSpeculator]:  # fmt: skip
     there = load_pair(PairConfig(device="cuda"))
     longest = bench.longest_prompt(there, items)
-    engine = Engine(there.verifier, MAX_NEW, longest, sampling=sampling)
+    engine = Engine(there.verifier, MAX_NEW, longest, sampling=sampling, strict_rows=strict_rows)
     if "+" in name:
         return engine, going_on(name, there, items, adapters)
     level, _, kind = name.partition("_")

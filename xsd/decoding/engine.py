@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from xsd.clock import Laps, Mark, Stopwatch, interleaved
 from xsd.decoding.accept import (
@@ -94,8 +95,6 @@ class Engine:
         """Cycles in compiled calls; None: they are made here, operation by operation."""
         if sampling is None and strict_rows is None:
             self._loop = CompiledLoop.of(verifier, self._cache, max_new_tokens)
-        self._reads_late = strict_rows is None and self._loop is None
-        """Whether drafts may be verified before anybody reads them."""
 
     def name_draws(self, name: str) -> None:
         """The next answers are drawn with random numbers of this name: the same name, the same.
@@ -329,10 +328,12 @@ class Engine:
     ) -> Unread | None:
         """A draft that is left on the device; None: nobody drafts like that, or judges so."""
         unread = getattr(speculator, "unread", None)
-        if unread is None or not self._reads_late:
+        if unread is None or self._loop is not None:
             return None
         found: Unread | None = unread(tokens, seen, depth)
-        return found
+        if found is None or self._strict_rows is None:
+            return found
+        return found.cut(self._strict_rows - 1)
 
     def _unread_cycle(
         self, unread: Unread, begun: Mark, num_captures: int, policy: Policy, result: Decoded
@@ -347,15 +348,13 @@ class Engine:
         """
         tokens, made = result.token_ids, Mark(self._device)
         ids = torch.cat([self.verifier.on_device(tokens[-1:]), unread.ids])
-        self._cache.tree = unread.tree
-        scored = self.verifier.read(ids, self._cache)
-        self._cache.tree = None
+        scored = self._pass(ids, unread.tree)
         found = self._choices(scored, len(ids), len(tokens), unread.ids, unread.q)
         whole, choices = unread.read_with(found)
         drafting_ms = made.ms_since(begun)
         draft = self._useful(whole, tokens)
         path, token = verify(draft, choices[: len(draft) + 1])
-        states = self._keep(tokens, draft, path, token, scored.states)
+        states = self._keep(tokens, draft, path, token, scored.states[: len(ids)])
         result.cycle_drafted.append(len(draft))
         result.cycle_accepted.append(len(path))
         result.unread_ms.append(drafting_ms)
@@ -495,20 +494,19 @@ class Engine:
                 return draft.cut(index + 1)
         return draft
 
-    def _pass(self, ids: list[int]) -> Scored:
-        """Tokens behind the cache, followed by rows that fill up the strict shape."""
-        if self._strict_rows is None:
-            return self.verifier.read(ids, self._cache)
-        spare = self._spare(len(ids))
-        self._cache.whole = True
-        scored = self.verifier.read([*ids, *[0] * spare], self._cache)
-        self._cache.whole = False
+    def _pass(self, ids: list[int] | Int[Tensor, " R"], tree: TreeRows | None = None) -> Scored:
+        """Tokens behind the cache, which branch as ``tree`` says, followed by rows that fill up the
+        strict shape: those leave the cache again, and nobody looks at them."""
+        spare = 0
+        if self._strict_rows is not None:
+            spare = self._strict_rows - len(ids)
+            ids = functional.pad(self.verifier.on_device(ids), (0, spare))
+            tree = None if tree is None else tree.filled(spare)
+        self._cache.tree, self._cache.whole = tree, self._strict_rows is not None
+        scored = self.verifier.read(ids, self._cache)
+        self._cache.tree, self._cache.whole = None, False
         self._cache.length -= spare
         return scored
-
-    def _spare(self, num_rows: int) -> int:
-        """Rows that fill a pass up to the strict shape; nobody looks at them."""
-        return 0 if self._strict_rows is None else self._strict_rows - num_rows
 
     def _steps(self, tokens: list[int], count: int) -> Float[Tensor, "n Dv"]:
         """So many plain steps, or fewer where the answer ends."""
@@ -531,11 +529,8 @@ class Engine:
             said = self._said(draft, path, token)
             tokens.extend(said)
             return states[: len(said)], path
-        if draft.parents is not None:
-            spare = [-1] * self._spare(len(draft) + 1)
-            self._cache.tree = tree_rows([*draft.parents, *spare], self._device)
-        scored = self._pass([tokens[-1], *draft.tokens])
-        self._cache.tree = None
+        tree = None if draft.parents is None else tree_rows(draft.parents, self._device)
+        scored = self._pass([tokens[-1], *draft.tokens], tree)
         path, token = self._judge(draft, scored, len(tokens))
         # Rows that only fill the strict shape have left the cache.
         states = scored.states[: len(draft) + 1]

@@ -23,7 +23,7 @@ class Unread:
     tree: TreeRows | None = None
     """How the pass over the root and these ids branches; None: it is a chain."""
     num_levels: int = 0
-    """How deep a tree was drafted."""
+    """How deep was drafted, where that may be deeper than these tokens reach."""
     q: Float[Tensor, "n V"] | None = None
     """What a chain was drawn from; None: it was chosen."""
 
@@ -33,6 +33,16 @@ class Unread:
     @property
     def ids(self) -> Int[Tensor, " n"]:
         return self.numbers[0].long()
+
+    def cut(self, size: int) -> Unread:
+        """The first ``size`` tokens (a tree stays one: parents come first)."""
+        if size >= len(self):
+            return self
+        tree, rows = self.tree, 1 + size
+        if tree is not None:
+            tree = TreeRows(tree.depths[:rows], tree.ancestors[:rows, :rows])
+        q = None if self.q is None else self.q[:size]
+        return Unread(self.numbers[:, :size], tree, self.num_levels or len(self), q)
 
     def read(self) -> Draft:
         """The draft; waits for the device."""
@@ -51,7 +61,7 @@ class Unread:
     def _draft(self, fields: list[list[float]]) -> Draft:
         tokens, confidence = [int(token) for token in fields[0]], fields[1]
         if self.tree is None:
-            return Draft(tokens, None, self.q, confidence)
+            return Draft(tokens, None, self.q, confidence, self.num_levels)
         size = sum(sure >= 0 for sure in confidence)
         parents = [int(parent) for parent in fields[2][:size]]
         return Draft(tokens[:size], parents, None, confidence[:size], self.num_levels)

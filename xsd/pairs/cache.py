@@ -32,6 +32,13 @@ class TreeRows(NamedTuple):
     ancestors: Bool[Tensor, "R R"]
     """Rows of the pass that each row follows, itself included."""
 
+    def filled(self, spare: int) -> TreeRows:
+        """The same with so many rows more, which follow the first."""
+        ancestors = pad(self.ancestors, (0, spare, 0, spare))
+        ancestors[:, 0] = True
+        ancestors.fill_diagonal_(True)
+        return TreeRows(pad(self.depths, (0, spare), value=1), ancestors)
+
 
 class KVCache:
     """Keys and values of every layer in two buffers of fixed size.
