@@ -101,8 +101,8 @@ def test_only_the_adaptive_policy_asks() -> None:
             draft = Draft(list(range(LIMIT)), confidence=[0.5] * LIMIT)
             policy.time(draft, 2.0, 0.5)
             policy.learn(draft, [])
-    assert adaptive.unread_depth(LIMIT) == 1
-    assert Policy().unread_depth(LIMIT) == LIMIT
+    assert adaptive.whole_depth(LIMIT) == 1
+    assert Policy().whole_depth(LIMIT) == LIMIT
 
 
 def way_after(policy: Policy, plain: Decoded, drafted: Decoded) -> Way:
@@ -124,7 +124,7 @@ def test_answers_with_drafts_of_another_depth_do_not_count() -> None:
     for _ in range(100):
         policy.time(draft, 4.0, 0.5)
         policy.learn(draft, [0])
-    assert policy.unread_depth(LIMIT) < LIMIT
+    assert policy.whole_depth(LIMIT) < LIMIT
     assert way_after(policy, plain, fast) == "all"
 
 
@@ -136,7 +136,7 @@ def test_answers_whose_drafts_were_as_deep_as_paid_count_whatever_depth_is_chose
     for _ in range(100):
         policy.time(draft, 4.0, 0.5)
         policy.learn(draft, [0])
-    assert policy.unread_depth(LIMIT) < LIMIT
+    assert policy.whole_depth(LIMIT) < LIMIT
     for _ in range(3):
         policy.learn_answer("plain", Decoded([0] * 61, total_ms=30.0))
         policy.learn_answer("all", Decoded([0] * 61, total_ms=20.0))

@@ -142,7 +142,7 @@ class HeadDrafter:
             reader = self._reader
             if reader is not None and reader.is_compiled and not self.options.tree_width:
                 states = states if self._reads_verifier else torch.zeros_like(states)
-                depth = self.policy.blind_depth(gamma)
+                depth = self.policy.whole_depth(gamma)
                 found, sure = reader.draft_coupled(
                     self._cache, sequence, start, states, depth, self.vocabulary, shift=1
                 )

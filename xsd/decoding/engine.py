@@ -299,7 +299,7 @@ class Engine:
             self._laps.lap(REST)
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
                 seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
-                begun, whole = Mark(self._device), policy.unread_depth(depth)
+                begun, whole = Mark(self._device), policy.whole_depth(depth)
                 if (unread := self._unread(speculator, tokens, seen, whole)) is not None:
                     unseen = [self._unread_cycle(unread, begun, num_captures, policy, result)]
                     continue

@@ -81,7 +81,7 @@ class Policy:
         """Drafts to ask for in this cycle, 0 for none."""
         return limit
 
-    def unread_depth(self, limit: int) -> int:
+    def whole_depth(self, limit: int) -> int:
         """The same where a draft is made whole before anybody looks at it."""
         return limit
 
@@ -100,10 +100,6 @@ class Policy:
         """Whether to draft behind a token that holds, with all before it, with chance ``joint``;
         so many drafts are as likely or likelier."""
         return True
-
-    def blind_depth(self, limit: int) -> int:
-        """How many of ``limit`` drafts to make where nothing is said of their chances."""
-        return limit
 
     def select(self, draft: Draft) -> Draft:
         """What of it to verify. Whether a drawn token is among it must not depend on what it turned
@@ -202,7 +198,7 @@ class Adaptive(Policy):
     def depth(self, limit: int) -> int:
         return limit if rules.may_draft(self.rule) else 0
 
-    def unread_depth(self, limit: int) -> int:
+    def whole_depth(self, limit: int) -> int:
         return self._depths.best(limit)
 
     def rest(self) -> int:
@@ -219,13 +215,6 @@ class Adaptive(Policy):
 
     def go_on(self, joint: float, size: int) -> bool:
         return bool(rules.goes_on(self.rule, joint, size))
-
-    def blind_depth(self, limit: int) -> int:
-        mean = float(self.rule[3][rules.MEAN])
-        depth = 1
-        while depth < limit and self.go_on(mean**depth, depth):
-            depth += 1
-        return depth
 
     def select(self, draft: Draft) -> Draft:
         if draft.q is not None:
