@@ -37,6 +37,7 @@ from xsd.decoding.decoded import Decoded
 from xsd.decoding.draft import Head, HeadOptions
 from xsd.decoding.engine import Engine
 from xsd.decoding.graphs import head_drafter
+from xsd.decoding.measure import measure_drafting, measure_passes
 from xsd.decoding.near_tie import is_near_tie
 from xsd.decoding.overlap import DrafterProcess, ProcessSpeculator, WorkerSetup
 from xsd.decoding.policy import Adaptive, Policy, Way
@@ -277,7 +278,7 @@ class Bench:
             XsdError: no item can be decoded.
         """
         item = self._fit[0]
-        self._costs = self.engine.measure(item.media, item.sample.question)
+        self._costs = measure_passes(self.engine, item.media, item.sample.question)
         self._prepare(self._costs)
         for strategy in self.strategies:
             party = self.speculators[strategy.name]
@@ -289,7 +290,7 @@ class Bench:
         for item in self._fit:
             with suppress(*UNFIT):  # it is counted when its turn comes
                 asked = item.media, item.sample.question
-                return self.engine.measure_drafting(*asked, party, gamma)
+                return measure_drafting(self.engine, *asked, party, gamma)
         return None
 
     def choose_cores(self) -> str:

@@ -20,6 +20,7 @@ from xsd.bench import BenchItem
 from xsd.decoding.accept import Draft
 from xsd.decoding.config import DecodingConfig
 from xsd.decoding.engine import Engine
+from xsd.decoding.measure import measure_passes
 from xsd.decoding.speculator import Speculator
 from xsd.decoding.strategies import parse
 from xsd.errors import XsdError
@@ -135,7 +136,7 @@ def test_every_pass_has_the_shape(
     for script in (Scripted(said, 3, 40), Scripted(said, 0, 2), Branching(said, 4, 0)):
         for gamma in (0, 1, 5, 9):
             assert engine.speculate(media, question, script, gamma).token_ids == said
-    costs = engine.measure(media, question, repeats=1)
+    costs = measure_passes(engine, media, question, repeats=1)
     assert len(costs.verify_ms) == ROWS
     assert {rows for rows, _ in shapes} == {ROWS}
     assert len({columns for _, columns in shapes}) == 1

@@ -31,6 +31,7 @@ from xsd.decoding.costs import Costs
 from xsd.decoding.coupled_graphs import CapturedCoupled
 from xsd.decoding.draft import Head, HeadDrafter, HeadOptions
 from xsd.decoding.engine import Engine, tree_rows
+from xsd.decoding.measure import measure_drafting
 from xsd.decoding.policy import Adaptive, Policy
 from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import LocalSpeculator, Speculator
@@ -134,12 +135,12 @@ def test_what_unread_drafts_cost_is_measured(
     engine = unfused(on(device, pair).verifier, bench.longest_prompt(pair, items))
     asked = items[0].media, items[0].sample.question
     party = Scripted(engine.plain(*asked).token_ids, 0.3, device)
-    found = engine.measure_drafting(*asked, party, 4)
+    found = measure_drafting(engine, *asked, party, 4)
     assert found is not None
     first_ms, level_ms = found
     assert first_ms > 0.0 and level_ms >= 0.0
     # Who drafts a varying number of tokens on the host is timed as it is used.
-    assert engine.measure_drafting(*asked, Rote(), 4) is None
+    assert measure_drafting(engine, *asked, Rote(), 4) is None
 
 
 def test_what_a_gap_takes_is_no_part_of_what_drafts_cost(
@@ -151,7 +152,7 @@ def test_what_a_gap_takes_is_no_part_of_what_drafts_cost(
     answer = engine.plain(*asked).token_ids
     party = Scripted(answer, 0.0, torch.device("cpu"))
     monkeypatch.setattr(party, "start", lambda *_: time.sleep(0.1))
-    found = engine.measure_drafting(*asked, party, 2)
+    found = measure_drafting(engine, *asked, party, 2)
     assert found is not None and sum(found) < 50.0 / len(answer)
 
 

@@ -7,17 +7,15 @@ Where tokens are drawn, the same holds for their distribution.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from xsd.clock import Laps, Mark, Stopwatch, interleaved
+from xsd.clock import Laps, Mark, Stopwatch
 from xsd.decoding.accept import (
     Draft,
     Sampling,
@@ -26,7 +24,6 @@ from xsd.decoding.accept import (
     verify,
 )
 from xsd.decoding.config import MAX_TREE_NODES
-from xsd.decoding.costs import Costs, row_sizes
 from xsd.decoding.decoded import (
     DRAFTING,
     LM_HEAD,
@@ -40,7 +37,6 @@ from xsd.decoding.decoded import (
 from xsd.decoding.draws import Draws
 from xsd.decoding.loop import CompiledLoop, begun_head
 from xsd.decoding.policy import Policy
-from xsd.decoding.rote import Eager, Rote
 from xsd.decoding.speculator import Speculator
 from xsd.decoding.unread import Unread
 from xsd.hidden.visual import pool_visual
@@ -81,7 +77,7 @@ class Engine:
         self.verifier = verifier
         self.max_new_tokens = max_new_tokens
         self._sampling, self._seed, self._last_chunk = sampling, seed, last_chunk
-        self._strict_rows = strict_rows
+        self.strict_rows = strict_rows
         longest_draft = max(MAX_TREE_NODES, strict_rows or 0)
         self._cache = verifier.new_cache(1, max_prompt + max_new_tokens + longest_draft)
         self._device = verifier.stack.device
@@ -137,92 +133,15 @@ class Engine:
                 speculator.finish()
             raise
 
-    @torch.inference_mode()
-    def measure(
-        self, media: Media, question: str, max_rows: int | None = None, repeats: int = 15
-    ) -> Costs:
-        """What the verifier's passes cost here, behind a real prompt: the least of some timings,
-        for whatever else a machine does only adds to them.
-
-        From here on passes have as many rows as is best for their cost.
-
-        Args:
-            max_rows: longest pass; None: 24, on a GPU the largest draft tree's.
-        """
-        if max_rows is None:
-            max_rows = 24 if self._device.type == "cpu" else 1 + MAX_TREE_NODES
-        self._cache.reset()
-        self.verifier.set_row_sizes(())
-        plain = [self.plain(media, question) for _ in range(repeats)]
-        prefill_ms = min(decoded.prefill_ms for decoded in plain)
-        max_rows = min(max_rows, self._strict_rows or max_rows)
-        length = self._cache.length
-        works = {str(rows): self.timed_pass(rows, length) for rows in range(1, max_rows + 1)}
-        times = interleaved(works, self._device, repeats, 1, settle=1)
-        verify_ms = [min(found) for found in times.values()]
-        self.verifier.set_row_sizes(row_sizes(verify_ms))
-        # More rows never cost less: what says so is noise, or such a pass gets more rows.
-        for row in range(max_rows - 1, 0, -1):
-            verify_ms[row - 1] = min(verify_ms[row - 1 : row + 1])
-        num_steps = len(plain[0].token_ids) - 1
-        if self._loop is not None and num_steps:
-            # A call of its own is more than a cycle among many.
-            step_ms = min(decoded.decode_ms for decoded in plain) / num_steps
-            call_ms = max(0.0, verify_ms[0] - step_ms)
-            verify_ms = [ms - call_ms for ms in verify_ms]
-        costs = Costs(tuple(verify_ms), prefill_ms)
-        return replace(costs, cycle_ms=self._cycle_ms(media, question, costs, repeats))
-
-    def _cycle_ms(self, media: Media, question: str, costs: Costs, repeats: int) -> float:
-        """What the loop itself takes a cycle where it is made here and plain steps are not."""
-        if self._loop is None:
-            return 0.0
-        found = []
-        for _ in range(repeats):
-            policy = Eager(Costs((costs.step,), costs.prefill_ms))
-            decoded = self.speculate(media, question, Rote(), 1, policy)
-            if passes := len(decoded.cycle_drafted):
-                found.append(decoded.decode_ms / passes - costs.verify(2))
-        return max(0.0, min(found, default=0.0))
-
-    def _drafting_ms(
-        self, media: Media, question: str, speculator: Speculator, gamma: int
-    ) -> tuple[float, float] | None:
-        """``measure_drafting`` of drafts that nobody reads, as answers with drafts of 1 and
-        ``gamma`` levels take it."""
-        found = []
-        for depth in (1, gamma):
-            answers = [self.speculate(media, question, speculator, depth) for _ in range(4)]
-            # An answer's first cycle may wait for what began in the gap, its last are less deep.
-            times = [statistics.median(a.unread_ms) for a in answers if a.unread_ms]
-            if not times:
-                return None
-            # Those that made captures took longer.
-            found.append(min(times))
-        one, all_ = found
-        return one, max(0.0, all_ - one) / (gamma - 1)
-
-    @torch.inference_mode()
-    def measure_drafting(
-        self, media: Media, question: str, speculator: Speculator, gamma: int, repeats: int = 15
-    ) -> tuple[float, float] | None:
-        """Milliseconds of a draft's first level, and of each further one up to ``gamma``; None: it
-        is timed as it is used, for it is neither compiled nor captured."""
-        if self._loop is None:
-            return self._drafting_ms(media, question, speculator, max(2, gamma))
-        self.speculate(media, question, speculator, 1)
-        head = begun_head(speculator)
-        if head is None:
-            return None
-        works = {str(gamma): head.timed_draft(gamma) for gamma in (1, 5)}
-        times = interleaved(works, self._device, repeats, 1, settle=1)
-        one, five = (min(found) for found in times.values())
-        return one, max(0.0, five - one) / 4
-
     @property
     def is_compiled(self) -> bool:
         """Whether whole answers are one compiled call."""
         return self._loop is not None
+
+    @property
+    def length(self) -> int:
+        """Positions that the last answer has filled."""
+        return self._cache.length
 
     def timed_pass(self, num_rows: int, length: int) -> Callable[[], object]:
         """A pass of so many rows behind ``length`` positions, from ids to choices, to be timed;
@@ -331,9 +250,9 @@ class Engine:
         if unread is None or self._loop is not None:
             return None
         found: Unread | None = unread(tokens, seen, depth)
-        if found is None or self._strict_rows is None:
+        if found is None or self.strict_rows is None:
             return found
-        return found.cut(self._strict_rows - 1)
+        return found.cut(self.strict_rows - 1)
 
     def _unread_cycle(
         self, unread: Unread, begun: Mark, num_captures: int, policy: Policy, result: Decoded
@@ -484,8 +403,8 @@ class Engine:
 
         A tree is never deeper than the room, for that is what was asked for.
         """
-        if self._strict_rows is not None:
-            draft = draft.cut(self._strict_rows - 1)
+        if self.strict_rows is not None:
+            draft = draft.cut(self.strict_rows - 1)
         if draft.parents is not None:
             return draft.cut(MAX_TREE_NODES)
         draft = draft.cut(self.max_new_tokens - len(tokens) - 1)
@@ -498,11 +417,11 @@ class Engine:
         """Tokens behind the cache, which branch as ``tree`` says, followed by rows that fill up the
         strict shape: those leave the cache again, and nobody looks at them."""
         spare = 0
-        if self._strict_rows is not None:
-            spare = self._strict_rows - len(ids)
+        if self.strict_rows is not None:
+            spare = self.strict_rows - len(ids)
             ids = functional.pad(self.verifier.on_device(ids), (0, spare))
             tree = None if tree is None else tree.filled(spare)
-        self._cache.tree, self._cache.whole = tree, self._strict_rows is not None
+        self._cache.tree, self._cache.whole = tree, self.strict_rows is not None
         scored = self.verifier.read(ids, self._cache)
         self._cache.tree, self._cache.whole = None, False
         self._cache.length -= spare

@@ -1,7 +1,7 @@
 """Whether to draft, how much of it, and how much of that to verify: only what pays.
 
 A draft that holds saves the time of a token; drafting and verifying it cost time whether it holds
-or not. The costs are measured once (``Engine.measure``); the chances come from the drafter's own
+or not. The costs are measured once (``measure_passes``); the chances come from the drafter's own
 confidence, which is set right by what became of earlier drafts. What a cycle does follows from
 numbers (``kernels.rule``) that Python and compiled cycles share. Whether to draft in an answer at
 all follows from what answers took with drafts and without. A policy belongs to one strategy and
