@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,8 +85,17 @@ class CompiledHead:
         project, project_bias = stack([affine(head.project, head.norm_out, width, share)])
         self.weights = [self.entrance, *(w for w, _ in stacks), project[0]]
         self.biases = [*(b for _, b in stacks), project_bias[0]]
-        self.arguments = (*self.weights, *self.biases, *self.options)
-        """From ``entrance`` to ``kept``, as the kernels take them."""
+
+    @cached_property
+    def drafting(self) -> tuple[np.ndarray, ...]:
+        """Weights and biases for drafts, which may be wrong: rounded to bfloat16, a level reads
+        half as many bytes, and a cycle's levels find them in a core's own cache."""
+        return (*map(kernels.halve, self.weights), *self.biases)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """From ``entrance`` to ``kept``, as the kernels that draft take them."""
+        return (*self.drafting, *self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +105,7 @@ class Vocabulary:
     table: Float[np.ndarray, "ids Dv"]
     """``read_tokens`` of every embedding; of none, where the head reads no tokens."""
     panels: np.ndarray
-    """The packed LM head."""
+    """The packed LM head, halved as a head's own weights are."""
     num_ids: int
     """Choose among the first so many."""
     eos: Int[np.ndarray, " n"]
@@ -312,7 +321,7 @@ class CompiledCache:
             drafter.embedding, drafter.decoder, first, shift, states.contiguous().numpy(),
             vocabulary.table, self._positions, vocabulary.eos, vocabulary.panels,
             vocabulary.num_ids,
-            tuple(self.head.entry), (*self.head.weights, *self.head.biases), *self.head.options,
+            tuple(self.head.entry), self.head.drafting, *self.head.options,
             self._keys, self._values, *self._memory, confidence,
         )  # fmt: skip
         return sequence[len(said) : len(said) + count].tolist(), confidence[:count].tolist()

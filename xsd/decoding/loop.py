@@ -101,20 +101,18 @@ class CompiledLoop:
         at = np.array([num_said, self._cache.length, 0, 0, 0])
         rule = Policy.rule if policy is None else policy.rule
         if head is None:
-            party, panels, shape = self._no_head, self._panels, (0, 1, 0, True)
+            party, shape = self._no_head, (0, 1, 0, True)
         else:
             assert states is not None
             seen[:num_said] = states.numpy()
             past, vocabulary = head.compiled, head.vocabulary
             assert past is not None and vocabulary is not None and len(states) == num_said
             party = past.head.arguments, past.past, past.words(vocabulary)
-            # One copy of the LM head in the caches, not two.
-            panels = vocabulary.panels
             shape = head.shape(gamma).arguments
         self._spent[:] = 0
         began = time.perf_counter_ns()
         kernels.speak(
-            self._verifier, *self._cache.arrays, self._table.numpy(), panels, self._num_ids,
+            self._verifier, *self._cache.arrays, self._table.numpy(), self._panels, self._num_ids,
             self._eos, *party, rule, *shape, num_calls, self._tokens, seen, at,
             *self._counts, self._spent,
         )  # fmt: skip
@@ -170,7 +168,7 @@ class CompiledLoop:
 
 def _no_head(width: int) -> tuple[tuple[object, ...], ...]:
     """What stands in for a head's arguments where nobody looks at them: the kinds must be right."""
-    weight, layers = np.zeros((0, 0, PANEL), np.float32), np.zeros((1, 0, 0, PANEL), np.float32)
+    weight, layers = np.zeros((0, 0, PANEL), np.uint32), np.zeros((1, 0, 0, PANEL), np.uint32)
     bias, biases = np.zeros(0, np.float32), np.zeros((1, 0), np.float32)
     head = (weight, *[layers] * 6, weight, *[biases] * 6, bias, np.float32(0), False, np.float32(0))
     row = np.zeros((1, 1, 1, 1, PANEL), np.float32)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from xsd import kernels
 from xsd.adapters.base import Adapter
 from xsd.adapters.compiled import Vocabulary
 from xsd.pairs.base import Decoder
@@ -81,7 +82,7 @@ class VerifierTables:
             return None
         table = self.embedding[:0] if read is None else read
         eos = np.array(sorted(self.eos_ids), np.int64)
-        return Vocabulary(table.numpy(), panels, self.vocab_size, eos)
+        return Vocabulary(table.numpy(), kernels.halve(panels), self.vocab_size, eos)
 
     def score(self, hidden: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows V"]:
         """Logits of states in an adapter's own precision."""

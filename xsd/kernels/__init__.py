@@ -30,6 +30,7 @@ _MODULES = {
     "draft": "drafting",
     "encode_images": "encoder",
     "enter_rows": "drafter",
+    "halve": "products",
     "head_pass": "head",
     "normalise_image": "images",
     "pack": "products",

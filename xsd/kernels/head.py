@@ -97,7 +97,6 @@ def _blocks(
     num_layers, batch, num_heads, head_dim, _ = keys.shape
     num_rows, width = known.shape
     each = num_rows // batch
-    ffn = down.shape[2]
     for r in range(num_rows):
         copy(known[r], x[r])
     centre_all(states, width, eps, normed)
@@ -138,9 +137,9 @@ def _blocks(
         affine(normed, up[layer], up_bias[layer], hidden)
         for r in range(num_rows):
             if is_gelu:
-                gelu(hidden[r, :ffn])
+                gelu(hidden[r])
             else:
-                swish(hidden[r, :ffn], ONE)
+                swish(hidden[r], ONE)
         add_to_all(x, down_bias[layer])
         add_product(hidden, down[layer], x)
     centre_all(x, width, eps, normed)
