@@ -197,10 +197,8 @@ def coupled_chain(
                 known[r] += table[sequence[first + r]]
         # Nothing is remembered of position 0 but with the first row.
         since = first + ahead if first else 0
-        inputs, out = (
-            np.empty((num_rows, width), np.float32),
-            np.empty((num_rows, width), np.float32),
-        )
+        inputs = np.empty((num_rows, width), np.float32)
+        out = np.empty((1, width), np.float32)
         enter_rows(
             drafter_states[since : stop + ahead], given, entry, eps, memory_keys, memory_values,
             since, known, inputs,
@@ -210,7 +208,7 @@ def coupled_chain(
             known, inputs, *weights, eps, is_gelu, kept, keys, values, memory_keys, memory_values,
             memory_size, column, column, chain, out,
         )  # fmt: skip
-        given = out[num_rows - 1 :].copy()
+        given = out
         choose_in(given, lm_head, num_ids, logits, token)
         sequence[end] = token[0]
         # The likeliest one's share is its exponential, one, over the sum of all.

@@ -107,11 +107,10 @@ def draft(
     column[0] = begin[0] = start
     count, is_chain, level = 0, True, 0
     while True:
-        out = np.empty((known.shape[0], dim), np.float32)
+        # Nobody reads the outputs of the tokens before the last; the keys of all are kept.
+        out = np.empty((num_open, dim), np.float32)
         head_pass(known, inputs, *head, *past, column, begin, seen, out)
         column[0] += known.shape[0]
-        # Nobody reads the outputs of the tokens before the last; the keys of all are kept.
-        out = out[known.shape[0] - num_open :]
         logits = np.zeros((num_open, panels.shape[0] * PANEL), np.float32)
         add_product(out, panels, logits)
         first = count

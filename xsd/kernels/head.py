@@ -63,7 +63,7 @@ def head_pass(
         begin: [B] int64: all rows see the columns before it.
         ancestors: [R, n] bool: which columns from ``begin`` on each row sees; of no rows: the rows
             are a chain, and ``begin`` is ``column``.
-        out: [B R, D], overwritten.
+        out: [B R, D], overwritten; of a chain's rows, for one answer, it may be the last ones only.
     """
     num_rows, width = known.shape
     room = max(keys.shape[4], memory_keys.shape[4]) + PANEL
@@ -104,6 +104,8 @@ def _blocks(
     for layer in range(num_layers):
         centre_all(x, width, eps, normed)
         affine(normed, qkv[layer], qkv_bias[layer], projected)
+        # Of rows that nobody asks for the last layer makes keys and values only.
+        first = num_rows - out.shape[0] if layer == num_layers - 1 else 0
         for b in range(batch):
             lo, hi = b * each, (b + 1) * each
             for h in range(num_heads):
@@ -111,9 +113,12 @@ def _blocks(
                 start = width + h * head_dim
                 place(projected, start, start + width, lo, hi, its_keys, its_values, column[b])
                 attend(
-                    projected, h * head_dim, lo, hi, its_keys, its_values, 0, 0, begin[b],
-                    ancestors, scores, factors, attended, h * head_dim,
+                    projected, h * head_dim, lo + first, hi, its_keys, its_values, 0, 0,
+                    begin[b] + first, ancestors, scores, factors, attended, h * head_dim,
                 )  # fmt: skip
+        each -= first
+        x, normed, attended = x[first:], normed[first:], attended[first:]
+        asked, hidden, states = asked[first:], hidden[first:], states[first:]
         add_to_all(x, attention_out_bias[layer])
         add_product(attended, attention_out[layer], x)
         if memory_size:
@@ -124,7 +129,7 @@ def _blocks(
                 lender = b % memory_keys.shape[1]
                 size, seen = memory_size, everything
                 if memory_size < 0:
-                    size, seen = column[b] + 1, no_rows
+                    size, seen = column[b] + 1 + first, no_rows
                 for h in range(num_heads):
                     attend(
                         asked, h * head_dim, lo, hi, memory_keys[layer, lender, h],
@@ -135,7 +140,7 @@ def _blocks(
             add_product(attended, cross_out[layer], x)
         centre_all(x, width, eps, normed)
         affine(normed, up[layer], up_bias[layer], hidden)
-        for r in range(num_rows):
+        for r in range(batch * each):
             if is_gelu:
                 gelu(hidden[r])
             else:
@@ -144,6 +149,6 @@ def _blocks(
         add_product(hidden, down[layer], x)
     centre_all(x, width, eps, normed)
     affine(normed, project, project_bias, x)
-    for r in range(num_rows):
+    for r in range(batch * each):
         for j in range(width):
             out[r, j] = x[r, j] + kept * states[r, j]

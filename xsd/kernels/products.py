@@ -94,7 +94,9 @@ def _block(num_rows: int, num_vectors: int) -> Any:
                     return [[load(pointer) for pointer in pointers]]
                 both = [load(pointer, words) for pointer in pointers]
                 low = [builder.shl(pair, ir.Constant(words, [16] * LANES)) for pair in both]
-                high = [builder.and_(pair, ir.Constant(words, [0xFFFF0000] * LANES)) for pair in both]
+                high = [
+                    builder.and_(pair, ir.Constant(words, [0xFFFF0000] * LANES)) for pair in both
+                ]
                 return [[builder.bitcast(x, vector) for x in row] for row in (low, high)]
 
             fma = cgutils.get_or_insert_function(
