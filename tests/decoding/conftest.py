@@ -29,6 +29,13 @@ def pair() -> ModelPair:
     return load_pair(PairConfig(device="cpu"))
 
 
+@pytest.fixture
+def whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled drafts with weights as they are, in single precision: what the modules' own are held
+    to. That halving rounds them, and does nothing else, has tests of its own."""
+    monkeypatch.setattr("xsd.kernels.halve", lambda panels: panels)
+
+
 @pytest.fixture(scope="session")
 def items() -> list[BenchItem]:
     media = []

@@ -68,6 +68,7 @@ def test_it_drafts_on_behind_whatever_is_said(
         assert going.tokens == fresh.tokens
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("name", ["L4", "X1"])
 @torch.inference_mode()
 def test_a_chain_is_its_steps_one_by_one(
@@ -92,6 +93,7 @@ def test_a_chain_is_its_steps_one_by_one(
     assert whole.confidence == stepped.confidence == pytest.approx(sure, rel=1e-4)
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("name", ["L5", "L5F", "E2"])
 @torch.inference_mode()
 def test_a_heads_compiled_chain_is_its_steps_one_by_one(
@@ -105,7 +107,7 @@ def test_a_heads_compiled_chain_is_its_steps_one_by_one(
     for is_chain in (True, False):
         drafter = HeadDrafter(head, tables, MAX_NEW)
         # A property that is cached: without it every step is a call of its own.
-        drafter.__dict__.update({} if is_chain else {"_vocabulary": None})
+        drafter.__dict__.update({} if is_chain else {"vocabulary": None})
         drafter.begin(question, None, new_reader(pair, items))
         said = [300, 301]
         drafts = []

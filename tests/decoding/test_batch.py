@@ -241,6 +241,7 @@ class Watched:
         self._scripts.keep_rows(rows)
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
 @pytest.mark.parametrize("level", ["B1", "E1", "E3"])
 def test_a_head_drafts_for_each_row_what_it_drafts_for_one(

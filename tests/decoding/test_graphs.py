@@ -29,6 +29,7 @@ from xsd.pairs.config import PairConfig
 MAX_NEW = 30
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("level", ["B1", "E1", "E3", "text"])
 def test_captured_chains_are_the_heads_own(
     level: str, device: torch.device, pair: ModelPair, adapters: dict[str, Path]
@@ -141,6 +142,7 @@ def test_a_drafter_that_reads_along_in_the_capture_gives_the_heads_own_chains(
         assert Replayed.made == 4
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("level", ["L2", "L4", "X1"])
 @torch.inference_mode()
 def test_captured_coupled_drafting_is_the_adapters_own(
@@ -170,6 +172,7 @@ def test_captured_coupled_drafting_is_the_adapters_own(
         assert Replayed.made == 6
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("level", ["L4", "X1"])
 @torch.inference_mode()
 def test_coupled_drafts_that_are_left_on_the_device_are_those_that_are_read(
@@ -228,6 +231,7 @@ def begin_coupled(party: CoupledDrafter, item: BenchItem, visual: Tensor) -> Non
     party.begin(visual if party._adapter.memory == "visual" else None)
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("level", ["E1", "E3"])
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("is_adaptive", [False, True])

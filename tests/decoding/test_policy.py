@@ -120,6 +120,7 @@ def test_a_tree_never_loses_to_a_chain(costs: Costs, first: float) -> None:
     assert tree < 1.03 * grow(Policy(), costs, first, True)
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("width", [0, 2, 3])
 @pytest.mark.parametrize("level", ["B1", "E1", "E3", "text"])
 @pytest.mark.parametrize("costs", [FREE, CHEAP, DEARER, None], ids=["free", "cheap", "dear", "-"])
@@ -132,8 +133,8 @@ def test_compiled_drafts_are_those_of_python(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One rule, two places that go by it: the same tokens, parents and depth."""
-    if level in ("B1", "text") and width:
-        pytest.skip("these draft chains")
+    if level == "B1" and width:
+        pytest.skip("it reads no tokens: all branches are one")
     adapter, _ = checkpoint.load(adapters[level])
     policy = Policy() if costs is None else Adaptive(costs)
     if costs is not None:

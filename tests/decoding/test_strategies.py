@@ -74,6 +74,7 @@ def test_every_adapter_has_a_config_of_its_own(adapter: str) -> None:
         "synthetic",
         "oracle:0.5",
         "B1_tree",
+        "E2_tree",
         "L9+VL",
         "L5+VL",
         "E3",

@@ -13,7 +13,9 @@ CONTROL_HEADS = ("text", "ngram", "oracle", "synthetic")
 """Heads that never look at the scene: a level that reads tokens alone, rote, the answer in hand."""
 GOING_ON = "drafter"
 """The head of a strategy whose gap does not end with the prefill."""
-TREE_HEADS = ("E1", "E3")
+TREE_HEADS = ("E1", "E3", "text")
+"""Those that read tokens, without which all branches would be one, and no drafter, which would have
+to read every branch."""
 MAX_GAMMA, MAX_TREE_NODES = 16, 63
 BASELINE = "vl_baseline"
 AGAIN = f"{BASELINE}:again"
@@ -30,7 +32,8 @@ ALL_CONFIGS = (
     f"X1+{GOING_ON}",
     "drafter+VL",
     "template+VL",
-    *(f"{level}_tree" for level in TREE_HEADS),
+    "E1_tree",
+    "E3_tree",
     "text",
     "ngram",
     "oracle",

@@ -247,7 +247,7 @@ class Engine:
     ) -> Unread | None:
         """A draft that is left on the device; None: nobody drafts like that, or judges so."""
         unread = getattr(speculator, "unread", None)
-        if unread is None or self._loop is not None:
+        if unread is None or self._loop is not None or self.strict_rows == 1:
             return None
         found: Unread | None = unread(tokens, seen, depth)
         if found is None or self.strict_rows is None:

@@ -28,8 +28,13 @@ def pack(weight: Float[np.ndarray, "*layers K N"]) -> Float[np.ndarray, "*layers
 
 
 def halve(panels: Float[np.ndarray, "*panels K 64"]) -> np.ndarray:
-    """Packed weights, rounded to bfloat16, two rows to one: ``[*panels, K / 2, 64]`` uint32, the
-    first of two rows in the low half. Half as many bytes to read; K must be even."""
+    """Packed weights, rounded to bfloat16, two rows to one, the first of them in the low half:
+    ``[*panels, ceil(K / 2), 64]`` uint32, half as many bytes to read.
+
+    Behind an odd K is a row of zeros, and what is multiplied with it must be finite there.
+    """
+    if panels.shape[-2] % 2:
+        panels = np.concatenate([panels, np.zeros_like(panels[..., :1, :])], axis=-2)
     bits = panels.view(np.uint32)
     # To the nearest, and to the even one of two.
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -48,8 +53,9 @@ def _block(num_rows: int, num_vectors: int) -> Any:
 
     ``out[row + r, column + j] += sum_k x[row + r, start + k] * w[first + k, w_column + j]`` for r
     below ``num_rows`` and j below 16 ``num_vectors``; k goes from 0 to ``size`` (at least 1), one
-    after the other; of a ``w`` that was halved each row is two, and ``size`` counts its own. Loops in Python's syntax leave the choice of registers to LLVM, which then
-    stores and loads every sum at every k: half as fast at one row, a quarter at five.
+    after the other. Of a ``w`` that was halved each row is two, and ``size`` counts its own. Loops
+    in Python's syntax leave the choice of registers to LLVM, which then stores and loads every sum
+    at every k: half as fast at one row, a quarter at five.
     """
 
     @intrinsic
