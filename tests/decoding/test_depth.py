@@ -149,3 +149,23 @@ def test_drafting_that_was_measured_needs_no_trial() -> None:
     assert depths.best(LIMIT) == 1
     depths.learn_drafting(0.1, 0.0)
     assert depths.best(LIMIT) == LIMIT
+
+
+def test_a_shallow_tree_says_nothing_of_deeper_ones() -> None:
+    """An answer's last trees have less room than others."""
+    costs = Costs(tuple(1.0 + 0.5 * row for row in range(24)), 1.0)
+    depths = Depths(costs)
+    large = Draft(list(range(10)), [-1, *range(7), 0, 1], num_levels=LIMIT)
+    small = Draft([1, 2, 3], [-1, -1, -1], num_levels=1)
+    depths.best(LIMIT)
+    for draft, verify_ms in ((large, costs.verify(11)), (small, costs.verify(4))):
+        depths.time(draft, 1.0, verify_ms)
+    passes = [ms * tokens for ms, tokens in zip(depths._token_ms(), tokens_at_first(), strict=True)]
+    # Whatever drafting takes, a level more takes more of it.
+    assert passes[0] < costs.verify(4) + 1.5
+    assert all(ms > costs.verify(11) for ms in passes[1:])
+
+
+def tokens_at_first() -> list[float]:
+    """Of drafts of 1 to ``LIMIT`` levels of which nobody has seen any."""
+    return [1.0 + sum(0.7**level for level in range(1, depth + 1)) for depth in range(1, LIMIT + 1)]

@@ -289,7 +289,7 @@ def test_answers_of_captured_heads_follow_the_verifier(
     name: str, is_read: bool, device: torch.device, pair: ModelPair, items: list[BenchItem],
     adapters: dict[str, Path],
 ) -> None:  # fmt: skip
-    """Drawn chains and chosen trees, verified unread, or read first, as with ``--strict``."""
+    """Drawn chains and chosen trees, verified unread, or read first."""
     there, level = on(device, pair), name.partition("_")[0]
     head = checkpoint.load(adapters[level])[0].to(device).eval()
     tables = VerifierTables.of(there.verifier)

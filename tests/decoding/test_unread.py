@@ -233,6 +233,43 @@ def going_on(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+@pytest.mark.parametrize("is_tree", [False, True])
+def test_what_is_cut_of_a_draft_is_what_is_cut_of_it_when_it_has_been_read(
+    is_tree: bool, size: int
+) -> None:
+    parents = [-1, -1, 0, 2, 2] if is_tree else None
+    fields = [[7, 8, 9, 3, 4], [0.9, 0.1, 0.8, 0.7, 0.2], *([parents] if parents else [])]
+    numbers = torch.tensor(fields, dtype=torch.double)
+    q = None if is_tree else torch.rand(5, 11)
+    tree = None if parents is None else tree_rows(parents, torch.device("cpu"))
+    whole = Unread(numbers, tree, 3 if is_tree else 0, q)
+    cut, expected = whole.cut(size), whole.read().cut(size)
+    assert len(cut) == len(expected)
+    read, choices = cut.read_with(torch.arange(len(cut) + 3))
+    assert choices == list(range(len(cut) + 1))
+    for draft in (read, cut.read()):
+        assert (draft.tokens, draft.parents) == (expected.tokens, expected.parents)
+        assert (draft.confidence, draft.depth) == (expected.confidence, expected.depth)
+        assert (draft.q is None) == is_tree
+        assert draft.q is None or torch.equal(draft.q, expected.q)
+    if cut.tree is not None:
+        assert expected.parents is not None
+        rows = tree_rows(expected.parents, torch.device("cpu"))
+        assert torch.equal(cut.tree.depths, rows.depths)
+        assert torch.equal(cut.tree.ancestors, rows.ancestors)
+
+
+def test_no_draft_fits_a_strict_pass_of_one_row(
+    device: torch.device, pair: ModelPair, items: list[BenchItem]
+) -> None:
+    engine = unfused(on(device, pair).verifier, bench.longest_prompt(pair, items), 1)
+    asked = items[0].media, items[0].sample.question
+    plain = engine.plain(*asked).token_ids
+    answer = engine.speculate(*asked, Scripted(plain, 0.0, device), 4)
+    assert answer.token_ids == plain and not answer.cycle_drafted
+
+
 @pytest.mark.parametrize("num_kept", [1, 4, 9, 40])
 def test_what_is_kept_of_a_tree_is_a_tree(num_kept: int) -> None:
     draw = random.Random(num_kept)

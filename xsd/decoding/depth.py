@@ -28,8 +28,8 @@ class Depths:
         """By depth."""
         self._beside_ms = 0.0
         """What a cycle takes beside its draft and the pass, as that was measured."""
-        self._tree_size = 0
-        """Of the last draft, if it was a tree: deep ones have no more nodes. 0: it was a chain."""
+        self._sizes: dict[int, int] = {}
+        """Tokens of the last draft of a depth, where it was a tree."""
         self._deepest = 0
         self.chosen = 0
         """0: not yet, and drafts are as deep as they may be."""
@@ -61,7 +61,8 @@ class Depths:
             base_ms, level_ms = self._line() if self._drafting_ms else (drafting_ms, 0.0)
             known = base_ms + depth * level_ms
         self._drafting_ms[depth] = nearer(known, drafting_ms)
-        self._tree_size = 0 if draft.parents is None else len(draft)
+        if draft.parents is not None:
+            self._sizes[depth] = len(draft)
         beside_ms = max(0.0, verifying_ms - self._costs.verify(num_rows))
         self._beside_ms = nearer(self._beside_ms or beside_ms, beside_ms)
 
@@ -86,9 +87,16 @@ class Depths:
             num_tokens += joint
             depth = level + 1
             ms = base_ms + depth * level_ms + self._beside_ms
-            ms += self._costs.verify(1 + (self._tree_size or depth))
+            ms += self._costs.verify(1 + self._size(depth))
             found.append(ms / num_tokens)
         return found
+
+    def _size(self, depth: int) -> int:
+        """Tokens of a draft so deep: of a tree no more than the next deeper one had that was seen,
+        or the deepest."""
+        if not self._sizes:
+            return depth
+        return self._sizes[min((d for d in self._sizes if d >= depth), default=max(self._sizes))]
 
     def _line(self) -> tuple[float, float]:
         """Drafting as so many milliseconds, and so many a level: a line through what was timed, or
