@@ -130,8 +130,9 @@ class TestCommand:
         assert "What are the key elements" in drafted[0]
         assert "[drafted by the head]" in drafted[1] and "no drafts" in plain[1]
         assert plain[2] and drafted[2].replace("[", "").replace("]", "") == plain[2]
-        assert " of " in drafted[3] and drafted[3].endswith("lossless yes")
-        assert "verifier calls" in plain[3] and "lossless" not in plain[3]
+        assert "drafts accepted" in drafted[3] and "drafts" not in plain[3]
+        assert drafted[4].startswith("median of 1: ") and drafted[4].endswith("lossless yes")
+        assert plain[4].startswith("median of 1: ") and "lossless" not in plain[4]
 
     def test_a_tree_too_wide_for_the_head(
         self, scenes: Path, head: Path, capsys: pytest.CaptureFixture[str]
@@ -170,6 +171,7 @@ class TestCommand:
         drafted, of = re.search(r"(\d+) of (\d+) drafts accepted", lines[3]).groups()  # type: ignore[union-attr]
         assert drafted == of != "0"
         assert lines[2].count("[") == 2  # five tokens a cycle
+        assert "drafts in 1 of 1" in lines[4]
 
     def test_the_drafter_in_the_gap(self, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
         question = "What colour is the car?"
@@ -178,7 +180,7 @@ class TestCommand:
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].endswith(f"(train): {question}")
         assert "{drafted while it was read}" in lines[1]
-        assert lines[3].endswith("lossless yes")
+        assert lines[4].endswith("lossless yes")
 
     @pytest.mark.parametrize(
         ("more", "message"),
