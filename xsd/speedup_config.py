@@ -26,6 +26,11 @@ class CostsConfig:
     pass_ms: str = ""
     """Verifier passes of several rows, as rows:ms (6:52,22:68); empty: each costs one step."""
 
+    verifier_slowdown: float = 1.0
+    """How much longer the verifier's prefill takes while the drafter works (kappa)."""
+    drafter_slowdown: float = 1.0
+    """How much longer the drafter takes while the verifier prefills."""
+
     def __post_init__(self) -> None:
         if self.gamma < 1:
             raise XsdError(f"gamma={self.gamma}: must be at least 1")

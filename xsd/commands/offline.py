@@ -41,6 +41,8 @@ def costs(config: CostsConfig) -> Costs:
         verifier_prefill_ms=config.verifier_prefill_ms,
         drafter_prefill_ms=config.drafter_prefill_ms,
         pass_ms=config.passes(),
+        verifier_slowdown=config.verifier_slowdown,
+        drafter_slowdown=config.drafter_slowdown,
     )
 
 
