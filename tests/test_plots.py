@@ -110,9 +110,9 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "timing_breakdown": lambda: clock.timing_breakdown(TRACES),
     "accept_rate_comparison": lambda: clock.accept_rate_comparison(TRACES),
     "accept_rate_by_depth": lambda: clock.accept_rate_by_depth(TRACES * 10),
-    "prefill_hiding": lambda: timeline.prefill_hiding(EXAMPLE),
+    "prefill_hiding": lambda: timeline.prefill_hiding(EXAMPLE, TRACES),
     "prefill_hiding_bare": lambda: timeline.prefill_hiding(
-        replace(EXAMPLE, event_images=(), frames=())
+        replace(EXAMPLE, event_images=(), frames=()), TRACES
     ),
     "stage_timeline": lambda: timeline.stage_timeline(COSTS, 40, 8, 1.5),
     "metrics_summary": lambda: offline.metrics_summary("L4", COUNTS, MODELLED),
@@ -259,6 +259,33 @@ class TestExample:
     def test_whose_token_is_whose(self, changes: dict[str, object], origins: str) -> None:
         found = timeline.token_origins(trace("X1+E3", "a", 50.0, **changes))
         assert "".join(origin[0] for origin in found) == origins
+
+    def test_why_it_was_picked_and_what_is_usual_is_said(self) -> None:
+        resting = [
+            trace("vl_baseline", "c", 100.0),
+            trace("X1+E3", "c", 100.0),
+            trace("vl_baseline", "d", 20.0),
+            trace("X1+E3", "d", 20.0),
+        ]
+        said = timeline.prefill_hiding(EXAMPLE, [*TRACES, *resting]).layout.title.subtitle.text
+        # Of four answers two had drafts in the gap; 420 ms in all became 330.
+        assert "one sample: 100 ms become 50 ms (2.00" in said
+        assert "leaves the gap off in 50.0% of this config's answers (1.27" in said
+        assert "policy" not in timeline.prefill_hiding(EXAMPLE, TRACES).layout.title.subtitle.text
+
+    @pytest.mark.parametrize(
+        ("plain_ms", "fast_ms", "text"),
+        [
+            (100.0, 50.0, "100 ms become 50 ms (2.00"),
+            (10.7, 11.2, "10.7 ms become 11.2 ms (0.96"),
+            (100.4, 99.6, "100.4 ms become 99.6 ms (1.01"),
+        ],
+    )
+    def test_times_are_told_apart(self, plain_ms: float, fast_ms: float, text: str) -> None:
+        pair = replace(
+            EXAMPLE, plain=trace("vl_baseline", "a", plain_ms), fast=trace("L4+VL", "a", fast_ms)
+        )
+        assert timeline.lanes(pair).layout.title.subtitle.text.startswith(text)
 
     def test_text_is_escaped_and_marked(self) -> None:
         html = timeline.answer_html(EXAMPLE)
