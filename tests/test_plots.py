@@ -160,6 +160,17 @@ class TestFrames:
         assert row["accept_rate"] == pytest.approx(4 / 7)
         assert (row["gap"], row["decode"], row["verifier"]) == (2, 2, 2)
 
+    def test_a_rate_of_few_answers_is_pale_and_says_so(self) -> None:
+        rare = [*TRACES, trace("E1_decode", "a", 90.0, cycle_drafted=(4,), cycle_accepted=(3,))]
+        made = clock.accept_rate_comparison([*rare, trace("E1_decode", "b", 190.0)])
+        said = [text for a in made.layout.annotations if (text := a.text).startswith("drafting")]
+        assert said == ["drafting 50%"]
+        dots = {d.y[0]: d.marker.opacity[0] for d in made.data if d.marker.opacity is not None}
+        assert dots["E1_decode"] < dots["X1+E3"] == 1
+        legends = {(d.legend or "legend", d.name) for d in made.data if d.showlegend is not False}
+        assert {("legend", "both"), ("legend", "drafts in decode")} < legends
+        assert ("legend2", "verifier") in legends
+
     def test_acceptance_by_depth_counts_what_was_verified(self) -> None:
         cycles = {"cycle_drafted": (3, 2, 3), "cycle_accepted": (3, 0, 1)}
         gap = {"gap_drafted": 3, "gap_accepted": 2}
@@ -194,6 +205,9 @@ class TestFrames:
         assert table.iloc[0].tolist()[:5] == ["gap", "X1+E3", 1, 1, 0]
         assert table.iloc[1].tolist() == ["decode", "X1+E3", 1, 1, 0, 0]
         assert clock.depth_table(TRACES).empty
+        # A first draft, refused: of the gap there is one share, which is no curve.
+        lone = clock.accept_rate_by_depth([replace(t, gap_accepted=0) for t in TRACES * 10])
+        assert [(line.yaxis, *line.x) for line in lone.data] == [("y", 1, 2, 3, 4)]
         bare = clock.accept_rate_by_depth(TRACES[:2])
         assert not bare.data and "no config had 20" in bare.layout.annotations[-1].text
 
