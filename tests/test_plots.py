@@ -85,6 +85,7 @@ COUNTS = Counts(
     cycles=(20,) * 8,
     emitted=(30,) * 8,
 )
+POSITIONS = COUNTS.target.positions()
 MODELLED = {"modelled.speedup_e2e": 1.2, "modelled.bound_free_decode": 2.0, "modelled.tau": 3.0}
 REPORTS = [
     EpochReport(
@@ -105,7 +106,7 @@ EXAMPLE = timeline.Example(
     event_images=("data:image/png;base64,AA==",),
     frames=("data:image/png;base64,AA==",) * 2,
 )
-FIGURES: dict[str, Callable[[], go.Figure]] = {
+FIGURES: dict[str, Callable[[], go.Figure | None]] = {
     "speedup_comparison": lambda: clock.speedup_comparison(TRACES),
     "timing_breakdown": lambda: clock.timing_breakdown(TRACES),
     "accept_rate_comparison": lambda: clock.accept_rate_comparison(TRACES),
@@ -120,7 +121,9 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "acceptance_by_position": lambda: offline.acceptance_by_position(
         dict.fromkeys(("L4", "L4:feature", "E3"), COUNTS.target.positions())
     ),
-    "feature_against_tokens": lambda: offline.feature_against_tokens({"L4": COUNTS.rates()}),
+    "feature_against_tokens": lambda: offline.feature_against_tokens(
+        {"L4": COUNTS.rates(), "L1": COUNTS.rates() | {"accept_90": 0.1}}
+    ),
     "training_curves": lambda: learning.training_curves("L4", REPORTS),
     "curves_comparison": lambda: learning.curves_comparison(
         {
@@ -163,7 +166,7 @@ class TestFrames:
     def test_a_rate_of_few_answers_is_pale_and_says_so(self) -> None:
         rare = [*TRACES, trace("E1_decode", "a", 90.0, cycle_drafted=(4,), cycle_accepted=(3,))]
         made = clock.accept_rate_comparison([*rare, trace("E1_decode", "b", 190.0)])
-        said = [text for a in made.layout.annotations if (text := a.text).startswith("drafting")]
+        said = [a.text.strip() for a in made.layout.annotations if "drafting" in a.text]
         assert said == ["drafting 50%"]
         dots = {d.y[0]: d.marker.opacity[0] for d in made.data if d.marker.opacity is not None}
         assert dots["E1_decode"] < dots["X1+E3"] == 1
@@ -221,6 +224,18 @@ class TestFrames:
         assert frame["match"].tolist()[:2] == pytest.approx([0.8, 3 / 8])
         assert math.isnan(frame["match"][2])
         assert frame["match_given_prefix"].tolist()[:2] == pytest.approx([0.8, 3 / 7])
+
+    def test_positions_of_many_answers_need_twenty(self) -> None:
+        rows = [{**row, "num": num} for row, num in zip(POSITIONS, (20, 20, 19), strict=True)]
+        frame = offline.position_frame({"L4": rows, "L1": POSITIONS})
+        blank = frame["match"].isna().groupby(frame["level"], sort=False).agg(list)
+        assert blank.to_dict() == {"L4": [False, False, True], "L1": [False, False, True]}
+
+    def test_features_that_do_not_differ_rank_nothing(self) -> None:
+        same, other = COUNTS.rates(), COUNTS.rates() | {"accept_90": 0.1}
+        assert offline.feature_against_tokens({"L4": same, "L1": same}) is None
+        made = offline.feature_against_tokens({"L4": same, "L1": other, "E1": same, "E3": same})
+        assert made is not None and len(made.data) == 1
 
     def test_consecutive(self) -> None:
         frame = offline.consecutive_frame(COUNTS).set_index("what")["num"]
@@ -329,12 +344,15 @@ class TestExample:
 class TestFigures:
     def test_is_titled_sized_and_serialises(self, name: str) -> None:
         made = FIGURES[name]()
+        assert made is not None
         assert made.layout.title.text and made.layout.width == 960 and made.layout.height >= 220
         assert made.layout.paper_bgcolor is None  # the template's transparent one
         assert json.loads(made.to_json())["data"]
 
     def test_axes_name_their_unit(self, name: str) -> None:
-        text = FIGURES[name]().to_json()
+        made = FIGURES[name]()
+        assert made is not None
+        text = made.to_json()
         units = ("milliseconds", "position", "plain ", "tokens", "step", "accept@0.90")
         assert any(unit in text for unit in units)
 
@@ -370,7 +388,27 @@ def test_labels_that_would_touch_move_apart() -> None:
     made.add_scatter(x=[0, 1], y=[0.0, 10.0], row=1, col=1)
     style.end_labels(made, ["L1", "L2"], [1, 1], [5.0, 5.01], row=1, column=1)
     low, high = (made.layout.annotations[i].yshift for i in (1, 2))
-    assert low == pytest.approx(0) and 14 < high < 16
+    assert 14 < high - low < 16 and low + high == pytest.approx(0, abs=0.1)
+
+
+def test_labels_that_cannot_touch_stay_at_their_points() -> None:
+    made = style.panels("t", "s", ["a"], columns=1)
+    made.add_scatter(x=[0, 1], y=[0.0, 10.0], row=1, col=1)
+    style.end_labels(made, ["L1", "L2", "L3"], [0.5, 1, 1], [5.0, 5.0, 9.0], row=1, column=1)
+    assert [a.yshift for a in made.layout.annotations[1:]] == pytest.approx([0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("heights", "places"),
+    [
+        ([1, 2, 3], [1, 2, 3]),
+        ([2, 2, 2], [1, 2, 3]),
+        ([0, 5, 5.5], [0, 4.75, 5.75]),
+        ([9, 9.5], [8, 9]),
+    ],
+)
+def test_as_little_as_keeps_labels_apart(heights: list[float], places: list[float]) -> None:
+    assert style._apart(heights, 1.0, 9.0) == pytest.approx(places)
 
 
 def test_labels_of_a_level_that_never_matched() -> None:

@@ -81,10 +81,10 @@ def speedup_comparison(traces: Sequence[Trace]) -> go.Figure:
             continue
         dots = points[points["kind"] == group]
         _add_spread(made, dots, rows, group)
-    for row in table.itertuples():
+    for row, drafting in zip(table.itertuples(), table["share_drafting"].map(_rests), strict=True):
         # None: no sample was decoded that could tell.
         verdict = "  <b>not lossless</b>" if row.lossless is False else ""
-        rests = "" if row.strategy == AGAIN else _rests(row.share_drafting)
+        rests = "" if row.strategy == AGAIN else drafting
         text = f"<b>{row.speedup:.2f}{TIMES}</b>{rests}{verdict}"
         made.add_annotation(
             x=1, xref="paper", y=row.strategy, text=text, xanchor="left", showarrow=False, xshift=8
@@ -287,16 +287,12 @@ def _add_rates(made: go.Figure, frame: pd.DataFrame) -> None:
             x=[None], y=[None], mode="markers", marker=dot, name=KIND_NAMES[str(group)],
             row=1, col=1,
         )  # fmt: skip
-    for row in frame.itertuples():
-        alpha = 0.45 * _strength(row.share_drafting)
-        line = {"color": rgba(KIND_COLOURS[kind(str(row.strategy))], alpha), "width": 2}
-        ends = {"x0": 0, "x1": row.accept_rate, "y0": row.strategy, "y1": row.strategy}
-        made.add_shape(type="line", line=line, row=1, col=1, **ends)
-        label(made, row.accept_rate, row.strategy, f"{row.accept_rate:.0%}", row=1, column=1)
-        made.add_annotation(
-            x=1, xref="paper", y=row.strategy, yref="y", text=_rests(row.share_drafting).strip(),
-            xanchor="left", showarrow=False, xshift=8,
-        )  # fmt: skip
+    columns = (frame[name].tolist() for name in ("strategy", "accept_rate", "share_drafting"))
+    for name, rate, share in zip(*columns, strict=True):
+        line = {"color": rgba(KIND_COLOURS[kind(name)], 0.45 * _strength(share)), "width": 2}
+        made.add_shape(type="line", x0=0, x1=rate, y0=name, y1=name, line=line, row=1, col=1)
+        label(made, rate, name, f"{rate:.0%}", row=1, column=1)
+        label(made, 1, name, _rests(share), xref="paper", yref="y")
 
 
 def depth_frame(traces: Sequence[Trace]) -> pd.DataFrame:

@@ -7,7 +7,8 @@ readers, a little lighter where the original is too dark for a dark page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import Final, Literal
 
 import plotly.graph_objects as go
@@ -26,6 +27,8 @@ VERMILLION: Final = "#dd6b20"
 GREEN: Final = "#15a37a"
 PURPLE: Final = "#b779b0"
 GREY: Final = "#8d95a3"
+_LABEL_WIDTH: Final = 0.12
+"""Share of a panel's width within which end labels could touch."""
 DARK: Final = "#1c2026"
 """Text on a light bar."""
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
@@ -164,34 +167,51 @@ def end_labels(
 
     ``colour``: of a name; None: they are levels.
 
-    The panel's height is read from the figure; its scale from the points of its traces.
+    The panel's height is read from the figure; its scale from its axes, so set their ranges first,
+    or else from the points of its traces.
     """
     axis = next(target.select_yaxes(row=row, col=column))
-    drawn = [y for y in _values(target, axis.plotly_name) if y == y]
-    low, high = axis.range or (min([0.0, *drawn]), max(drawn, default=1.0))
+    low, high = axis.range or _span(target, axis, "y")
     bottom, top = axis.domain or (0.0, 1.0)
     pixels = (target.layout.height - 170) * (top - bottom)
     gap = 15 * ((high - low) or 1.0) / max(1.0, pixels)
-    points = sorted(zip(names, xs, ys, strict=True), key=lambda point: point[2])
-    places: list[float] = []
-    for _, _, y in points:
-        places.append(max(y, places[-1] + gap) if places else y)
-    # A stack that would leave the panel at its top grows downwards instead.
-    limit = max(high, max((y for _, _, y in points), default=high))
-    for index in reversed(range(len(places))):
-        places[index] = min(places[index], limit)
-        limit = places[index] - gap
-    for (name, x, y), place in zip(points, places, strict=True):
-        shift = (place - y) / gap * 15
-        ink = (colour or level_colour)(name)
-        label(target, x, y, name, ink, row=row, column=column, yshift=shift)
+    first, last = _span(target, axis, "x")
+    stacks: list[list[tuple[float, float, str]]] = []
+    for x, y, name in sorted(zip(xs, ys, names, strict=True)):
+        if not stacks or x - stacks[-1][-1][0] > _LABEL_WIDTH * (last - first):
+            stacks.append([])
+        stacks[-1].append((x, y, name))
+    for stack in stacks:
+        points = sorted(stack, key=lambda point: point[1])
+        heights = [y for _, y, _ in points]
+        places = _apart(heights, gap, max(high, *heights))
+        for (x, y, name), place in zip(points, places, strict=True):
+            shift = (place - y) / gap * 15
+            ink = (colour or level_colour)(name)
+            label(target, x, y, name, ink, row=row, column=column, yshift=shift)
 
 
-def _values(target: go.Figure, axis: str) -> Iterator[float]:
-    wanted = axis.replace("axis", "")
-    for trace in target.data:
-        if (trace.yaxis or "y") == wanted:
-            yield from (float(y) for y in trace.y)
+def _apart(heights: Sequence[float], gap: float, limit: float) -> list[float]:
+    """Ascending heights, moved as little as leaves ``gap`` between neighbours, up to ``limit``.
+
+    Least squares: of heights less their gaps, neighbours that fall are pooled to their mean.
+    """
+    pools: list[list[float]] = []
+    for index, height in enumerate(heights):
+        pools.append([height - index * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    means = [fmean(pool) for pool in pools for _ in pool]
+    most = limit - (len(heights) - 1) * gap
+    return [min(mean, most) + index * gap for index, mean in enumerate(means)]
+
+
+def _span(target: go.Figure, axis: go.layout.YAxis, key: Literal["x", "y"]) -> tuple[float, float]:
+    """Lowest (of heights: at most 0) and highest of what the panel of this y axis draws."""
+    wanted = axis.plotly_name.replace("axis", "")
+    drawn = [float(v) for t in target.data if (t.yaxis or "y") == wanted for v in t[key]]
+    drawn = [value for value in drawn if value == value]
+    return min([0.0, *drawn] if key == "y" else drawn, default=0.0), max(drawn, default=1.0)
 
 
 def level_colour(name: str) -> str:
