@@ -398,6 +398,15 @@ def test_labels_that_cannot_touch_stay_at_their_points() -> None:
     assert [a.yshift for a in made.layout.annotations[1:]] == pytest.approx([0, 0, 0])
 
 
+def test_a_label_moves_off_the_line_that_goes_on_behind_it() -> None:
+    made = style.panels("t", "s", ["a"], columns=1)
+    for x, y in (([0, 5], [0.0, 5.0]), ([0, 10], [5.1, 5.1]), ([0, 10], [0.0, 10.0])):
+        made.add_scatter(x=x, y=y, mode="lines", row=1, col=1)
+    style.end_labels(made, ["L1", "L2"], [5, 10], [5.0, 5.1], row=1, column=1)
+    moved, stays = (a.yshift for a in made.layout.annotations[1:])
+    assert (moved, stays) == pytest.approx((-7.5, 0))
+
+
 @pytest.mark.parametrize(
     ("heights", "places"),
     [

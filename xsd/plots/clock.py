@@ -165,8 +165,8 @@ def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
     longest_ms = frame.groupby("strategy")["ms"].sum().max()
     made = figure(
         "Where the time of an answer goes",
-        "means (tables: medians); the clock runs from decoded frames in host memory to the last "
-        "token",
+        "means (configs table: medians); the clock runs from decoded frames in host memory to the "
+        "last token",
         height=210 + _ROW_HEIGHT * len(names),
     )
     for part, rows in frame.groupby("part", sort=False):
