@@ -58,7 +58,7 @@ def build(sources: Sequence[Source], pair: str, recipes: Iterable[str] = ()) -> 
     summary = pd.DataFrame(files["summary"]) if files else pd.DataFrame()
     sections = [
         _configs(files, summary, traces),
-        _hiding(bench),
+        _hiding(bench, traces),
         _levels(levels, evaluated, by_stage.get("train", {})),
         _controls(summary),
         _leakage(evaluated),
@@ -138,7 +138,7 @@ def _configs(files: Any, summary: pd.DataFrame, traces: Sequence[Trace]) -> str:
     )
 
 
-def _hiding(bench: Source | None) -> str:
+def _hiding(bench: Source | None, traces: Sequence[Trace]) -> str:
     if bench is None or not (bench.folder / "example.json").is_file():
         return ""
     example = timeline.Example.from_dict(read_json(bench.folder / "example.json"))
@@ -149,7 +149,7 @@ def _hiding(bench: Source | None) -> str:
             "The verifier checks what is ready in one pass, and never waits for another draft.",
             "soft",
         ),
-        page.figure(timeline.prefill_hiding(example)),
+        page.figure(timeline.prefill_hiding(example, traces)),
     )
 
 

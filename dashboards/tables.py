@@ -54,6 +54,7 @@ class Table:
 
 _CONFIG_COLUMNS = (
     Column("strategy", "config"),
+    Column("num_samples", "samples", "{:.0f}"),
     Column("prefill_ms", "prefill ms", "{:.1f}"),
     Column("decode_ms", "decode ms", "{:.1f}"),
     Column("total_ms", "total ms", "{:.1f}"),

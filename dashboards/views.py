@@ -106,6 +106,7 @@ def of_levels(frame: pd.DataFrame, cost: Cost) -> Part:
     curves = {name: archive.curve(trained[name]["run_id"]) for name in order if name in trained}
     curves = {name: curve for name, curve in curves.items() if len(curve)}
     rates = {name: archive.numbers(evaluated[name]) for name in order}
+    ranks = offline.feature_against_tokens(rates)
     costs = overview.cost_frame(_levels(frame), overview.configs_frame(frame), cost)
     return html.Div(
         [
@@ -113,7 +114,7 @@ def of_levels(frame: pd.DataFrame, cost: Cost) -> Part:
             if len(costs)
             else parts.empty("None of these levels was timed: 'xsd benchmark' does it."),
             parts.graph(offline.acceptance_by_position(positions)) if positions else None,
-            parts.graph(offline.feature_against_tokens(rates)),
+            parts.graph(ranks) if ranks is not None else None,
             parts.graph(learning.curves_comparison(curves)) if curves else None,
         ]
     )

@@ -85,6 +85,7 @@ COUNTS = Counts(
     cycles=(20,) * 8,
     emitted=(30,) * 8,
 )
+POSITIONS = COUNTS.target.positions()
 MODELLED = {"modelled.speedup_e2e": 1.2, "modelled.bound_free_decode": 2.0, "modelled.tau": 3.0}
 REPORTS = [
     EpochReport(
@@ -105,14 +106,14 @@ EXAMPLE = timeline.Example(
     event_images=("data:image/png;base64,AA==",),
     frames=("data:image/png;base64,AA==",) * 2,
 )
-FIGURES: dict[str, Callable[[], go.Figure]] = {
+FIGURES: dict[str, Callable[[], go.Figure | None]] = {
     "speedup_comparison": lambda: clock.speedup_comparison(TRACES),
     "timing_breakdown": lambda: clock.timing_breakdown(TRACES),
     "accept_rate_comparison": lambda: clock.accept_rate_comparison(TRACES),
     "accept_rate_by_depth": lambda: clock.accept_rate_by_depth(TRACES * 10),
-    "prefill_hiding": lambda: timeline.prefill_hiding(EXAMPLE),
+    "prefill_hiding": lambda: timeline.prefill_hiding(EXAMPLE, TRACES),
     "prefill_hiding_bare": lambda: timeline.prefill_hiding(
-        replace(EXAMPLE, event_images=(), frames=())
+        replace(EXAMPLE, event_images=(), frames=()), TRACES
     ),
     "stage_timeline": lambda: timeline.stage_timeline(COSTS, 40, 8, 1.5),
     "metrics_summary": lambda: offline.metrics_summary("L4", COUNTS, MODELLED),
@@ -120,7 +121,9 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "acceptance_by_position": lambda: offline.acceptance_by_position(
         dict.fromkeys(("L4", "L4:feature", "E3"), COUNTS.target.positions())
     ),
-    "feature_against_tokens": lambda: offline.feature_against_tokens({"L4": COUNTS.rates()}),
+    "feature_against_tokens": lambda: offline.feature_against_tokens(
+        {"L4": COUNTS.rates(), "L1": COUNTS.rates() | {"accept_90": 0.1}}
+    ),
     "training_curves": lambda: learning.training_curves("L4", REPORTS),
     "curves_comparison": lambda: learning.curves_comparison(
         {
@@ -160,6 +163,17 @@ class TestFrames:
         assert row["accept_rate"] == pytest.approx(4 / 7)
         assert (row["gap"], row["decode"], row["verifier"]) == (2, 2, 2)
 
+    def test_a_rate_of_few_answers_is_pale_and_says_so(self) -> None:
+        rare = [*TRACES, trace("E1_decode", "a", 90.0, cycle_drafted=(4,), cycle_accepted=(3,))]
+        made = clock.accept_rate_comparison([*rare, trace("E1_decode", "b", 190.0)])
+        said = [a.text.strip() for a in made.layout.annotations if "drafting" in a.text]
+        assert said == ["drafting 50%"]
+        dots = {d.y[0]: d.marker.opacity[0] for d in made.data if d.marker.opacity is not None}
+        assert dots["E1_decode"] < dots["X1+E3"] == 1
+        legends = {(d.legend or "legend", d.name) for d in made.data if d.showlegend is not False}
+        assert {("legend", "both"), ("legend", "drafts in decode")} < legends
+        assert ("legend2", "verifier") in legends
+
     def test_acceptance_by_depth_counts_what_was_verified(self) -> None:
         cycles = {"cycle_drafted": (3, 2, 3), "cycle_accepted": (3, 0, 1)}
         gap = {"gap_drafted": 3, "gap_accepted": 2}
@@ -194,6 +208,9 @@ class TestFrames:
         assert table.iloc[0].tolist()[:5] == ["gap", "X1+E3", 1, 1, 0]
         assert table.iloc[1].tolist() == ["decode", "X1+E3", 1, 1, 0, 0]
         assert clock.depth_table(TRACES).empty
+        # A first draft, refused: of the gap there is one share, which is no curve.
+        lone = clock.accept_rate_by_depth([replace(t, gap_accepted=0) for t in TRACES * 10])
+        assert [(line.yaxis, *line.x) for line in lone.data] == [("y", 1, 2, 3, 4)]
         bare = clock.accept_rate_by_depth(TRACES[:2])
         assert not bare.data and "no config had 20" in bare.layout.annotations[-1].text
 
@@ -207,6 +224,18 @@ class TestFrames:
         assert frame["match"].tolist()[:2] == pytest.approx([0.8, 3 / 8])
         assert math.isnan(frame["match"][2])
         assert frame["match_given_prefix"].tolist()[:2] == pytest.approx([0.8, 3 / 7])
+
+    def test_positions_of_many_answers_need_twenty(self) -> None:
+        rows = [{**row, "num": num} for row, num in zip(POSITIONS, (20, 20, 19), strict=True)]
+        frame = offline.position_frame({"L4": rows, "L1": POSITIONS})
+        blank = frame["match"].isna().groupby(frame["level"], sort=False).agg(list)
+        assert blank.to_dict() == {"L4": [False, False, True], "L1": [False, False, True]}
+
+    def test_features_that_do_not_differ_rank_nothing(self) -> None:
+        same, other = COUNTS.rates(), COUNTS.rates() | {"accept_90": 0.1}
+        assert offline.feature_against_tokens({"L4": same, "L1": same}) is None
+        made = offline.feature_against_tokens({"L4": same, "L1": other, "E1": same, "E3": same})
+        assert made is not None and len(made.data) == 1
 
     def test_consecutive(self) -> None:
         frame = offline.consecutive_frame(COUNTS).set_index("what")["num"]
@@ -260,6 +289,33 @@ class TestExample:
         found = timeline.token_origins(trace("X1+E3", "a", 50.0, **changes))
         assert "".join(origin[0] for origin in found) == origins
 
+    def test_why_it_was_picked_and_what_is_usual_is_said(self) -> None:
+        resting = [
+            trace("vl_baseline", "c", 100.0),
+            trace("X1+E3", "c", 100.0),
+            trace("vl_baseline", "d", 20.0),
+            trace("X1+E3", "d", 20.0),
+        ]
+        said = timeline.prefill_hiding(EXAMPLE, [*TRACES, *resting]).layout.title.subtitle.text
+        # Of four answers two had drafts in the gap; 420 ms in all became 330.
+        assert "one sample: 100 ms become 50 ms (2.00" in said
+        assert "leaves the gap off in 50.0% of this config's answers (1.27" in said
+        assert "policy" not in timeline.prefill_hiding(EXAMPLE, TRACES).layout.title.subtitle.text
+
+    @pytest.mark.parametrize(
+        ("plain_ms", "fast_ms", "text"),
+        [
+            (100.0, 50.0, "100 ms become 50 ms (2.00"),
+            (10.7, 11.2, "10.7 ms become 11.2 ms (0.96"),
+            (100.4, 99.6, "100.4 ms become 99.6 ms (1.01"),
+        ],
+    )
+    def test_times_are_told_apart(self, plain_ms: float, fast_ms: float, text: str) -> None:
+        pair = replace(
+            EXAMPLE, plain=trace("vl_baseline", "a", plain_ms), fast=trace("L4+VL", "a", fast_ms)
+        )
+        assert timeline.lanes(pair).layout.title.subtitle.text.startswith(text)
+
     def test_text_is_escaped_and_marked(self) -> None:
         html = timeline.answer_html(EXAMPLE)
         assert "&lt;b&gt;" in html and "<b> c" not in html
@@ -288,12 +344,15 @@ class TestExample:
 class TestFigures:
     def test_is_titled_sized_and_serialises(self, name: str) -> None:
         made = FIGURES[name]()
+        assert made is not None
         assert made.layout.title.text and made.layout.width == 960 and made.layout.height >= 220
         assert made.layout.paper_bgcolor is None  # the template's transparent one
         assert json.loads(made.to_json())["data"]
 
     def test_axes_name_their_unit(self, name: str) -> None:
-        text = FIGURES[name]().to_json()
+        made = FIGURES[name]()
+        assert made is not None
+        text = made.to_json()
         units = ("milliseconds", "position", "plain ", "tokens", "step", "accept@0.90")
         assert any(unit in text for unit in units)
 
@@ -329,7 +388,36 @@ def test_labels_that_would_touch_move_apart() -> None:
     made.add_scatter(x=[0, 1], y=[0.0, 10.0], row=1, col=1)
     style.end_labels(made, ["L1", "L2"], [1, 1], [5.0, 5.01], row=1, column=1)
     low, high = (made.layout.annotations[i].yshift for i in (1, 2))
-    assert low == pytest.approx(0) and 14 < high < 16
+    assert 14 < high - low < 16 and low + high == pytest.approx(0, abs=0.1)
+
+
+def test_labels_that_cannot_touch_stay_at_their_points() -> None:
+    made = style.panels("t", "s", ["a"], columns=1)
+    made.add_scatter(x=[0, 1], y=[0.0, 10.0], row=1, col=1)
+    style.end_labels(made, ["L1", "L2", "L3"], [0.5, 1, 1], [5.0, 5.0, 9.0], row=1, column=1)
+    assert [a.yshift for a in made.layout.annotations[1:]] == pytest.approx([0, 0, 0])
+
+
+def test_a_label_moves_off_the_line_that_goes_on_behind_it() -> None:
+    made = style.panels("t", "s", ["a"], columns=1)
+    for x, y in (([0, 5], [0.0, 5.0]), ([0, 10], [5.1, 5.1]), ([0, 10], [0.0, 10.0])):
+        made.add_scatter(x=x, y=y, mode="lines", row=1, col=1)
+    style.end_labels(made, ["L1", "L2"], [5, 10], [5.0, 5.1], row=1, column=1)
+    moved, stays = (a.yshift for a in made.layout.annotations[1:])
+    assert (moved, stays) == pytest.approx((-7.5, 0))
+
+
+@pytest.mark.parametrize(
+    ("heights", "places"),
+    [
+        ([1, 2, 3], [1, 2, 3]),
+        ([2, 2, 2], [1, 2, 3]),
+        ([0, 5, 5.5], [0, 4.75, 5.75]),
+        ([9, 9.5], [8, 9]),
+    ],
+)
+def test_as_little_as_keeps_labels_apart(heights: list[float], places: list[float]) -> None:
+    assert style._apart(heights, 1.0, 9.0) == pytest.approx(places)
 
 
 def test_labels_of_a_level_that_never_matched() -> None:

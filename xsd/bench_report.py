@@ -80,7 +80,7 @@ def write(
     if shown is not None:
         write_json(folder / "example.json", shown.as_dict())
         run.artifact(folder / "example.json")
-        figures[f"prefill_hiding_{stamp}"] = timeline.prefill_hiding(shown)
+        figures[f"prefill_hiding_{stamp}"] = timeline.prefill_hiding(shown, traces)
     run.figures(figures, folder)
     first = [name for name in _FIRST if name in summary]
     run.table("benchmark", summary[[*first, *summary.columns.difference(first, sort=False)]])

@@ -114,8 +114,9 @@ def search(parent: Run) -> None:
 
 
 def fill(root: Path) -> dict[str, str]:
-    """Run ids by what they are: two evaluations and more of pair tiny, a benchmark of another."""
+    """Run ids by what they are: evaluations and more of pair tiny, a benchmark of another."""
     made = {name: evaluation(name, root, accept_length=n) for n, name in enumerate(("L4", "E3"), 1)}
+    made["E1"] = evaluation("E1", root, accept_length=1.5, accept_90=0.01)
     with stage_run("train", "tiny", {}, tags={"level": "L4", "loss": "token"}) as run:
         for step in (1, 2):
             run.log({"val.accept_length": step / 2}, step=step)

@@ -103,6 +103,9 @@ def test_overview(app: Dash, filled: Filled) -> None:
     assert first.index("X1+E3") < first.index("vl_baseline") < first.index("levels"[:-1])
     assert {"L4", "E3"} <= set(first)
     [row] = [row for row in rows(page) if row[0] == "X1+E3"]
+    titles = next(row for row in rows(page) if row[0].startswith("config"))
+    samples = next(i for i, title in enumerate(titles) if title.startswith("samples"))
+    assert row[samples] == "2"
     assert "no: 1 differ" in row and "1.43\N{MULTIPLICATION SIGN}" in row
     both = show(app, "/")
     assert "Measured speedup, benchmark by benchmark" in headings(both)

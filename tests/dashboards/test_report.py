@@ -66,6 +66,7 @@ def sources(tmp_path: Path) -> list[Source]:
         folder = tmp_path / name
         write_json(folder / "position_stats.json", {"target": COUNTS.target.positions()})
         rates = {**COUNTS.rates(), **MODELLED, "num_parameters": 1234567.0, "accept_length": 2.5}
+        rates["accept_90"] = 0.1 * len(found)
         if name == "B1":
             rates["same_position.accept_90"] = 0.61
         found.append(source("evaluate", name, folder, **rates))

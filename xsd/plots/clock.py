@@ -49,6 +49,8 @@ _PART_COLOURS = {
 }
 _MIN_NUM = 20
 """A rate of fewer drafts than this is noise, and not drawn."""
+_LEGIBLE = {"minsize": 11, "mode": "hide"}
+"""Text on bars that would have to shrink below this many pixels is left out."""
 _ON_BAR = dict.fromkeys(_PART_COLOURS.values(), "white") | {ORANGE: DARK, SKY: DARK}
 
 
@@ -79,12 +81,10 @@ def speedup_comparison(traces: Sequence[Trace]) -> go.Figure:
             continue
         dots = points[points["kind"] == group]
         _add_spread(made, dots, rows, group)
-    for row in table.itertuples():
+    for row, drafting in zip(table.itertuples(), table["share_drafting"].map(_rests), strict=True):
         # None: no sample was decoded that could tell.
         verdict = "  <b>not lossless</b>" if row.lossless is False else ""
-        # A policy that leaves its drafts off makes a config plain decoding, not a free one.
-        share = f"{row.share_drafting:.0%}"
-        rests = "" if share == "100%" or row.strategy == AGAIN else f"  drafting {share}"
+        rests = "" if row.strategy == AGAIN else drafting
         text = f"<b>{row.speedup:.2f}{TIMES}</b>{rests}{verdict}"
         made.add_annotation(
             x=1, xref="paper", y=row.strategy, text=text, xanchor="left", showarrow=False, xshift=8
@@ -93,6 +93,17 @@ def speedup_comparison(traces: Sequence[Trace]) -> go.Figure:
     made.update_xaxes(title="plain time ÷ speculative time", ticksuffix=TIMES)
     made.update_layout(margin_r=190)
     return made
+
+
+def _rests(share: float) -> str:
+    """A policy that leaves its drafts off makes a config plain decoding, not a free one."""
+    text = f"{share:.0%}"
+    return "" if text == "100%" else f"  drafting {text}"
+
+
+def _strength(share: float) -> float:
+    """Opacity of what so many answers tell."""
+    return 0.35 + 0.65 * share
 
 
 def _add_spread(made: go.Figure, dots: pd.DataFrame, rows: pd.DataFrame, group: str) -> None:
@@ -154,8 +165,9 @@ def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
     longest_ms = frame.groupby("strategy")["ms"].sum().max()
     made = figure(
         "Where the time of an answer goes",
-        "mean of the samples; the clock runs from decoded frames in host memory to the last token",
-        height=190 + _ROW_HEIGHT * len(names),
+        "means (configs table: medians); the clock runs from decoded frames in host memory to the "
+        "last token",
+        height=210 + _ROW_HEIGHT * len(names),
     )
     for part, rows in frame.groupby("part", sort=False):
         # Too thin to be seen: no bar, no legend entry.
@@ -178,12 +190,14 @@ def timing_breakdown(traces: Sequence[Trace]) -> go.Figure:
         label(made, total, str(strategy), f"{total:.{1 if longest_ms < 100 else 0}f} ms")
     made.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
     made.update_xaxes(title="milliseconds", rangemode="tozero")
-    made.update_layout(barmode="stack", margin_r=80)
+    # In a narrow window the legend has two rows, which grow upwards.
+    made.update_layout(barmode="stack", margin={"r": 80, "t": 128}, uniformtext=_LEGIBLE)
     return made
 
 
 def acceptance_frame(traces: Sequence[Trace]) -> pd.DataFrame:
-    """A row a strategy that drafts: accept_rate, and an answer's tokens by origin.
+    """A row a strategy that drafts: accept_rate, share_drafting (of answers), and an answer's
+    tokens by origin.
 
     Columns ``gap`` and ``decode`` are accepted drafts, ``verifier`` the tokens it said itself.
     """
@@ -194,6 +208,7 @@ def acceptance_frame(traces: Sequence[Trace]) -> pd.DataFrame:
         {
             "strategy": table["strategy"],
             "accept_rate": table["accept_rate"],
+            "share_drafting": table["share_drafting"],
             "gap": table["gap_accepted"],
             "decode": decode,
             "verifier": (table["num_tokens"] - table["tokens_accepted"]).clip(lower=0),
@@ -208,29 +223,16 @@ def accept_rate_comparison(traces: Sequence[Trace]) -> go.Figure:
     names = frame["strategy"].tolist()
     made = panels(
         "What the verifier accepted",
-        "left: of all drafts checked; right: an answer's tokens by origin, mean of the samples",
+        "left: of all drafts checked, pale where few answers had any; right: an answer's tokens, "
+        "mean of the samples",
         ["accept rate", "tokens of an answer"],
         columns=2,
-        height=230 + _ROW_HEIGHT * max(1, len(names)),
+        height=300 + _ROW_HEIGHT * max(1, len(names)),
         shared_yaxes=True,
         column_widths=[0.38, 0.62],
         horizontal_spacing=0.06,
     )
-    made.add_scatter(
-        x=frame["accept_rate"],
-        y=names,
-        mode="markers",
-        marker={"size": 11, "color": [KIND_COLOURS[kind(name)] for name in names]},
-        cliponaxis=False,
-        showlegend=False,
-        hovertemplate="%{y}: %{x:.1%}<extra></extra>",
-        row=1,
-        col=1,
-    )
-    for name, rate in zip(names, frame["accept_rate"].tolist(), strict=True):
-        line = {"color": rgba(KIND_COLOURS[kind(name)], 0.45), "width": 2}
-        made.add_shape(type="line", x0=0, x1=rate, y0=name, y1=name, line=line, row=1, col=1)
-        label(made, rate, name, f"{rate:.0%}", row=1, column=1)
+    _add_rates(made, frame)
     origins = {"gap": BLUE, "decode": ORANGE, "verifier": GREY}
     titles = {"gap": "drafted in the gap", "decode": "drafted in decode", "verifier": "verifier"}
     for origin, colour in origins.items():
@@ -239,6 +241,7 @@ def accept_rate_comparison(traces: Sequence[Trace]) -> go.Figure:
             x=frame[origin],
             orientation="h",
             name=titles[origin],
+            legend="legend2",
             marker_color=colour,
             text=[f"{n:.1f}" if n >= 0.5 else "" for n in frame[origin]],
             textposition="inside",
@@ -252,8 +255,44 @@ def accept_rate_comparison(traces: Sequence[Trace]) -> go.Figure:
     made.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
     made.update_xaxes(tickformat=".0%", range=[0, 1.12], tickvals=[0, 0.25, 0.5, 0.75, 1], col=1)
     made.update_xaxes(title="tokens", rangemode="tozero", col=2)
-    made.update_layout(barmode="stack", margin_t=120, legend={"y": -0.12, "yanchor": "top"})
+    made.update_layout(barmode="stack", uniformtext=_LEGIBLE, margin={"t": 120, "r": 90})
+    below = {
+        "orientation": "v",
+        "traceorder": "normal",
+        "yref": "container",
+        "y": 0.01,
+        "yanchor": "bottom",
+    }
+    made.update_layout(legend=below, legend2={**below, "x": made.layout.xaxis2.domain[0]})
     return made
+
+
+def _add_rates(made: go.Figure, frame: pd.DataFrame) -> None:
+    """A dot and its stem a config; pale is a rate that few answers gave."""
+    for group, rows in frame.groupby(frame["strategy"].map(kind), sort=False):
+        dot = {"size": 11, "color": KIND_COLOURS[str(group)]}
+        made.add_scatter(
+            x=rows["accept_rate"],
+            y=rows["strategy"],
+            mode="markers",
+            marker={**dot, "opacity": rows["share_drafting"].map(_strength)},
+            cliponaxis=False,
+            showlegend=False,
+            hovertemplate="%{y}: %{x:.1%}<extra></extra>",
+            row=1,
+            col=1,
+        )
+        # A legend would be as pale as its dots.
+        made.add_scatter(
+            x=[None], y=[None], mode="markers", marker=dot, name=KIND_NAMES[str(group)],
+            row=1, col=1,
+        )  # fmt: skip
+    columns = (frame[name].tolist() for name in ("strategy", "accept_rate", "share_drafting"))
+    for name, rate, share in zip(*columns, strict=True):
+        line = {"color": rgba(KIND_COLOURS[kind(name)], 0.45 * _strength(share)), "width": 2}
+        made.add_shape(type="line", x0=0, x1=rate, y0=name, y1=name, line=line, row=1, col=1)
+        label(made, rate, name, f"{rate:.0%}", row=1, column=1)
+        label(made, 1, name, _rests(share), xref="paper", yref="y")
 
 
 def depth_frame(traces: Sequence[Trace]) -> pd.DataFrame:
@@ -306,7 +345,8 @@ def accept_rate_by_depth(traces: Sequence[Trace]) -> go.Figure:
         "gap": "drafts in the prefill gap: the first, then those behind one that held",
         "decode": "drafts of a cycle in decode",
     }
-    phases = [phase for phase in titles if phase in set(frame["phase"])]
+    # A lone dot is no curve.
+    phases = [phase for phase in titles if (frame["phase"] == phase).sum() > 1]
     made = panels(
         "Accept rate by position",
         "share accepted of the drafts that were verified at this depth; a policy verifies deeper "
@@ -333,7 +373,7 @@ def accept_rate_by_depth(traces: Sequence[Trace]) -> go.Figure:
     if not phases:
         made.update_xaxes(title=where["decode"], showticklabels=False, showgrid=False)
         made.add_annotation(
-            text=f"no config had {_MIN_NUM} drafts verified",
+            text=f"no config had {_MIN_NUM} drafts verified at two positions",
             showarrow=False,
             font={"size": 14},
             xref="paper",

@@ -28,8 +28,10 @@ from xsd.plots.style import (
 
 Positions = Sequence[Mapping[str, float]]
 """Rows of ``PositionCounts.positions``, also after a journey through JSON."""
-_MIN_NUM = 5
+_MIN_NUM = 20
 """A rate of fewer answers than this is noise, and not drawn."""
+_MIN_NUM_OF_FEW = 5
+"""The same where a level has no more answers than that."""
 PHASE_NAMES = {"gap": "levels of the prefill gap", "decode": "heads of decode"}
 SELECTION_NAMES = {
     "accepted_prefix_22": f"drafts accepted in a row, of the first {PREFIX}",
@@ -70,20 +72,23 @@ def position_frame(positions: Mapping[str, Positions]) -> pd.DataFrame:
     """Long form over levels and their variants.
 
     Columns: level, phase, position, num, cos_sim, accept_90, match, num_reached,
-    match_given_prefix; rates of fewer than five answers are NaN.
+    match_given_prefix; rates of fewer than 20 answers are NaN (of a level that was evaluated on
+    fewer: than five).
     """
     frame = pd.DataFrame(
         {"level": name, "phase": level(base_level(name)).phase, **row}
         for name, rows in positions.items()
         for row in rows
     )
+    least = frame.groupby("level")["num"].transform("max").ge(_MIN_NUM)
+    least = least.map({True: _MIN_NUM, False: _MIN_NUM_OF_FEW})
     for column, num in (
         ("cos_sim", "num"),
         ("accept_90", "num"),
         ("match", "num"),
         ("match_given_prefix", "num_reached"),
     ):
-        frame[column] = frame[column].where(frame[num] >= _MIN_NUM)
+        frame[column] = frame[column].where(frame[num] >= least)
     return frame
 
 
@@ -185,8 +190,8 @@ def acceptance_by_position(positions: Mapping[str, Positions]) -> go.Figure:
         height=760,
         vertical_spacing=0.13,
         horizontal_spacing=0.12,
-        shared_xaxes=True,
     )
+    made.update_yaxes(tickformat=".0%", range=[0, 1.08])
     for column, phase in enumerate(phases, start=1):
         for row, kind in enumerate(kinds, start=1):
             part = frame[(frame["phase"] == phase) & frame[kind].notna()]
@@ -194,16 +199,23 @@ def acceptance_by_position(positions: Mapping[str, Positions]) -> go.Figure:
                 _add_line(made, points, kind, str(name), row=row, column=column)
             ends = part.groupby("level", sort=False).tail(1)
             end_labels(made, ends["level"], ends["position"], ends[kind], row=row, column=column)
+            if part["position"].max() < 6:
+                made.update_xaxes(dtick=1, row=row, col=column)
         made.update_xaxes(title="answer position", row=2, col=column)
-    made.update_yaxes(tickformat=".0%", range=[0, 1.08])
     made.update_layout(showlegend=False, margin_r=60)
     return made
 
 
-def feature_against_tokens(rates: Mapping[str, Mapping[str, float]]) -> go.Figure:
-    """Feature acceptance against accepted tokens: does the one rank as the other does?"""
+def feature_against_tokens(rates: Mapping[str, Mapping[str, float]]) -> go.Figure | None:
+    """Feature acceptance against accepted tokens: does the one rank as the other does?
+
+    None: no phase has two levels that differ in their features.
+    """
     frame = selection_frame(rates)
-    phases = [phase for phase in PHASE_NAMES if phase in set(frame["phase"])]
+    spread = frame.groupby("phase")["accept_90"].nunique()
+    phases = [phase for phase in PHASE_NAMES if spread.get(phase, 0) > 1]
+    if not phases:
+        return None
     made = panels(
         "Features near the verifier's are not tokens accepted",
         "a point a level; if accept@0.90 were the right target, the points would rise together",
@@ -231,9 +243,14 @@ def feature_against_tokens(rates: Mapping[str, Mapping[str, float]]) -> go.Figur
         )
         metric = level(base_level(part["level"].iloc[0])).selection_metric
         made.update_yaxes(title=SELECTION_NAMES[metric], rangemode="tozero", row=1, col=column)
+        # A dot at zero stands clear of the other axis's numbers.
         reach = 1.25 * max(0.04, part["accept_90"].max())
         made.update_xaxes(
-            title="accept@0.90", tickformat=".0%", range=[0, reach], row=1, col=column
+            title="accept@0.90",
+            tickformat=".0%",
+            range=[-0.05 * reach, reach],
+            row=1,
+            col=column,
         )
     made.update_layout(showlegend=False, margin_r=60)
     return made
@@ -265,7 +282,7 @@ def _add_line(
     made.add_scatter(
         x=frame["position"],
         y=frame[key],
-        mode="lines",
+        mode="lines" if len(frame) > 1 else "markers",
         name=text,
         line={"color": colour, "width": 2.2} if colour else level_line(text),
         hovertemplate=text + " at %{x}: %{y:.1%}<extra></extra>",

@@ -34,7 +34,7 @@ from xsd.plots.style import (
 CONFIG_METRICS: Final = (
     *("prefill_ms", "decode_ms", "total_ms", "tokens_accepted", "tau", "num_free", "speedup"),
     *("decode_speedup", "ratio_p5", "ratio_p95", "time_p95", "share_slower", "share_drafting"),
-    *("num_different", "num_near_ties"),
+    *("num_different", "num_near_ties", "num_samples"),
 )
 LEVEL_METRICS: Final = (
     *("num_parameters", "cos_sim_mean", "accept_90", "token_top1_match", "accept_length"),

@@ -7,9 +7,11 @@ readers, a little lighter where the original is too dark for a dark page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import Final, Literal
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
@@ -160,38 +162,79 @@ def end_labels(
     column: int,
     colour: Callable[[str], str] | None = None,
 ) -> None:
-    """Write names right of their points, moved apart vertically where they would touch.
+    """Write names right of their points, moved vertically off lines and off each other.
 
     ``colour``: of a name; None: they are levels.
 
-    The panel's height is read from the figure; its scale from the points of its traces.
+    The panel's size is read from the figure; the scale of heights from the axis, so set its range
+    first, or else from the points of its traces.
     """
     axis = next(target.select_yaxes(row=row, col=column))
-    drawn = [y for y in _values(target, axis.plotly_name) if y == y]
-    low, high = axis.range or (min([0.0, *drawn]), max(drawn, default=1.0))
+    low, high = axis.range or _span(target, axis, "y")
     bottom, top = axis.domain or (0.0, 1.0)
     pixels = (target.layout.height - 170) * (top - bottom)
     gap = 15 * ((high - low) or 1.0) / max(1.0, pixels)
-    points = sorted(zip(names, xs, ys, strict=True), key=lambda point: point[2])
-    places: list[float] = []
-    for _, _, y in points:
-        places.append(max(y, places[-1] + gap) if places else y)
-    # A stack that would leave the panel at its top grows downwards instead.
-    limit = max(high, max((y for _, _, y in points), default=high))
-    for index in reversed(range(len(places))):
-        places[index] = min(places[index], limit)
-        limit = places[index] - gap
-    for (name, x, y), place in zip(points, places, strict=True):
-        shift = (place - y) / gap * 15
-        ink = (colour or level_colour)(name)
-        label(target, x, y, name, ink, row=row, column=column, yshift=shift)
+    left, right = next(target.select_xaxes(row=row, col=column)).domain or (0.0, 1.0)
+    first, last = _span(target, axis, "x")
+    letter = 7 * (last - first) / ((target.layout.width - 130) * (right - left))
+    stacks: list[list[tuple[float, float, float, str]]] = []
+    for x, y, name in sorted(zip(xs, ys, names, strict=True)):
+        if not stacks or x - stacks[-1][-1][1] > letter * (1 + len(stacks[-1][-1][3])):
+            stacks.append([])
+        reach = x + letter * (1 + len(name))
+        stacks[-1].append((_clear(target, axis, (x, reach), y, gap), x, y, name))
+    for stack in stacks:
+        points = sorted(stack, key=lambda point: point[0])
+        heights = [point[0] for point in points]
+        places = _apart(heights, gap, max(high, *heights))
+        for (_, x, y, name), place in zip(points, places, strict=True):
+            shift = (place - y) / gap * 15
+            ink = (colour or level_colour)(name)
+            label(target, x, y, name, ink, row=row, column=column, yshift=shift)
 
 
-def _values(target: go.Figure, axis: str) -> Iterator[float]:
-    wanted = axis.replace("axis", "")
-    for trace in target.data:
-        if (trace.yaxis or "y") == wanted:
-            yield from (float(y) for y in trace.y)
+def _clear(
+    target: go.Figure, axis: go.layout.YAxis, reach: tuple[float, float], y: float, gap: float
+) -> float:
+    """The height nearest to ``y`` where a label of this reach lies on none of its panel's lines;
+    ``y`` where that is further than ``gap``."""
+    ahead = np.linspace(*reach, 9)[1:]
+    lines = [np.interp(ahead, t.x, t.y, right=np.nan) for t in _drawn(target, axis) if _is_line(t)]
+    for step in (0.0, 0.5, -0.5, 1.0, -1.0):
+        if not any((np.abs(line - y - step * gap) < gap / 2).any() for line in lines):
+            return y + step * gap
+    return y
+
+
+def _is_line(trace: go.Scatter) -> bool:
+    return "lines" in (trace.mode or "") and len(trace.x) > 1
+
+
+def _drawn(target: go.Figure, axis: go.layout.YAxis) -> list[go.Scatter]:
+    wanted = axis.plotly_name.replace("axis", "")
+    return [trace for trace in target.data if (trace.yaxis or "y") == wanted]
+
+
+def _apart(heights: Sequence[float], gap: float, limit: float) -> list[float]:
+    """Ascending heights, moved as little as leaves ``gap`` between neighbours, up to ``limit``.
+
+    Least squares: of heights less their gaps, neighbours that fall are pooled to their mean.
+    """
+    pools: list[list[float]] = []
+    for index, height in enumerate(heights):
+        pools.append([height - index * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    means = [fmean(pool) for pool in pools for _ in pool]
+    most = limit - (len(heights) - 1) * gap
+    return [min(mean, most) + index * gap for index, mean in enumerate(means)]
+
+
+def _span(target: go.Figure, axis: go.layout.YAxis, key: Literal["x", "y"]) -> tuple[float, float]:
+    """Lowest (of heights: at most 0) and highest of what the panel of this y axis draws."""
+    drawn = [float(v) for trace in _drawn(target, axis) for v in trace[key]]
+    drawn = [value for value in drawn if value == value]
+    return min([0.0, *drawn] if key == "y" else drawn, default=0.0), max(drawn, default=1.0)
 
 
 def level_colour(name: str) -> str:

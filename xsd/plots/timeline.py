@@ -16,8 +16,9 @@ import plotly.graph_objects as go
 from jaxtyping import UInt8
 from PIL import Image
 
+from xsd.decoding.config import BASELINE
 from xsd.plots.style import BLUE, DARK, GREEN, GREY, INK, ORANGE, PURPLE, TIMES, figure, label
-from xsd.speedup import Costs, tokens_before_decode
+from xsd.speedup import Costs, measured, tokens_before_decode
 from xsd.types import Span, Trace
 
 Origin = Literal["gap", "decode", "verifier"]
@@ -116,8 +117,11 @@ def lanes_frame(traces: Sequence[Trace]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["lane", "what", "phase", "start_ms", "end_ms", "count"])
 
 
-def prefill_hiding(example: Example) -> go.Figure:
-    """Both decodings on one clock, what each model saw, and the answer with its drafts marked."""
+def prefill_hiding(example: Example, traces: Sequence[Trace]) -> go.Figure:
+    """Both decodings on one clock, what each model saw, and the answer with its drafts marked.
+
+    ``traces``: all of the benchmark that ``example`` was picked from, for what is usual there.
+    """
     plain, fast = example.plain, example.fast
     frame = lanes_frame([plain, fast])
     text = answer_html(example)
@@ -127,8 +131,8 @@ def prefill_hiding(example: Example) -> go.Figure:
     inner = images + 46 + lanes + 62 + words
     made = figure(
         "What prefill hides" if fast.num_free else "What drafting saves",
-        f"{fast.strategy} against plain decoding, one sample: {plain.total_ms:.0f} ms become "
-        f"{fast.total_ms:.0f} ms ({plain.total_ms / fast.total_ms:.2f}{TIMES})",
+        f"{fast.strategy} against plain decoding, one sample: "
+        f"{_become(plain.total_ms, fast.total_ms)}<br>{_picked(fast, traces)}",
         height=inner + 116 + 20,
     )
     top, bottom = (words + 62 + lanes) / inner, (words + 62) / inner
@@ -151,8 +155,7 @@ def lanes(example: Example) -> go.Figure:
     frame = lanes_frame([plain, fast])
     made = figure(
         "What prefill hides" if fast.num_free else "What drafting saves",
-        f"{plain.total_ms:.1f} ms become {fast.total_ms:.1f} ms "
-        f"({plain.total_ms / fast.total_ms:.2f}{TIMES})",
+        _become(plain.total_ms, fast.total_ms),
         height=150 + 64 * max(1, frame["lane"].nunique()),
     )
     draw_lanes(made, frame)
@@ -207,13 +210,13 @@ def stage_timeline(
     plain, fast = (frame.loc[rows, "end_ms"].max() for rows in (is_plain, ~is_plain))
     parts = [f"{num_tokens} tokens"]
     if num_accepted is not None:
-        parts.append(f"{num_accepted} drafts accepted in the gap")
+        drafts = "draft" if num_accepted == 1 else "drafts"
+        parts.append(f"{num_accepted} {drafts} accepted in the gap")
     if decode_speedup != 1:
         parts.append(f"decode speedup {decode_speedup:.2f}")
     made = figure(
         "Modelled stages of one answer",
-        f"{', '.join(parts)}: {plain:.0f} ms become {fast:.0f} ms "
-        f"({plain / fast:.2f}{TIMES}, modelled)",
+        f"{', '.join(parts)}: {_become(plain, fast)}, modelled",
         height=330,
     )
     draw_lanes(made, frame)
@@ -271,6 +274,29 @@ def answer_html(example: Example) -> str:
 def plain_piece(piece: str) -> str:
     """A token's text; the one that ends an answer becomes a sign."""
     return _END if re.fullmatch(_SPECIAL, piece) else piece
+
+
+def _become(plain_ms: float, fast_ms: float) -> str:
+    """Two times and their ratio, with a decimal where whole milliseconds would hide it."""
+    is_fine = min(plain_ms, fast_ms) < 20 or f"{plain_ms:.0f}" == f"{fast_ms:.0f}"
+    before, after = (f"{ms:.{1 if is_fine else 0}f} ms" for ms in (plain_ms, fast_ms))
+    return f"{before} become {after} ({plain_ms / fast_ms:.2f}{TIMES})"
+
+
+def _picked(fast: Trace, traces: Sequence[Trace]) -> str:
+    """Why this sample of all, and what its config does in the others."""
+    own = [trace for trace in traces if trace.strategy == fast.strategy]
+    row = measured([trace for trace in traces if trace.strategy == BASELINE] + own).iloc[-1]
+    usual = f"{row['speedup']:.2f}{TIMES} over all samples"
+    if not fast.gap_accepted:
+        return f"picked for its drafts; the config is {usual}"
+    left_off = sum(not trace.gap_drafted for trace in own) / len(own)
+    if not left_off:
+        return f"picked for its gap drafts; the config is {usual}"
+    return (
+        f"picked for its gap drafts; the policy leaves the gap off in {left_off:.1%} of this "
+        f"config's answers ({usual})"
+    )
 
 
 def _phase(what: str) -> str:
