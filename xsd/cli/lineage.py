@@ -42,7 +42,8 @@ def run(config: Config) -> None:
     if above.note.startswith("missing"):
         if ":/" not in uri:
             raise XsdError(
-                f"no run and no file is called {uri!r}; give a run id, runs:/<id>, models:/... or path"
+                f"no run and no file is called {uri!r}; give a run id, runs:/<id>, models:/... or a"
+                " path"
             )
         raise XsdError(f"{uri}: {above.note}")
     if config.direction != "down":
