@@ -242,7 +242,11 @@ def _parts(traces: Sequence[Trace]) -> tuple[tuple[str, ...], list[tuple[str, ..
     table = frame.pivot(index="strategy", columns="part", values="ms").fillna(0.0)
     parts = [part for part in ("prefill", "decode", *PARTS) if part in table.columns]
     rows = [
-        (name, *(f"{table.loc[name, part]:.2f}" for part in parts), f"{table.loc[name].sum():.2f}")
+        (
+            name,
+            *(f"{table.loc[name, part]:z.2f}" for part in parts),
+            f"{table.loc[name].sum():z.2f}",
+        )
         for name in frame["strategy"].drop_duplicates()
     ]
     return ("Milliseconds an answer", *parts, "sum"), rows

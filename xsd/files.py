@@ -15,6 +15,21 @@ from typing import Any
 from xsd.errors import XsdError
 
 
+def make_folder(folder: Path) -> Path:
+    """The folder, made with those above it where it is not there.
+
+    Raises:
+        XsdError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise XsdError(
+            f"{folder}: cannot be made ({error.strerror}); choose another place"
+        ) from error
+    return folder
+
+
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; on success fsync it and rename it into place.
@@ -23,8 +38,11 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     disk is full that is an OSError which names ``path``, whichever library met it. Without
     ``durable`` nobody waits for the disk: that survives the death of the process, not of the
     machine.
+
+    Raises:
+        XsdError: the folder of ``path`` cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary

@@ -193,6 +193,7 @@ class TestCommand:
             (["--strategy", "plain", "--scene", "99"], "split 'test' has"),
             (["--strategy", "plain", "--scene", "a/b"], "no such clip"),
             (["--strategy", "plain", "--question", "10"], "there are 10, counted from 0"),
+            (["--strategy", "plain", "--question", "-1"], "there are 10, counted from 0"),
             (["--strategy", "plain", "--question", " "], "it is empty"),
             (["--strategy", "plain", "--adapter", "x"], "takes no adapter"),
             (["--strategy", "X1+E3", "--adapter", "x"], "takes X1=URI,E3=URI"),

@@ -67,3 +67,17 @@ def test_lineage_walks_back(model: str, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.startswith(f"train L4  models:/{model}  run ")
     assert main(["lineage"]) == 2
     assert "no finished benchmark" in capsys.readouterr().err
+    for name, message in (
+        ("zzz", "no run and no file is called 'zzz'"),
+        ("beef", "no run begins with 'beef'"),
+        ("runs:/zzz", "runs:/zzz: missing: no such run"),
+    ):
+        assert main(["lineage", name]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_levels_name_the_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["levels", "--dim", "128"]) == 0
+    header, first, *_ = capsys.readouterr().out.splitlines()
+    assert "published no." in header
+    assert first.split()[:2] == ["L1", "1"]

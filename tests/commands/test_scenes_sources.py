@@ -54,3 +54,5 @@ def test_no_such_source(workplace: Path, capsys: pytest.CaptureFixture[str]) -> 
     for source in ("prepared", "dsec", "video"):
         xsd("scenes", "--source", source, "--dataset_dir", "nowhere", expect=2)
         assert f"source '{source}' needs dataset_dir" in capsys.readouterr().err
+        xsd("scenes", "--source", source, expect=2)
+        assert capsys.readouterr().err.endswith("; got none\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tests.test_speedup import trace
 from xsd import bench_report
 from xsd.bench import BenchItem
@@ -62,3 +64,9 @@ def test_the_example_is_one_that_plain_decoding_has_too(
 ) -> None:
     alone = trace("E1_decode", "d", 50.0, cycle_drafted=(4,), cycle_accepted=(4,))
     assert bench_report.example([*PLAIN, alone], items, pair) is None
+
+
+def test_nothing_left_of_a_total_is_a_plain_zero(items: list[BenchItem]) -> None:
+    whole = [replace(made, decode_ms=made.decode_ms + 1e-4) for made in PLAIN]
+    text = bench_report.table(measured(whole), whole, items)
+    assert "| rest | sum |" in text and "| 0.00 | 100.00 |" in text

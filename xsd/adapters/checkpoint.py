@@ -72,8 +72,11 @@ def load(
     weights = path if path.suffix == ".safetensors" else path / "best_model.safetensors"
     if not weights.is_file():
         raise XsdError(f"{weights}: no such checkpoint; train one or check the path")
-    config = read_json(weights.parent / CONFIG)
-    adapter_config = _adapter_config(config, weights.parent / CONFIG)
+    about = weights.parent / CONFIG
+    if not about.is_file():
+        raise XsdError(f"{weights}: there is no {CONFIG} beside it; keep the two files together")
+    config = read_json(about)
+    adapter_config = _adapter_config(config, about)
     _check_expected(adapter_config, weights, expect_level, expect_widths)
     if config.get("sha256", {}).get(weights.stem) != sha256_file(weights):
         raise XsdError(f"{weights}: sha256 differs from config.json; the file was altered")

@@ -161,10 +161,10 @@ def _sample(config: Config) -> Sample:
     scene, question = _scene(config), config.question.strip()
     if not question:
         raise XsdError("--question: it is empty; give an index or a text")
-    if not question.isdecimal():
+    if not question.removeprefix("-").isdecimal():
         # The key of a sample counts questions; those of one's own come before the first.
         return Sample(scene, -1, question)
-    if int(question) >= len(QUESTIONS):
+    if not 0 <= int(question) < len(QUESTIONS):
         raise XsdError(f"--question {question}: there are {len(QUESTIONS)}, counted from 0")
     return Sample(scene, int(question), QUESTIONS[int(question)])
 

@@ -27,7 +27,9 @@ def run(config: Config) -> None:
     if config.dim < 8 or config.dim % 8:
         raise XsdError(f"--dim {config.dim}: must be a positive multiple of the 8 attention heads")
     sizes = AdapterSizes(ffn_dim=config.ffn_dim)
-    rows = [("level", "seed", "inputs", "shift", "parameters", "selected by", "what it is")]
+    rows = [
+        ("level", "published no.", "inputs", "shift", "parameters", "selected by", "what it is")
+    ]
     rows += [
         (
             row.name,

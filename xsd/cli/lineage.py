@@ -40,6 +40,11 @@ def run(config: Config) -> None:
     uri = lineage.find(uri)
     above = lineage.up(uri)
     if above.note.startswith("missing"):
+        if ":/" not in uri:
+            raise XsdError(
+                f"no run and no file is called {uri!r}; give a run id, runs:/<id>, models:/... or a"
+                " path"
+            )
         raise XsdError(f"{uri}: {above.note}")
     if config.direction != "down":
         print("made of:" if config.direction == "both" else "", end="")

@@ -41,9 +41,10 @@ class Config(BenchConfig, PairConfig, stage.StageConfig):
 def perform(config: Config) -> Product:
     """Measure, compare, write the files, and log them."""
     from xsd.decoding.strategies import adapter_names, parse_all, strict_rows
-    from xsd.pairs.catalog import find_pair
+    from xsd.pairs.catalog import sources
 
-    find_pair(config.pair)
+    # The pair first: a checkpoint that is not named must not cost the making of scenes.
+    sources(config)
     strategies = parse_all(config.configs, config.gamma, config.control)
     if config.batch_size > 1:
         strategies = _batchable(strategies, config.batch_size)
@@ -62,9 +63,12 @@ def perform(config: Config) -> Product:
     def work(run: Run, inputs: Mapping[str, Product]) -> None:
         from xsd import bench, bench_batch, bench_report
         from xsd.commands.extract import dataset_folder
+        from xsd.files import make_folder
         from xsd.hidden.store import HiddenStore, find_folder
         from xsd.pairs.catalog import load_pair
 
+        # What cannot be written must not cost the measuring.
+        make_folder(config.output_dir / run.work_name)
         pair = load_pair(config)
         scenes = dataset_folder(inputs["dataset_dir"])
         run.dataset("scenes", inputs["dataset_dir"].digest, str(scenes), config.split)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xsd.counts import Counts
+from xsd.files import make_folder
 from xsd.metrics import Scored
 
 _RUNS = "runs"
@@ -41,7 +42,7 @@ class Journal:
         earlier = runs.read_text().split() if runs.is_file() else []
         if self.folder.exists() and (not earlier or has_finished(earlier)):
             self.remove()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with runs.open("a") as file:
             file.write(f"\n{run_id}\n")
 
@@ -62,7 +63,7 @@ class Journal:
 
         Nobody waits for the disk: that survives the death of the process, not of the machine.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with (self.folder / f"{rank}.jsonl").open("ab", buffering=0) as file:
 
             def keep(number: int, scored: Scored) -> None:

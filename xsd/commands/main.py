@@ -66,6 +66,7 @@ class _Stages:
 
 def run(config: Config) -> None:
     """Pull every stage; print the two tables and where to look further."""
+    from xsd.pairs.catalog import sources
     from xsd.tracking.run import stage_run
 
     if not config.recipe.is_file():
@@ -77,6 +78,8 @@ def run(config: Config) -> None:
         if stage != "main":
             # A value that a stage would refuse is found before the first one runs.
             stages.settings(stage)
+    # So is a checkpoint that is not named.
+    sources(stages.settings("lm_head"))
     values = {name: str(value) for name, value in vars(config).items()}
     with stage_run("main", config.pair, values, tags={"recipe": config.recipe.name}) as parent:
         products = _walk(stages, names, both, parent.run_id)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from xsd.tracking.products import Product
     from xsd.tracking.run import Run
 
-HELP = "build the dashboard: one HTML that needs no network"
+HELP = "write levels and configs of tracked runs into one HTML that needs no network"
 
 _STAGES = ("train", "evaluate", "two_phase", "promote", "benchmark")
 

@@ -72,10 +72,13 @@ def perform(config: Config) -> Product:
 
 def _work(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
     from xsd.commands.offline import costs
+    from xsd.files import make_folder
     from xsd.learning.batches import OrderedBatches
     from xsd.pairs.device import choose_device
     from xsd.two_phase import count_two_phase
 
+    # What cannot be written must not cost the counting.
+    folder = make_folder(config.output_dir or Path("outputs/two_phase") / run.work_name)
     store = open_store(inputs["data"].path, "test")
     run.dataset(store.path.name, store.digest, str(store.path), "test")
     head = open_head(inputs["lm_head"].path, store)
@@ -101,9 +104,7 @@ def _work(run: Run, inputs: Mapping[str, Product], config: Config) -> None:
     with_drafter = "drafter" in decode.row.streams
     metrics = results(counts, assumed, config.gamma, with_drafter=with_drafter)
     name = f"{gap.row.name}+{decode.row.name}"
-    _write(
-        run, name, metrics, assumed, config.output_dir or Path("outputs/two_phase") / run.work_name
-    )
+    _write(run, name, metrics, assumed, folder)
     run.log(metrics)
     run.tag({"level": name, "mlflow.runName": f"two_phase {name}"})
     run.say(

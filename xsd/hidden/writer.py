@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xsd.clock import PartTimes
 from xsd.errors import XsdError
-from xsd.files import atomic_path, sha256_file, sync
+from xsd.files import atomic_path, make_folder, sha256_file, sync
 from xsd.hidden.chunk import Chunk, write_chunk
 from xsd.hidden.index import (
     CHUNKS,
@@ -76,9 +76,10 @@ class HiddenWriter:
         On leaving, what is complete has become chunks.
 
         Raises:
-            XsdError: the folder holds an extraction of another configuration, or is being written.
+            XsdError: the folder cannot be made, holds an extraction of another configuration, or
+                is being written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             with FileLock(folder / ".lock", timeout=0):
                 # Of ours, and of the library's own writing within.

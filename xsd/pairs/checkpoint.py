@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from xsd.errors import XsdError
-from xsd.files import atomic_path, read_json
+from xsd.files import atomic_path, make_folder, read_json
 from xsd.pairs.device import free_bytes
 from xsd.pairs.quantise import (
     DTYPES,
@@ -201,7 +201,7 @@ def _refuse(folder: Path, what: str, keys: list[str]) -> None:
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A scratch folder whose files move into ``folder``, one by one and whole, at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         staging = Path(scratch)
         with _quiet():

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from xsd.errors import XsdError
-from xsd.files import sha256_json, write_json
+from xsd.files import make_folder, sha256_json, write_json
 from xsd.scenes.config import EventCameraConfig, ScenesConfig
 from xsd.scenes.facts import ROADSIDES, TIMES, Facts
 from xsd.scenes.layout import FACTS_NAME, INDEX_NAME, SceneRecord
@@ -78,13 +78,7 @@ def make_scenes(config: ScenesConfig, answer: Answer | None = None) -> Iterator[
         yield from index_prepared(config.dataset_dir)
         return
     jobs = plan(config)
-    root = config.output_dir
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise XsdError(
-            f"{root}: cannot be made ({error.strerror}); choose another output_dir"
-        ) from error
+    root = make_folder(config.output_dir)
     records = []
     for record in produce(jobs, config.num_workers):
         records.append(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,11 @@ def load_index(dataset_dir: Path, max_samples: int = -1, split: Split | None = N
     scenes = _with_validation([_scene(dataset_dir, entry, facts) for entry in entries])
     chosen = [scene for scene in scenes if split is None or scene.split == split]
     if not chosen:
-        raise XsdError(f"{index}: no scenes in split {split or 'any'!r}; check the data set")
+        there = ", ".join(f"{n} {name}" for name, n in Counter(s.split for s in scenes).items())
+        raise XsdError(
+            f"{index}: no scenes in split {split or 'any'!r}; it has {there or 'none at all'}; "
+            "choose another --split, or set 'split' of its entries"
+        )
     return chosen if max_samples < 0 else chosen[:max_samples]
 
 

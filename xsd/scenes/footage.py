@@ -151,7 +151,7 @@ def _videos(given: Path | None, split: str) -> list[tuple[Path, str, str]]:
     """Path, recording name and split of each video."""
     if given is None or not given.exists():
         raise XsdError(
-            f"source 'video' needs dataset_dir, a video or a folder of them; got {given}"
+            f"source 'video' needs dataset_dir, a video or a folder of them; got {given or 'none'}"
         )
     if given.is_file():
         return [(given, _named(given.stem), "test" if split == "auto" else split)]

@@ -20,7 +20,9 @@ def index_prepared(folder: Path | None) -> Iterator[SceneRecord]:
         XsdError: no such folder, no event files, events without video, or an unfit index.
     """
     if folder is None or not folder.is_dir():
-        raise XsdError(f"source 'prepared' needs dataset_dir, an existing folder; got {folder}")
+        raise XsdError(
+            f"source 'prepared' needs dataset_dir, an existing folder; got {folder or 'none'}"
+        )
     index = folder / INDEX_NAME
     if not index.is_file():
         events = sorted(folder.glob("event_npy/*/*.npy"))

@@ -192,7 +192,9 @@ def find_recordings(root: Path | None, split: str) -> list[Recording]:
         XsdError: no folder, nothing in it, or a recording without images or times.
     """
     if root is None or not root.is_dir():
-        raise XsdError(f"source 'dsec' needs dataset_dir, the folder of raw recordings; got {root}")
+        raise XsdError(
+            f"source 'dsec' needs dataset_dir, the folder of raw recordings; got {root or 'none'}"
+        )
     found = sorted(path for path in root.rglob("events.h5") if path.parent.name != "right")
     if not found:
         raise XsdError(f"{root}: holds no events.h5; unpack DSEC's events there or check the path")

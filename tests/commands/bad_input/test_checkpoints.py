@@ -30,7 +30,7 @@ def _set(**changes: object) -> Damage:
         (_set(bottleneck_dim=16), "does not fit its config.json"),
         (_set(num_heads="8"), "is not an adapter's configuration"),
         (lambda folder: write_json(folder / "config.json", [1]), "is not an adapter's config"),
-        (lambda folder: (folder / "config.json").unlink(), "cannot be read as JSON"),
+        (lambda folder: (folder / "config.json").unlink(), "there is no config.json beside it"),
         (lambda folder: cut(folder / "best_model.safetensors"), "the file was altered"),
         (lambda folder: (folder / "best_model.safetensors").unlink(), "no such checkpoint"),
     ],

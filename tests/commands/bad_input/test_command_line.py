@@ -133,6 +133,16 @@ def test_the_pipeline_checks_its_recipe_before_the_first_stage(
     assert runs("scenes") == []
 
 
+def test_a_checkpoint_that_is_not_named_costs_nothing(
+    refused: Refused, runs: Callable[..., list[Any]]
+) -> None:
+    pair = ["--pair", "eventgpt-video-llava"]
+    Path("recipe.yaml").write_text("seed: 0\n")
+    for words in (["extract"], ["benchmark"], ["main", "--recipe", "recipe.yaml"]):
+        assert "needs --drafter" in refused(*words, *pair)
+    assert runs("scenes") == []
+
+
 def test_an_unknown_pair_costs_nothing(refused: Refused, runs: Callable[..., list[Any]]) -> None:
     for stage in ("lm_head", "extract", "train"):
         assert "unknown pair 'huge'" in refused(stage, "--pair", "huge")

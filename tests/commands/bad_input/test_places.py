@@ -65,6 +65,20 @@ def test_a_place_that_cannot_be_written(
     ):
         assert "a_file" in refused(*words)
 
+    # Before anything is measured, and where the system says that there is no such place.
+    bench = ["--configs", "oracle", "--max_samples", 1, "--dataset_dir", world.scenes]
+    with monkeypatch.context() as patch:
+        patch.setattr("xsd.pairs.catalog.load_pair", lambda _: pytest.fail("it has begun"))
+        for place in ("a_file", "/proc/x"):
+            words = ["benchmark", *world.pair_flags, *bench, "--output_dir", place]
+            line = refused(*words)
+            assert f"error: {place}/" in line and "cannot be made (" in line
+    for words in (
+        train(world, world.data, "--output_dir", "/proc/x"),
+        ["scenes", "--num_train", 1, "--output_dir", "/proc/x"],
+    ):
+        assert "cannot be made (No such file or directory)" in refused(*words)
+
     def full(*_: object, **__: object) -> None:
         # The library's own words: it has no errno.
         raise SafetensorError("Error while serializing: I/O error: no space (os error 28)")

@@ -123,6 +123,17 @@ def test_scenes_that_are_not_there(world: World, refused: Refused) -> None:
     assert "an existing folder; got nope" in line
 
 
+def test_a_folder_without_an_index_has_no_test_split(
+    world: World, refused: Refused, scenes: Path
+) -> None:
+    (scenes / INDEX_NAME).unlink()
+    xsd("scenes", "--source", "prepared", "--dataset_dir", scenes)
+    words = [*world.pair_flags, "--configs", "oracle", "--dataset_dir", scenes]
+    line = refused("benchmark", *words)
+    assert "no scenes in split 'test'; it has " in line and " train, " in line
+    assert "choose another --split, or set 'split' of its entries" in line
+
+
 def test_a_split_that_is_empty(world: World, refused: Refused, scenes: Path) -> None:
     entries = json.loads((scenes / INDEX_NAME).read_text())
     write_json(scenes / INDEX_NAME, [entry for entry in entries if entry["split"] != "test"])
