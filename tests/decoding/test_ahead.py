@@ -16,6 +16,7 @@ from xsd.adapters.rows import StepInputs
 from xsd.bench import BenchItem, longest_prompt
 from xsd.decoding.ahead import Board, CoupledDrafter
 from xsd.decoding.draft import HeadDrafter
+from xsd.decoding.policy import Policy
 from xsd.decoding.reader import DrafterReader, ReaderMemory
 from xsd.decoding.tables import VerifierTables
 from xsd.hidden.visual import pool_visual
@@ -118,6 +119,23 @@ def test_a_heads_compiled_chain_is_its_steps_one_by_one(
             said = [*said, *chain[: kept - 1], 310 + kept]
         found.append(drafts)
     assert found[0] == found[1]
+
+
+class Shallow(Policy):
+    def whole_depth(self, limit: int) -> int:
+        return min(limit, 2)
+
+
+@torch.inference_mode()
+def test_a_head_that_reads_the_drafter_drafts_as_deep_as_its_policy_says(
+    pair: ModelPair, items: list[BenchItem], adapters: dict[str, Path]
+) -> None:
+    head, tables = checkpoint.load(adapters["E2"])[0].eval(), VerifierTables.of(pair.verifier)
+    states = torch.randn(2, pair.verifier.width, generator=torch.Generator().manual_seed(0))
+    for policy, depth in ((Policy(), 5), (Shallow(), 2)):
+        drafter = HeadDrafter(head, tables, MAX_NEW, policy=policy)
+        drafter.begin(items[0].sample.question, None, new_reader(pair, items))
+        assert len(drafter.propose([300, 301], states, 5)) == depth
 
 
 def test_a_verifier_sees_only_what_follows_its_own_words(

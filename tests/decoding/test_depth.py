@@ -118,7 +118,7 @@ def test_answers_with_drafts_of_another_depth_do_not_count() -> None:
     """Deep drafts lost; what is drafted now is less deep, and wins."""
     policy = Adaptive(COSTS, is_timed=True)
     plain = Decoded([0] * 61, total_ms=30.0)
-    slow, fast = (Decoded([0] * 61, total_ms=ms, unread_ms=[0.1]) for ms in (40.0, 20.0))
+    slow, fast = (Decoded([0] * 61, total_ms=ms, cycle_drafted=[1]) for ms in (40.0, 20.0))
     assert way_after(policy, plain, slow) == "plain"
     draft = Draft(list(range(LIMIT)), confidence=[0.5] * LIMIT)
     for _ in range(100):

@@ -108,6 +108,7 @@ def test_captured_drawn_chains_are_the_heads_own(
     assert len(all_found) == 8
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("level", ["L5", "L5F", "E2"])
 @torch.inference_mode()
 def test_a_drafter_that_reads_along_in_the_capture_gives_the_heads_own_chains(

@@ -156,6 +156,7 @@ def test_what_a_gap_takes_is_no_part_of_what_drafts_cost(
     assert found is not None and sum(found) < 50.0 / len(answer)
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("name", ["B1_decode", "E1_decode", "E2_decode", "E3_decode"])
 def test_a_head_whose_drafts_are_not_read_decodes_as_one_whose_drafts_are(
     name: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
@@ -166,6 +167,7 @@ def test_a_head_whose_drafts_are_not_read_decodes_as_one_whose_drafts_are(
     )
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("name", ["E1_tree", "E3_tree"])
 def test_a_tree_that_is_not_read_decodes_as_one_that_is(
     name: str, device: torch.device, pair: ModelPair, items: list[BenchItem],
@@ -204,6 +206,7 @@ def counted(engine: Engine, party: Speculator, item: BenchItem) -> tuple[list[in
     return answer.cycle_drafted, answer.cycle_accepted
 
 
+@pytest.mark.usefixtures("whole_weights")
 @pytest.mark.parametrize("name", ["X1+drafter", "L4+drafter"])
 def test_a_drafter_that_goes_on_unread_decodes_as_one_whose_drafts_are_read(
     name: str, device: torch.device, pair: ModelPair, items: list[BenchItem],

@@ -90,6 +90,7 @@ class CompiledHead:
     def drafting(self) -> tuple[np.ndarray, ...]:
         """Weights and biases for drafts, which may be wrong: rounded to bfloat16, a level reads
         half as many bytes, and a cycle's levels find them in a core's own cache."""
+        assert self.width % 2 == 0, "rows have no column more"
         return (*map(kernels.halve, self.weights), *self.biases)
 
     @property

@@ -218,8 +218,8 @@ class Engine:
             self._laps.lap(REST)
             if speculator is not None and depth > 0 and (depth := policy.depth(depth)):
                 seen = unseen[0] if len(unseen) == 1 else torch.cat(unseen)
-                begun, whole = Mark(self._device), policy.whole_depth(depth)
-                if (unread := self._unread(speculator, tokens, seen, whole)) is not None:
+                begun = Mark(self._device)
+                if (unread := self._unread(speculator, tokens, seen, depth, policy)) is not None:
                     unseen = [self._unread_cycle(unread, begun, num_captures, policy, result)]
                     continue
                 asked = speculator.propose(tokens, seen, depth)
@@ -243,13 +243,18 @@ class Engine:
             unseen.append(states)
 
     def _unread(
-        self, speculator: Speculator, tokens: list[int], seen: Float[Tensor, "m Dv"], depth: int
+        self,
+        speculator: Speculator,
+        tokens: list[int],
+        seen: Float[Tensor, "m Dv"],
+        depth: int,
+        policy: Policy,
     ) -> Unread | None:
         """A draft that is left on the device; None: nobody drafts like that, or judges so."""
         unread = getattr(speculator, "unread", None)
         if unread is None or self._loop is not None or self.strict_rows == 1:
             return None
-        found: Unread | None = unread(tokens, seen, depth)
+        found: Unread | None = unread(tokens, seen, policy.whole_depth(depth))
         if found is None or self.strict_rows is None:
             return found
         return found.cut(self.strict_rows - 1)

@@ -141,6 +141,8 @@ class Adaptive(Policy):
         self._best: Way = "plain"
         self._gap = _GapChances()
         self._depths = Depths(costs)
+        self._is_whole = False
+        """Whether drafts are made whole, as deep as ``Depths`` chooses."""
 
     def way(self, ways: Sequence[Way]) -> Way:
         self._is_cold = True
@@ -172,7 +174,8 @@ class Adaptive(Policy):
         if not self._is_timed or num_tokens < 2 or answer.made_captures:
             return
         tried = self._ways.setdefault(way, _Tried())
-        if answer.unread_ms and self._depths.chosen not in tried.depths:
+        is_whole = self._is_whole and bool(answer.cycle_drafted)
+        if is_whole and self._depths.chosen not in tried.depths:
             # What answers took with drafts of another depth says nothing of these.
             tried.depths.add(self._depths.chosen)
             tried.times.clear()
@@ -199,6 +202,7 @@ class Adaptive(Policy):
         return limit if rules.may_draft(self.rule) else 0
 
     def whole_depth(self, limit: int) -> int:
+        self._is_whole = True
         return self._depths.best(limit)
 
     def rest(self) -> int:

@@ -82,7 +82,14 @@ class VerifierTables:
             return None
         table = self.embedding[:0] if read is None else read
         eos = np.array(sorted(self.eos_ids), np.int64)
-        return Vocabulary(table.numpy(), kernels.halve(panels), self.vocab_size, eos)
+        return Vocabulary(table.numpy(), self._halved, self.vocab_size, eos)
+
+    @cached_property
+    def _halved(self) -> np.ndarray:
+        """The packed LM head as drafts read it: one for all heads."""
+        assert self.chooser.panels is not None
+        halved: np.ndarray = kernels.halve(self.chooser.panels)
+        return halved
 
     def score(self, hidden: Float[Tensor, "*rows Dv"]) -> Float[Tensor, "*rows V"]:
         """Logits of states in an adapter's own precision."""
