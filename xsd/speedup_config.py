@@ -34,6 +34,11 @@ class CostsConfig:
     def __post_init__(self) -> None:
         if self.gamma < 1:
             raise XsdError(f"gamma={self.gamma}: must be at least 1")
+        for side in ("verifier", "drafter"):
+            if not (slowdown := getattr(self, f"{side}_slowdown")) >= 1:
+                raise XsdError(
+                    f"{side}_slowdown={slowdown}: must be at least 1 (1: both at once cost nothing)"
+                )
         self.passes()
 
     def passes(self) -> dict[int, float]:

@@ -43,6 +43,8 @@ from xsd.pairs.config import PairConfig
         ("scenes --event_camera.contrast_threshold 0", "must be above 0"),
         ("evaluate --gamma 0", "gamma=0: must be at least 1"),
         ("evaluate --pass_ms a:b", "write rows:ms, such as 6:52,22:68"),
+        ("evaluate --verifier_slowdown 0.9", "verifier_slowdown=0.9: must be at least 1"),
+        ("two_phase --drafter_slowdown 0", "drafter_slowdown=0.0: must be at least 1"),
         ("benchmark --configs L9+VL", "config 'L9+VL' is unknown; known: vl_baseline, "),
         ("benchmark --configs synthetic:2", "every rate must be between 0 and 1"),
         ("benchmark --configs X1+synthetic:high", "write synthetic:0.8"),
